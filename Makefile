@@ -1,0 +1,33 @@
+# make demo | smoke | test | test-slow | lint. Everything is set up in .venv from nothing but Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo smoke test test-slow lint clean
+
+demo: $(READY)
+	$(PY) demo.py $(FLAGS)
+
+smoke: $(READY)
+	$(PY) demo.py --config configs/smoke.toml $(FLAGS)
+
+test: $(READY) lint
+	$(PY) -m pytest -q -m "not slow" tests
+
+test-slow: $(READY)
+	$(PY) -m pytest -q -m slow tests
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+
+# uv installs the pinned set in seconds; where it cannot be had, pip does the same in minutes
+$(READY): requirements.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q uv && $(PY) -m uv pip install -q -p $(PY) -r requirements.txt -c constraints.txt \
+	  || $(PY) -m pip install -q -r requirements.txt -c constraints.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) assets runs

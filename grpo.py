@@ -1,0 +1,85 @@
+"""Group-relative policy optimisation: advantages (Eq. 9) and the clipped loss with KL (Eq. 10), nothing else.
+
+Differences from the paper, each on purpose:
+* Eq. 9's RankNorm is not defined there. Ours: average ranks mapped linearly to [-1, 1].
+* Eq. 10 is printed as -(...) - beta KL; minimising that would reward drifting away from the reference.
+  Ours is -(clipped objective) + beta KL.
+* The ratio written r^vis in Eq. 10 is the importance ratio pi / pi_old, not Eq. 7's reward.
+* KL is the per-token k3 estimator of GRPO (DeepSeekMath, arXiv 2402.03300, Eq. 4): exp(d) - d - 1 with
+  d = ref_logp - logp. It is never negative and unbiased for samples of the current policy.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rank_norm(rewards: Tensor) -> Tensor:
+    """Eq. 9: rewards (..., G) -> advantages (..., G) in [-1, 1].
+
+    A_i = (number of candidates below i - number above i) / (G - 1), which is the average rank mapped linearly to
+    [-1, 1]: the best of a group without ties gets +1, ties share their value, the sum is 0, and a group of equal
+    rewards (or of one candidate) gets exactly 0. rank_norm([1, 3, 3, 0]) = [-1/3, 2/3, 2/3, -1].
+    """
+    difference = rewards[..., :, None] - rewards[..., None, :]  # (..., G, G)
+    return difference.sign().sum(dim=-1) / max(rewards.shape[-1] - 1, 1)
+
+
+def group_advantages(rewards: Tensor, kind: str = "rank") -> Tensor:
+    """Rewards (..., G) -> advantages (..., G) by `rank` (Eq. 9), `zscore` (GRPO, DeepSeekMath) or `mean` (Dr. GRPO)."""
+    if kind == "rank":
+        return rank_norm(rewards)
+    centred = rewards - rewards.mean(dim=-1, keepdim=True)
+    spread = rewards.std(dim=-1, keepdim=True, correction=0)
+    # eight rewards of 0.1 have a float residue as "spread": dividing by it would invent an advantage of -0.4
+    centred = torch.where(spread > 1e-6, centred, torch.zeros_like(centred))
+    if kind == "mean":
+        return centred
+    if kind == "zscore":
+        return centred / (spread + 1e-4)  # 1e-4 as in TRL
+    raise ValueError(f"advantage must be rank, zscore or mean, got '{kind}'")
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+    beta: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Eq. 10 as a loss to minimise: mean over a report's tokens, then over the N reports.
+
+    logps, old_logps, ref_logps: (N, T) log-probs of the sampled tokens under the current policy (the only one with
+    a gradient), the policy that sampled them, and the SFT policy. advantages: (N,). completion_mask: (N, T), 1 =
+    report token. Returns (scalar loss, stats): `kl`, `clipfrac` and `approx_kl` (k3 to the old policy), each averaged
+    like the loss.
+    """
+    mask = completion_mask.to(logps.dtype)
+
+    def per_report_mean(x: Tensor) -> Tensor:  # (N, T) -> scalar
+        return ((x * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean()
+
+    log_ratio = logps - old_logps.detach()
+    ratio = log_ratio.exp()  # (N, T)
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    advantage = advantages.detach()[:, None]  # (N, 1)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    kl = k3(logps, ref_logps.detach())
+    loss = per_report_mean(beta * kl - objective)
+    with torch.no_grad():
+        is_clipped = (ratio * advantage > clipped * advantage).to(mask.dtype)
+        stats = {
+            "kl": per_report_mean(kl).item(),
+            "clipfrac": per_report_mean(is_clipped).item(),
+            "approx_kl": per_report_mean(k3(logps, old_logps)).item(),
+        }
+    return loss, stats
+
+
+def k3(logps: Tensor, other_logps: Tensor) -> Tensor:
+    """Per-token k3 estimate of KL(pi || other) at tokens sampled from pi: exp(d) - d - 1 with d = other - logp."""
+    difference = other_logps - logps
+    return difference.exp() - difference - 1

@@ -1,0 +1,215 @@
+"""The frozen text scorers: CheXbert labels and RadGraph F1 (Eq. 4) and BERTScore (Eq. 3).
+
+The rule-based RadGraph reader stands in `radgraph_rules.py` and is offered here beside the other two.
+"""
+
+import pickle
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoTokenizer, BertModel
+
+from radgraph_rules import RuleRadGraph as RuleRadGraph
+
+CHEXPERT_LABELS = (
+    "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
+    "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding")
+FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
+BLANK, POSITIVE, NEGATIVE, UNCERTAIN = range(4)  # CheXbert's classes; No Finding knows only the first two
+CACHED_TEXTS = 100_000  # texts kept per scorer; the one unused for longest goes first
+BATCH = 32  # texts per forward pass; few, so that those of like length share one and little is padding
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def cached(cache: OrderedDict, texts: list[str], compute: Callable[[list[str]], list]) -> list:
+    """The value of each text, from `cache` where known; `compute` gets the missing texts once each."""
+    missing = [text for text in dict.fromkeys(texts) if text not in cache]
+    if missing:
+        cache.update(zip(missing, compute(missing), strict=True))
+    for text in texts:
+        cache.move_to_end(text)
+    values = [cache[text] for text in texts]
+    while len(cache) > CACHED_TEXTS:
+        cache.popitem(last=False)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------- CheXbert, Eq. 4
+
+
+class CheXbert(torch.nn.Module):
+    """BERT with one linear head per label on the [CLS] state: 13 heads of 4 classes and No Finding's of 2 (Smit 2020).
+
+    forward(input_ids (n, T), attention_mask (n, T)) returns 14 logit tensors, (n, 4) each and (n, 2) at the end.
+    """
+
+    def __init__(self, bert: BertModel):
+        super().__init__()
+        self.bert, width = bert, bert.config.hidden_size
+        self.linear_heads = torch.nn.ModuleList(torch.nn.Linear(width, 4) for _ in range(13))
+        self.linear_heads.append(torch.nn.Linear(width, 2))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+        state = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+        return [head(state) for head in self.linear_heads]
+
+
+def save_chexbert(model: CheXbert, path: str | Path) -> None:
+    """Write the checkpoint layout of CheXbert's `chexbert.pth`: {"model_state_dict": {"module.<name>": tensor}}."""
+    state = {f"module.{name}": value.detach().cpu() for name, value in model.state_dict().items()}
+    torch.save({"model_state_dict": state}, path)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a CheXbert checkpoint by name, without `module.`; ValueError when it is not one."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+    except FileNotFoundError:
+        raise ValueError(f"chexbert: {path} does not exist; give the path of chexbert.pth") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"chexbert: {path} is no readable torch checkpoint: {first_line(error)}") from None
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"chexbert: {path} has no 'model_state_dict'; this is not CheXbert's format") from None
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
+    return state
+
+
+def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str | torch.device = "cpu") -> "Labeller":
+    """The frozen labeller of a CheXbert checkpoint on the BERT (config, tokenizer) of a folder or hub name.
+
+    Every weight must be there and fit; ValueError (one line) names the first key that is missing, unknown or of
+    another shape.
+    """
+    state = read_checkpoint(checkpoint)
+    try:
+        model = CheXbert(BertModel(AutoConfig.from_pretrained(bert_folder)))
+        tokenizer = AutoTokenizer.from_pretrained(bert_folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"chexbert: no BERT in {bert_folder}: {first_line(error)}") from None
+    expected = model.state_dict()
+    for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"chexbert: {checkpoint} {problem} key '{min(names)}' ({len(names)} in all)")
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            raise ValueError(f"chexbert: {checkpoint}: '{name}' is {tuple(state[name].shape)}, but the BERT in "
+                             f"{bert_folder} needs {tuple(value.shape)}")
+    model.load_state_dict(state, strict=True)
+    return Labeller(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+class Labeller:
+    """Labels texts in CHEXPERT_LABELS' order: `labeller(texts)` gives the positives, (n, 14) bool.
+
+    White space is normalised and a text cut at 512 tokens as the `f1chexbert` package does, and positive means its
+    report mode: positive or uncertain. An empty text is blank throughout, where the package asks the model about "".
+    Each distinct text is labelled once and remembered.
+    """
+
+    def __init__(self, model: CheXbert, tokenizer):
+        self.model, self.tokenizer, self.cache = model, tokenizer, OrderedDict()
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        classes = self.classes(texts)
+        return (classes == POSITIVE) | (classes == UNCERTAIN)
+
+    def classes(self, texts: list[str]) -> np.ndarray:
+        """CheXbert's class of each label, (n, 14) int64: 0 blank, 1 positive, 2 negative, 3 uncertain."""
+        rows = cached(self.cache, [" ".join(text.split()) for text in texts], self.classify)
+        return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(texts), 14).astype(np.int64)
+
+    @torch.no_grad()
+    def classify(self, texts: list[str]) -> list[bytes]:
+        """Class of each label as 14 bytes per text; texts of like length share a batch."""
+        device = self.model.linear_heads[0].weight.device
+        found = {"": bytes(14)}
+        ordered = sorted((text for text in texts if text), key=len)
+        for start in range(0, len(ordered), BATCH):
+            chunk = ordered[start : start + BATCH]
+            batch = self.tokenizer(chunk, truncation=True, max_length=512, padding=True, return_tensors="pt").to(device)
+            logits = self.model(batch["input_ids"], batch["attention_mask"])
+            classes = torch.stack([head.argmax(dim=1) for head in logits], dim=1).cpu().numpy().astype(np.uint8)
+            found.update(zip(chunk, (row.tobytes() for row in classes), strict=True))
+        return [found[text] for text in texts]
+
+
+def label_f1(candidate_positive: np.ndarray, reference_positive: np.ndarray) -> list[float]:
+    """Eq. 4's s_cx: micro-F1 of each pair of (n, 14) bool rows; no positive in either = 1, in one only = 0.
+
+    No Finding counts like any other label, so two normal reports agree on something.
+    """
+    candidate, reference = np.asarray(candidate_positive, bool), np.asarray(reference_positive, bool)
+    both = (candidate & reference).sum(axis=1)
+    stated = candidate.sum(axis=1) + reference.sum(axis=1)
+    return np.where(stated == 0, 1.0, 2 * both / np.maximum(stated, 1)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ BERTScore, Eq. 3
+
+
+def _token_states(scorer, texts: list[str], weight: dict, device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Encoder states (T, D) and token weights (T,) of each text."""
+    from bert_score.utils import get_bert_embedding
+
+    states, ordered = {}, sorted(set(texts), key=lambda text: (len(text), text))
+    for start in range(0, len(ordered), BATCH):
+        chunk = ordered[start : start + BATCH]
+        hidden, mask, weights = get_bert_embedding(chunk, scorer._model, scorer._tokenizer, weight, device=device)
+        for text, row, w, n in zip(chunk, hidden, weights, mask.sum(dim=1), strict=True):
+            states[text] = row[:n], w[:n]
+    return states
+
+
+def _padded(rows: list[tuple[torch.Tensor, torch.Tensor]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States (N, T, D), mask (N, T) and token weights (N, T) of several texts, as the package's matching takes them."""
+    hidden, weights = zip(*rows, strict=True)
+    lengths = torch.tensor([len(row) for row in hidden], device=device)
+    hidden = pad_sequence(hidden, batch_first=True, padding_value=2.0)  # zeros would be divided by their norm
+    mask = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
+    return hidden, mask, pad_sequence(weights, batch_first=True)
+
+
+def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = "cpu") -> Callable:
+    """BERTScore F1 of pairs through the `bert-score` package: function(candidates, references) -> floats in [0, 1].
+
+    The encoder (Hugging Face layout, `folder` or hub name) is loaded once and read at `layer`; no idf, no rescaling.
+    An empty text scores 0. A text longer than the encoder's positions is cut there: `function.truncated` counts them.
+    The steps of the package's `score` run here in a sorted order: its own order is that of a Python set of strings,
+    which differs between processes and with it the last bits of a score, so that no run could be repeated.
+    """
+    from bert_score import BERTScorer
+    from bert_score.utils import greedy_cos_idf
+
+    try:
+        scorer = BERTScorer(model_type=str(folder), num_layers=layer, device=str(device))
+    except (OSError, ValueError, AssertionError) as error:
+        raise ValueError(f"bertscore: cannot load {folder} at layer {layer}: {first_line(error)}") from None
+    tokenizer = scorer._tokenizer
+    # a tokenizer without a limit says 1e30, which overflows
+    limit = tokenizer.model_max_length = min(tokenizer.model_max_length, scorer._model.config.max_position_embeddings)
+    weight = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
+
+    def score(candidates: list[str], references: list[str]) -> list[float]:
+        pairs = [(c.strip(), r.strip()) for c, r in zip(candidates, references, strict=True)]
+        unique, found = sorted({pair for pair in pairs if all(pair)}), {}
+        states = _token_states(scorer, [text for pair in unique for text in pair], weight, device)
+        long = [text for text in states if len(text) > limit - 2]  # a token takes a character or more
+        score.truncated += sum(len(tokenizer(text, verbose=False)["input_ids"]) > limit for text in long)
+        for start in range(0, len(unique), BATCH):
+            chunk = unique[start : start + BATCH]
+            ours, theirs = (_padded([states[pair[side]] for pair in chunk], device) for side in (0, 1))
+            f1 = greedy_cos_idf(*theirs, *ours)[2].nan_to_num().clamp(0, 1)
+            found.update(zip(chunk, f1.tolist(), strict=True))
+        return [found.get(pair, 0.0) for pair in pairs]
+
+    score.truncated = 0
+    return score

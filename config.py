@@ -1,0 +1,308 @@
+"""Every knob of every script: one dataclass tree, TOML files, and a flag for each field.
+
+`python train.py --help` prints the text below each field. Precedence: flag > `--config FILE.toml` > the default
+here. The defaults are the phantom's (two CPU cores); `configs/*.toml` hold the others.
+
+Where a default comes from is said in brackets: [paper] VALOR, arXiv 2512.16201v2; [ours] chosen by us, on the
+phantom's validation split where it matters; [TRL], [DeepSeekMath], [LLaVA] the habits of those codes. The paper
+gives only: LoRA, batch size 8, learning rate 1e-6, 3 epochs, lambda_vis 0.5, a "moderate" k_clin.
+"""
+
+import dataclasses
+import json
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from phantom import PhantomConfig
+
+
+@dataclass
+class DataConfig:
+    path: str = "phantom:data"
+    """folder of the data set; `phantom:data` is built on first use [ours]"""
+    format: Literal["r2gen", "openi"] = "r2gen"
+    """r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/ [R2Gen]"""
+    target: Literal["findings", "impression", "both"] = "both"
+    """which sections the model writes and is scored on [paper: both]"""
+    prompt: str = "Write the report."
+    """the instruction after the image; the paper's prompts are not published [ours]"""
+    sft_split: str = "sft"
+    """split that Stage 0 imitates [ours]"""
+    rl_split: str = "train"
+    """split that Stages 1 and 2 sample on [ours]"""
+    val_split: str = "val"
+    """split for choosing settings [R2Gen]"""
+    test_split: str = "test"
+    """split that is reported [R2Gen]"""
+    limit: int = 0
+    """use only the first N studies of each split; 0 = all [ours]"""
+    strict: bool = False
+    """an unusable study is an error instead of a counted skip [ours]"""
+
+
+@dataclass
+class ModelConfig:
+    path: str = "phantom:base"
+    """folder or hub name of the base vision-language model, Hugging Face LLaVA layout [paper: LLaVA-Med v1.5]"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the frozen base; LoRA weights and log-probs are always float32 [ours]"""
+    lora_r: int = 8
+    """LoRA rank [ours; not in the paper]"""
+    lora_alpha: int = 16
+    """LoRA alpha, the update is scaled by alpha / r [ours; not in the paper]"""
+    lora_dropout: float = 0.0
+    """LoRA dropout probability, active in Stage 0 only: RL needs deterministic log-probs [ours]"""
+
+
+@dataclass
+class RolloutConfig:
+    group_size: int = 8
+    """G, candidate reports per study [TRL's default; not in the paper]"""
+    temperature: float = 1.0
+    """softmax temperature of sampling and of every log-prob in the loss [TRL; not in the paper]"""
+    top_p: float = 1.0
+    """nucleus mass kept when sampling, 1 = off [TRL; not in the paper]"""
+    top_k: int = 0
+    """number of most likely tokens kept when sampling, 0 = off [TRL; not in the paper]"""
+    min_new_tokens: int = 4
+    """tokens before the end-of-sequence token is allowed [ours; not in the paper]"""
+    max_new_tokens: int = 96
+    """tokens at which a report is cut off; it then stays in the loss [ours; not in the paper]"""
+
+
+@dataclass
+class RewardConfig:
+    lambda_lex: float = 0.5
+    """Eq. 3 weight of BLEU-4 + ROUGE-L; lambda_lex + lambda_sem must be 1 [ours; not in the paper]"""
+    lambda_sem: float = 0.5
+    """Eq. 3 weight of BERTScore [ours; not in the paper]"""
+    lambda_clin: float = 1.0
+    """Eq. 5 weight of the clinical reward [ours; not in the paper]"""
+    lambda_cx: float = 0.5
+    """Eq. 4 weight of CheXbert F1 [ours; not in the paper]"""
+    lambda_rg: float = 0.5
+    """Eq. 4 weight of RadGraph F1 [ours; not in the paper]"""
+    k_clin: int = 4
+    """Eq. 5: clinical reward every k_clin updates, 0 = never [paper: "moderate"; 4 is ours]"""
+    lambda_vis: float = 0.5
+    """Eq. 8 share of the visual reward in Stage 2, in [0, 1] [paper: 0.5]"""
+    lambda_format: float = 0.5
+    """weight of the format reward, added after Eq. 8's mix [ours; not in the paper]"""
+    required_sections: tuple[str, ...] = ("FINDINGS", "IMPRESSION")
+    """headers that must stand exactly once inside the tags for the format reward; empty = tags only [ours]"""
+    rank: Literal["soft", "literal"] = "soft"
+    """Eq. 7 as printed (literal) or softened (soft): why, see rewards.rank_reward [paper: literal]"""
+    tau: float = 0.03
+    """temperature of the soft rank, in cosine-similarity units [ours]"""
+    mix: Literal["raw", "ranked"] = "raw"
+    """Eq. 8 mixes R_text as it is (raw) or ranked to [0, 1] like r_vis (ranked) [paper: raw]"""
+
+
+@dataclass
+class ScorerConfig:
+    expert: str = "phantom:expert"
+    """the frozen expert of Eq. 6: folder of an open_clip model [paper: not named]"""
+    chexbert: str = "phantom:labeller/chexbert.pth"
+    """checkpoint in CheXbert's format [Smit et al. 2020]"""
+    bert: str = "phantom:labeller"
+    """folder of the BERT (config, tokenizer) that the CheXbert checkpoint sits on [Smit et al. 2020]"""
+    bertscore: str = "phantom:labeller"
+    """folder of BERTScore's encoder [ours]"""
+    bertscore_layer: int = 2
+    """encoder layer whose states BERTScore compares [ours]"""
+    radgraph: str = "rules"
+    """`rules`: the rule-based reader of clinical.py, enough for the phantom's English [ours]"""
+
+
+@dataclass
+class SFTConfig:
+    steps: int = 250
+    """optimizer updates; 0 = `epochs` passes over the split [ours]"""
+    epochs: float = 3.0
+    """passes over the split when steps = 0 [paper: 3]"""
+    batch_size: int = 32
+    """studies per update, over all processes [ours]"""
+    lr: float = 2e-3
+    """peak learning rate of AdamW; 3% warm-up, then linear decay to 0 [ours]"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which gradients are scaled down [TRL]"""
+    trainable: Literal["language", "projector", "language+projector"] = "language+projector"
+    """whose LoRA weights Stage 0 trains [ours; not in the paper]"""
+
+
+@dataclass
+class GRPOConfig:
+    batch_size: int = 8
+    """studies per update, over all processes; each has G candidates [paper: 8]"""
+    micro_batch: int = 8
+    """studies per forward/backward pass: lower it when memory runs out, the gradient stays the same [ours]"""
+    lr: float = 1.5e-3
+    """constant learning rate of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]"""
+    beta: float = 0.04
+    """Eq. 10 weight of the KL to the SFT policy [DeepSeekMath; not in the paper]"""
+    eps_low: float = 0.2
+    """Eq. 10 lower clip range of the importance ratio [DeepSeekMath; not in the paper]"""
+    eps_high: float = 0.2
+    """Eq. 10 upper clip range of the importance ratio [DeepSeekMath; not in the paper]"""
+    num_iterations: int = 1
+    """optimizer updates per batch of rollouts, TRL's mu [TRL; not in the paper]"""
+    advantage: Literal["rank", "zscore", "mean"] = "rank"
+    """Eq. 9 RankNorm, GRPO's z-score, or reward minus group mean [paper: rank]"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which gradients are scaled down [TRL]"""
+
+
+@dataclass
+class StageConfig:
+    steps: int = 80
+    """policy updates (rollout batches) in this stage; 0 = `epochs` passes over the split [ours]"""
+    epochs: float = 3.0
+    """passes over the split when steps = 0 [paper: 3]"""
+    trainable: Literal["language", "projector", "language+projector"] = "language"
+    """whose LoRA weights this stage trains [paper: Stage 1 language, Stage 2 vision projection]"""
+
+
+@dataclass
+class EvalConfig:
+    batch_size: int = 64
+    """studies decoded together [ours]"""
+    samples: int = 4
+    """sampled reports per study beside the greedy one, at rollout.temperature; 0 = greedy only [ours]"""
+    bootstrap: int = 1000
+    """resamples of the studies for the 95% intervals [ours]"""
+    gate: float = 55.0
+    """percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;
+    Stage 2 was seen to hurt a policy that hardly looks at the image [ours]"""
+
+
+@dataclass
+class AssetsConfig:
+    """How the phantom's small models are trained (assets.py)."""
+
+    vision_steps: int = 1200
+    """updates of the vision tower as a multi-label classifier, 64 images each [ours]"""
+    base_steps: int = 600
+    """updates of the base vision-language model on captions, 48 images each [ours]"""
+    expert_steps: int = 300
+    """updates of the frozen expert, 128 image-report pairs each [ours]"""
+    labeller_steps: int = 300
+    """updates of the CheXbert-format labeller, 64 texts each [ours]"""
+
+
+def _default_stage2() -> StageConfig:
+    return StageConfig(steps=80, trainable="language+projector")
+
+
+@dataclass
+class Config:
+    stage: Literal["0", "1", "2", "all"] = "all"
+    """0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]"""
+    run: str = "runs/phantom"
+    """the run folder: config, metrics, checkpoints, adapters; an interrupted run goes on from it [ours]"""
+    name: str = ""
+    """folder of this stage inside the run; empty = sft, stage1 or stage2. For branches off one predecessor [ours]"""
+    init_from: str = ""
+    """start this stage from this adapter folder instead of the predecessor's [ours]"""
+    seed: int = 0
+    """seed of everything: data order, sampling, initial LoRA weights [ours]"""
+    assets_seed: int = 0
+    """seed of the phantom's images, reports and small models, apart from `seed` so that runs share them [ours]"""
+    assets_dir: str = "assets"
+    """cache of the phantom's data set and models, one folder per setting [ours]"""
+    device: str = "auto"
+    """auto = cuda where there is one, else cpu [ours]"""
+    threads: int = 1
+    """CPU threads per process, 0 = torch's choice; for small models one thread and two processes win [ours]"""
+    save_every: int = 20
+    """updates between checkpoints [ours]"""
+    sample_every: int = 20
+    """updates between groups written to samples.jsonl with their rewards [ours]"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scorers: ScorerConfig = field(default_factory=ScorerConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    stage1: StageConfig = field(default_factory=StageConfig)
+    stage2: StageConfig = field(default_factory=_default_stage2)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    assets: AssetsConfig = field(default_factory=AssetsConfig)
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+
+
+def merge(default, values: dict, where: str = ""):
+    """Return a copy of dataclass `default` with `values` (a nested dict) laid over it.
+
+    Raises ValueError naming the key when it is no field, or when a table stands where a value belongs.
+    """
+    names = {f.name: f for f in dataclasses.fields(default)}
+    changes = {}
+    for key, value in values.items():
+        if key not in names:
+            raise ValueError(f"unknown key '{where}{key}'; known here: {', '.join(names)}")
+        old = getattr(default, key)
+        if dataclasses.is_dataclass(old) != isinstance(value, dict):
+            raise ValueError(f"'{where}{key}' must be {'a table' if dataclasses.is_dataclass(old) else 'a value'}")
+        if isinstance(value, dict):
+            value = merge(old, value, f"{where}{key}.")
+        changes[key] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(default, **changes)
+
+
+def load_toml(path: str, default: Config) -> Config:
+    """`default` overlaid with a TOML file; ends the program with one line when the file is not usable."""
+    try:
+        return merge(default, tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        sys.exit(f"config: {path} does not exist")
+    except (ValueError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        sys.exit(f"config: {path}: {error}")
+
+
+def parse(cls=Config, description: str = "", argv: list[str] | None = None):
+    """Read flags (and `--config FILE.toml` before them) into `cls`, Config or a subclass of it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = cls()
+    for i, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+            del argv[i : i + (1 if "=" in word else 2)]
+            default = load_toml(path, default)
+            break
+    description += "\n\n--config FILE.toml sets fields from a file; flags win over it."
+    config = tyro.cli(cls, args=argv, default=default, description=description)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """End the program with one line when fields contradict each other."""
+    r, problems = config.rewards, []
+    if abs(r.lambda_lex + r.lambda_sem - 1) > 1e-6:
+        problems.append(f"rewards.lambda_lex + rewards.lambda_sem must be 1, got {r.lambda_lex + r.lambda_sem:g}")
+    for name in ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "lambda_format"):
+        if getattr(r, name) < 0:
+            problems.append(f"rewards.{name} must not be negative")
+    if not 0 <= r.lambda_vis <= 1:
+        problems.append(f"rewards.lambda_vis must be in [0, 1], got {r.lambda_vis:g}")
+    if config.rollout.group_size < 2:
+        problems.append("rollout.group_size must be at least 2: a rank within a group of one says nothing")
+    if config.rollout.temperature <= 0:
+        problems.append("rollout.temperature must be above 0")
+    if not 0 < config.rollout.top_p <= 1:
+        problems.append(f"rollout.top_p must be in (0, 1], got {config.rollout.top_p:g}")
+    if not 0 <= config.rollout.min_new_tokens < config.rollout.max_new_tokens:
+        problems.append("rollout.min_new_tokens must be at least 0 and below rollout.max_new_tokens")
+    if problems:
+        sys.exit("config: " + "; ".join(problems))
+
+
+def to_dict(config) -> dict:
+    """The resolved config as plain JSON types (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,0 +1,249 @@
+"""The policy: a Hugging Face vision-language model, its LoRA adapter, its frozen reference, its log-probs.
+
+    image + prompt ──prefill once per study──▶ keys/values ──repeat G times──▶ G candidate reports
+
+Every candidate of a study shares the image and the prompt, so both the sampler (rollout.py) and the loss encode
+them once (`encode_prefix`) and run only the reports' own tokens G times (`completion_logps`). Gradients flow
+through the shared prefix, so the result is that of G full forwards, at a fraction of the cost.
+
+The policy of a stage is always "base + one LoRA adapter". The adapter covers the language model and the vision
+projection; `set_trainable` picks what a stage trains. The reference (Eq. 10) is a second, frozen adapter `ref`
+holding the SFT policy: `disable_adapter()` would give the base model instead, which is not the SFT policy.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+from config import Config
+
+# What the two parts of a stage are called inside each family's module tree. A regex, not a list of suffixes:
+# "q_proj" alone would also match the vision tower, which stays frozen.
+PARTS = {
+    "llava": {
+        "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+        "projector": r".*multi_modal_projector\.linear_[12]",
+    },
+}
+
+
+@dataclass
+class SamplingRules:
+    """What turns logits into the policy's distribution, the same in the sampler and in the loss."""
+
+    temperature: float
+    min_new_tokens: int  # EOS is impossible before this position
+    eos_ids: list[int]
+    banned_ids: list[int]  # never sampled: an image placeholder in a report would break the next forward
+
+
+def sampling_rules(model, processor, cfg: Config) -> SamplingRules:
+    """The rules of `cfg.rollout` for this model's special tokens."""
+    base = get_base(model)
+    eos_ids = {processor.tokenizer.eos_token_id}
+    generation_eos = base.generation_config.eos_token_id
+    eos_ids |= set(generation_eos if isinstance(generation_eos, list) else [generation_eos]) - {None}
+    banned = {getattr(base.config, "image_token_id", None), processor.tokenizer.pad_token_id} - {None} - eos_ids
+    return SamplingRules(cfg.rollout.temperature, cfg.rollout.min_new_tokens, sorted(eos_ids), sorted(banned))
+
+
+def policy_logits(logits: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
+    """Logits (n, V) of the tokens at report positions (n,) -> float32 logits of the policy's distribution."""
+    logits = logits.float() / rules.temperature  # float32 first: log_softmax in bf16 loses digits
+    banned = torch.zeros_like(logits, dtype=torch.bool)
+    banned[:, rules.banned_ids] = True
+    banned[:, rules.eos_ids] |= (positions < rules.min_new_tokens)[:, None]
+    return logits.masked_fill(banned, float("-inf"))
+
+
+def get_base(model):
+    """The Hugging Face model inside a PeftModel (LoRA layers stay active), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def parts_of(model) -> dict[str, str]:
+    """Regexes of the model family's parts; ValueError for a family that PARTS does not know."""
+    family = get_base(model).config.model_type
+    if family not in PARTS:
+        raise ValueError(f"model family '{family}' is not supported; known: {', '.join(PARTS)} (see model.PARTS)")
+    return PARTS[family]
+
+
+def load_policy(cfg: Config, adapter: str | Path | None = None, new_lora: bool = False):
+    """Load `cfg.model.path`, plus an adapter folder, or a new LoRA adapter (whose update is 0), or neither.
+
+    Returns (model in eval mode with nothing trainable, processor). A checkpoint that lacks a weight of the
+    model is an error: transformers would only warn and leave it random.
+    """
+    path = cfg.model.path
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=getattr(torch, cfg.model.dtype), output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{path}: the checkpoint lacks {len(info['missing_keys'])} weights, e.g. {sorted(info['missing_keys'])[0]}"
+        )
+    processor = AutoProcessor.from_pretrained(path)
+    processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").exists():
+            raise ValueError(f"{adapter}: no adapter_config.json there; expected a PEFT adapter folder")
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    elif new_lora:
+        model = get_peft_model(model, lora_config(cfg, model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.to(pick_device(cfg)).eval(), processor
+
+
+def lora_config(cfg: Config, model) -> LoraConfig:
+    """LoRA (Hu et al. 2022) on every linear layer of the language model and of the vision projection."""
+    return LoraConfig(
+        r=cfg.model.lora_r,
+        lora_alpha=cfg.model.lora_alpha,
+        lora_dropout=cfg.model.lora_dropout,
+        target_modules="|".join(parts_of(model).values()),
+        base_model_name_or_path=cfg.model.path,
+    )
+
+
+def pick_device(cfg: Config) -> torch.device:
+    """cfg.device, or this process's GPU under `auto`, or the CPU."""
+    if cfg.device != "auto":
+        return torch.device(cfg.device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def set_trainable(model, trainable: str) -> list[str]:
+    """Let exactly the policy's LoRA weights of the named parts ("language+projector") train; return their names."""
+    parts = parts_of(model)
+    patterns = [re.compile(parts[part]) for part in trainable.split("+")]
+    names = []
+    for name, parameter in model.named_parameters():
+        module = name.split(".lora_")[0]
+        on = ".lora_" in name and ".default." in name and any(p.fullmatch(module) for p in patterns)
+        parameter.requires_grad_(on)
+        names += [name] * on
+    if not names:
+        raise ValueError(f"no LoRA weight of '{trainable}' found: was the adapter made for this model?")
+    return names
+
+
+def add_reference(model: PeftModel, adapter: str | Path) -> None:
+    """Load the SFT policy's adapter as the frozen second adapter `ref`."""
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.load_adapter(str(adapter), adapter_name="ref", is_trainable=False)
+    model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, False))
+
+
+@contextlib.contextmanager
+def use_reference(model: PeftModel):
+    """Within this block the model is the reference policy. Restores requires_grad, which PEFT changes on a switch."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.set_adapter("ref")
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def disable_dropout(model) -> None:
+    """Set every dropout to 0: in RL the sampler, the old, the new and the reference log-probs must agree."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Tensor]:
+    """Chat template + image preprocessing of the model's own processor -> left-padded model inputs, batch B."""
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    return dict(processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt").to(device))
+
+
+@dataclass
+class Prefix:
+    """Keys and values of image + prompt, all but the prompt's last token (whose output predicts token 1)."""
+
+    cache: DynamicCache
+    last_token: Tensor  # (B, 1)
+    mask: Tensor  # (B, P) 1 = real token, P counts the last token too
+    length: Tensor  # (B, 1) number of real tokens
+
+    def repeat(self, times: int) -> "Prefix":
+        """Each study's row `times` times, in place for the cache: (B, ...) -> (B * times, ...)."""
+        if times > 1:
+            self.cache.batch_repeat_interleave(times)
+        rows = [t.repeat_interleave(times, dim=0) for t in (self.last_token, self.mask, self.length)]
+        return Prefix(self.cache, *rows)
+
+
+def encode_prefix(model, inputs: dict[str, Tensor]) -> Prefix:
+    """Run image + prompt through the model once. Differentiable: gradients of all G candidates add up in it."""
+    base = get_base(model)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    extra = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "token_type_ids")}
+    cache = DynamicCache(config=base.config.get_text_config())
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = base.model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        **extra,
+    )
+    if out.past_key_values is None or out.past_key_values.get_seq_length() != ids.shape[1] - 1:
+        raise RuntimeError("the model returned no key/value cache for the prefix (gradient checkpointing on?)")
+    return Prefix(out.past_key_values, ids[:, -1:], mask, mask.sum(-1, keepdim=True))
+
+
+def run_suffix(model, prefix: Prefix, tokens: Tensor, mask: Tensor, start: int) -> Tensor:
+    """Hidden states (N, t, D) of `tokens` (N, t), the report positions from `start` on, after a repeated prefix.
+
+    mask: (N, P + start + t), 1 = attend. Position ids are explicit, so padding never shifts a position.
+    """
+    positions = prefix.length - 1 + start + torch.arange(tokens.shape[1], device=tokens.device)  # (N, t)
+    out = get_base(model).model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=prefix.cache, use_cache=True
+    )
+    return out.last_hidden_state
+
+
+def completion_logps(
+    model, prefix: Prefix, completions: Tensor, completion_mask: Tensor, rules: SamplingRules
+) -> Tensor:
+    """log pi(o_t | image, prompt, o_<t) of every report token, Eq. 1's factors: (N, T) float32, 0 where masked.
+
+    prefix: N rows (already repeated). completions: (N, T) token ids, right-padded. completion_mask: (N, T), 1 up
+    to and including the first EOS, by position. Only real tokens meet the vocabulary matrix.
+    """
+    tokens = torch.cat([prefix.last_token, completions[:, :-1]], dim=1)  # (N, T): input t predicts output t
+    hidden = run_suffix(model, prefix, tokens, torch.cat([prefix.mask, completion_mask[:, :-1]], dim=1), start=0)
+    rows, positions = completion_mask.nonzero(as_tuple=True)  # (n,) each
+    logits = policy_logits(get_base(model).lm_head(hidden[rows, positions]), positions, rules)  # (n, V)
+    targets = completions[rows, positions]
+    logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)  # (n,)
+    return torch.zeros(completions.shape, device=logps.device).index_put((rows, positions), logps)
+
+
+def tokenize_reports(processor, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor, int]:
+    """Texts -> (ids (B, T) ended by EOS and padded, mask (B, T) by position, number of texts cut to max_tokens)."""
+    tokenizer, eos = processor.tokenizer, processor.tokenizer.eos_token_id
+    rows = [ids + [eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    cut = sum(len(row) > max_tokens for row in rows)
+    rows = [row[:max_tokens] for row in rows]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [eos] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask, cut

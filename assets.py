@@ -1,0 +1,387 @@
+"""The phantom's own models, small versions of the real components in their real layouts on disk.
+
+    data       R2Gen's layout                                     phantom.py writes it
+    base       LlavaForConditionalGeneration + processor          sees, but hallucinates as a Med-VLM does
+    expert     open_clip folder                                   frozen scorer of Eq. 6
+    labeller   BERT folder + chexbert.pth in CheXbert's format    clinical reward of Eq. 4, and BERTScore's encoder
+
+Each is trained on splits of its own, measured on held-out studies, and cached in `assets/phantom-<hash of its
+settings>`: a config value `phantom:base` means "that folder, built on first use". A build is written beside its place
+and renamed when complete, so an interrupted one starts anew and ends the same.
+
+`python assets.py --build data base expert labeller` builds them ahead of a run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+import clinical
+import expert as expert_module
+import phantom
+from config import Config, parse
+from data import Study, batch_ids, load_studies, read_image
+from model import encode_prompts
+from rewards import CLOSE, OPEN
+from runs import atomic_folder
+from sft import sft_loss, text_logps
+
+MEAN, STD = 0.5, 0.25  # of the phantom's grey values, about; the image processor normalises with them
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}USER: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}"
+)
+NAMES = ("data", "base", "expert", "labeller")
+
+
+def asset_dir(cfg: Config) -> Path:
+    """The cache folder of these settings: the same settings share it, others never mix with it."""
+    key = json.dumps([dataclasses.asdict(cfg.phantom), dataclasses.asdict(cfg.assets), cfg.assets_seed], sort_keys=True)
+    return Path(cfg.assets_dir) / f"phantom-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def resolve(cfg: Config, needs: tuple[str, ...] = NAMES) -> Config:
+    """Replace every `phantom:NAME` path by its folder, building the assets in `needs` that are missing."""
+    wanted = set()
+
+    def place(value: str) -> str:
+        if not value.startswith("phantom:"):
+            return value
+        name = value.removeprefix("phantom:")
+        wanted.add(name.split("/")[0])
+        return str(asset_dir(cfg) / name)
+
+    replaced = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, path=place(cfg.data.path)),
+        model=dataclasses.replace(cfg.model, path=place(cfg.model.path)),
+        scorers=dataclasses.replace(
+            cfg.scorers, **{k: place(v) for k, v in dataclasses.asdict(cfg.scorers).items() if isinstance(v, str)}
+        ),
+    )
+    for name in [n for n in NAMES if n in wanted and n in needs]:
+        ensure(cfg, name)
+    return replaced
+
+
+def ensure(cfg: Config, name: str) -> Path:
+    """Build asset `name` unless it is there; returns its folder."""
+    folder = asset_dir(cfg) / name
+    if not folder.exists():
+        if name != "data":
+            ensure(cfg, "data")
+        print(f"building {folder}", flush=True)
+        with atomic_folder(folder) as tmp:
+            torch.manual_seed(cfg.assets_seed)
+            BUILDERS[name](cfg, tmp)
+    return folder
+
+
+def read_assets_data(cfg: Config, split: str) -> tuple[list[Study], Tensor, Tensor]:
+    """Studies of a phantom split, their images (n, 64, 64) uint8 and labels (n, 15) float."""
+    data = dataclasses.replace(cfg.data, path=str(asset_dir(cfg) / "data"), format="r2gen", target="both", limit=0)
+    studies = load_studies(data, split)
+    images = torch.from_numpy(np.stack([np.asarray(read_image(s.image).convert("L")) for s in studies]))
+    labels = torch.tensor([[label in s.labels for label in phantom.LABELS] for s in studies]).float()
+    return studies, images, labels
+
+
+def held_out(n: int) -> int:
+    """How many of a split's n studies, its first ones, measure an asset instead of training it."""
+    return min(512, n // 8)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Grey images (B, H, W) uint8 -> (B, 3, H, W) float, exactly as the saved image processor does it."""
+    return ((images.float() / 255 - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
+
+
+def optimise(parameters, steps: int, lr: float, loss_at, what: str, clip: float = 1.0) -> None:
+    """AdamW with 5% warm-up and cosine decay over `loss_at(step) -> scalar loss`."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps)) + 0.01)
+    )
+    bar = tqdm(range(steps), desc=f"{what:<14}")
+    for step in bar:
+        loss = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+# ------------------------------------------------------------------------------------------------------------ base
+
+
+def policy_tokenizer(corpus: list[str], vocab_size: int = 1200) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the phantom's texts (it reads any text); <report> tags are tokens of their own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens([AddedToken(OPEN, normalized=False), AddedToken(CLOSE, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"], extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+    )  # fmt: skip
+
+
+def new_llava(tokenizer, image_size: int) -> LlavaForConditionalGeneration:
+    """A LLaVA of 1.5 M parameters: CLIP ViT (width 128, 3 layers, patch 16) + Llama (width 128, 4 layers)."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=16,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1,
+                    image_seq_length=(image_size // 16) ** 2)
+    )  # fmt: skip
+
+
+def new_processor(tokenizer, image_size: int) -> LlavaProcessor:
+    """The LLaVA processor (resize, crop, normalise; chat template) that belongs to `new_llava`."""
+    size = {"height": image_size, "width": image_size}
+    images = CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3
+    )
+    return LlavaProcessor(
+        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", chat_template=CHAT,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def similar_lengths(lengths: list[int], batch_size: int, seed: int, step: int, pool: int = 16) -> list[int]:
+    """`batch_ids`, except that a batch holds texts of similar length: less padding, a third of the time."""
+    block, place = divmod(step, pool)
+    rows = sorted(batch_ids(len(lengths), batch_size * pool, seed, block), key=lambda i: lengths[i])
+    start = batch_size * np.random.default_rng([seed, block]).permutation(pool)[place]
+    return rows[start : start + batch_size]
+
+
+def build_base(cfg: Config, folder: Path) -> None:
+    """Train the base model: first its vision tower as a classifier, then all of it on captions."""
+    studies, images, labels = read_assets_data(cfg, "base")
+    reports = [s.report for s in read_assets_data(cfg, "expert")[0]]
+    tokenizer = policy_tokenizer(reports + [s.report for s in studies] + [f"USER: {cfg.data.prompt} ASSISTANT:"] * 100)
+    processor, model = new_processor(tokenizer, cfg.phantom.image_size), new_llava(tokenizer, cfg.phantom.image_size)
+    tower, held = model.model.vision_tower, held_out(len(studies))
+
+    head = nn.Linear(tower.config.hidden_size, labels.shape[1])
+
+    def classify(batch: Tensor) -> Tensor:  # (B, H, W) -> (B, 15)
+        return head(tower(pixel_values=normalise(batch)).last_hidden_state[:, 1:].mean(dim=1))
+
+    def vision_loss(step: int) -> Tensor:
+        rows = [held + i for i in batch_ids(len(studies) - held, 64, cfg.assets_seed, step)]
+        return F.binary_cross_entropy_with_logits(classify(images[rows]), labels[rows])
+
+    optimise([*tower.parameters(), *head.parameters()], cfg.assets.vision_steps, 1e-3, vision_loss, "vision tower")
+    with torch.no_grad():
+        predicted = classify(images[:held]) > 0
+    f1 = 2 * (predicted * labels[:held]).sum() / (predicted.sum() + labels[:held].sum())
+
+    prompt = encode_prompts(processor, [read_image(studies[0].image)], cfg.data.prompt, "cpu")  # batch 1
+
+    lengths = [len(s.report) for s in studies[held:]]
+
+    def caption_loss(step: int) -> Tensor:
+        rows = [held + i for i in similar_lengths(lengths, 48, cfg.assets_seed + 1, step)]
+        inputs = {name: row.expand(len(rows), *row.shape[1:]) for name, row in prompt.items()}
+        inputs["pixel_values"] = normalise(images[rows])
+        logps, mask, _ = text_logps(model, processor, inputs, [studies[i].report for i in rows], cfg)
+        return sft_loss(logps, mask)
+
+    optimise(list(model.parameters()), cfg.assets.base_steps, 1.5e-3, caption_loss, "base model")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    report_quality(folder, {"vision_tower_sided_f1": f1.item(), "studies": held})
+
+
+# ---------------------------------------------------------------------------------------------------------- expert
+
+
+def word_piece(corpus: list[str], folder: Path, vocab_size: int = 1200) -> BertTokenizerFast:
+    """A lower-casing WordPiece tokenizer in BERT's layout, trained on `corpus`."""
+    from tokenizers import BertWordPieceTokenizer
+
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator(corpus, vocab_size=vocab_size, min_frequency=1, show_progress=False)
+    trained.save_model(str(folder))
+    return BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=512)
+
+
+def build_expert(cfg: Config, folder: Path) -> None:
+    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers."""
+    import open_clip
+
+    studies, images, labels = read_assets_data(cfg, "expert")
+    held = held_out(len(studies))
+    tokenizer = word_piece([s.report for s in studies], folder)
+    settings = expert_module.phantom_expert_config(len(tokenizer), tokenizer.sep_token_id)
+    settings["preprocess_cfg"] |= {"mean": [MEAN] * 3, "std": [STD] * 3}
+    model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
+    length = settings["model_cfg"]["text_cfg"]["context_length"]
+    encoded = tokenizer([s.report for s in studies], padding="max_length", max_length=length, truncation=True)
+    tokens = torch.tensor(encoded["input_ids"])  # (n, length)
+
+    def features(rows) -> tuple[Tensor, Tensor]:  # (B, D) each, normalised
+        text = expert_module.encode_tokens(model, tokens[rows])
+        return F.normalize(model.encode_image(normalise(images[rows])), dim=-1), F.normalize(text, dim=-1)
+
+    def contrastive_loss(step: int) -> Tensor:
+        rows = [held + i for i in batch_ids(len(studies) - held, 128, cfg.assets_seed + 2, step)]
+        image, text = features(rows)
+        same = (labels[rows][:, None] == labels[rows][None]).all(dim=-1).float()  # (B, B)
+        target = same / same.sum(dim=-1, keepdim=True)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    optimise(list(model.parameters()), cfg.assets.expert_steps, 1e-3, contrastive_loss, "expert")
+    model.eval()
+    expert_module.save_expert(model, settings, tokenizer, folder)
+    n = min(256, held)
+    with torch.no_grad():
+        image, text = features(list(range(n)))
+    same = (labels[:n, None] == labels[None, :n]).all(dim=-1)
+    hit = same[torch.arange(n), (image @ text.T).argmax(dim=-1)].float().mean().item()
+    frozen = expert_module.load_expert(folder)
+    report_quality(folder, {f"retrieval_at_1_of_{n}": hit} | probe_expert(frozen, studies[:held], cfg))
+
+
+def probe_expert(frozen, studies: list[Study], cfg: Config) -> dict[str, float]:
+    """How often the expert prefers the true report to one with a side flipped, a finding dropped, or one added."""
+    rng, wins = np.random.default_rng(cfg.assets_seed), {}
+    for study in studies:
+        truth = [phantom.finding_of(label, rng) for label in study.labels]
+        variants = {}
+        sided = [f for f in truth if f.side and not any(g.name == f.name and g.side != f.side for g in truth)]
+        if sided:
+            flip = {"left": "right", "right": "left"}
+            variants["side"] = [dataclasses.replace(f, side=flip[f.side]) if f is sided[0] else f for f in truth]
+        if truth:
+            variants["dropped"] = truth[1:]
+        absent = [label for label in phantom.LABELS if label not in study.labels]
+        variants["added"] = [*truth, phantom.finding_of(absent[rng.integers(len(absent))], rng)]
+        texts = [phantom.write_report(f, rng, cfg.phantom, noisy=False)[0] for f in [truth, *variants.values()]]
+        s = frozen.similarity([read_image(study.image)], [study.id], texts, len(texts))[0]
+        for name, value in zip(variants, s[1:], strict=True):
+            wins.setdefault(name, []).append(float(s[0] > value))
+    return {f"prefers_truth_over_{name}": float(np.mean(v)) for name, v in wins.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- labeller
+
+
+def build_labeller(cfg: Config, folder: Path) -> None:
+    """Train the CheXbert-format labeller on texts of its own (no images), labelled by what each text states."""
+    texts, classes = phantom.labelled_texts(cfg.phantom, cfg.assets_seed, cfg.phantom.expert)
+    classes, held = torch.as_tensor(classes), held_out(len(texts))  # (n, 14)
+    tokenizer = word_piece(texts, folder)
+    bert = BertModel(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512,
+        max_position_embeddings=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ))  # fmt: skip
+    model = clinical.CheXbert(bert)
+    encoded = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
+
+    def class_logits(rows) -> list[Tensor]:  # 14 x (B, 4 or 2)
+        ids = nn.utils.rnn.pad_sequence([encoded[i] for i in rows], batch_first=True)
+        return model(ids, (ids != tokenizer.pad_token_id).long())
+
+    lengths = [len(text) for text in texts[held:]]
+
+    def labeller_loss(step: int) -> Tensor:
+        rows = [held + i for i in similar_lengths(lengths, 64, cfg.assets_seed + 3, step)]
+        logits = class_logits(rows)
+        return sum(F.cross_entropy(head, classes[rows, i]) for i, head in enumerate(logits)) / len(logits)
+
+    optimise(list(model.parameters()), cfg.assets.labeller_steps, 1e-3, labeller_loss, "labeller")
+    with torch.no_grad():
+        predicted = torch.stack([head.argmax(-1) for head in class_logits(range(held))], dim=1)  # (held, 14)
+    positive, truth = (predicted == 1) | (predicted == 3), (classes[:held] == 1) | (classes[:held] == 3)
+    f1 = 2 * (positive & truth).sum() / (positive.sum() + truth.sum())
+    bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    clinical.save_chexbert(model, folder / "chexbert.pth")
+    report_quality(
+        folder, {"micro_f1": f1.item(), "class_accuracy": (predicted == classes[:held]).float().mean().item()}
+    )
+
+
+def build_data(cfg: Config, folder: Path) -> None:
+    """Write the phantom data set and a contact sheet of 12 test studies."""
+    phantom.build(cfg.phantom, cfg.assets_seed, folder)
+    phantom.contact_sheet(folder, folder / "contact_sheet.png")
+
+
+def report_quality(folder: Path, numbers: dict[str, float]) -> None:
+    """Print an asset's held-out quality and keep it beside the asset."""
+    (folder / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(
+        f"{folder.name.removesuffix('.tmp')} on held-out studies: "
+        + ", ".join(f"{k} {v:.3g}" for k, v in numbers.items())
+    )
+
+
+BUILDERS = {"data": build_data, "base": build_base, "expert": build_expert, "labeller": build_labeller}
+
+
+@dataclass
+class BuildConfig(Config):
+    build: tuple[str, ...] = NAMES
+    """which assets to build, of data, base, expert and labeller"""
+
+
+def main() -> None:
+    cfg = parse(BuildConfig, "Build the phantom's data set and models.")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    for name in cfg.build:
+        print(ensure(cfg, name))
+
+
+if __name__ == "__main__":
+    main()

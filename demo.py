@@ -1,0 +1,107 @@
+"""The whole method in one command: phantom, SFT, Stage 1, two branches of equal length, evaluation, table.
+
+    assets ──▶ sft ──▶ stage1 ──┬──▶ stage1_continued   (lambda_vis = 0: text rewards only)
+                                └──▶ stage2             (lambda_vis = 0.5: VALOR)
+
+Both branches start from the same Stage-1 checkpoint, take equally many updates on the same studies and train the same
+weights. Flags are passed on to every step; an interrupted demo goes on where it stopped when started again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from config import Config, parse
+
+CORES = 2  # processes side by side, one thread each: faster here than one process with two threads
+
+
+def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
+    """The command line of one step, through torchrun where it takes several processes."""
+    if processes == 1:
+        return [sys.executable, script, *flags]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*torchrun, script, *flags]
+
+
+def run_side_by_side(commands: list[list[str]]) -> None:
+    """Run commands at the same time, each with a progress bar on a line of its own; stop all when one fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not sys.stderr.isatty():
+        environment["TQDM_MININTERVAL"] = "15"  # in a log file a bar is a line each time
+    running = [subprocess.Popen(words, env=environment | {"TQDM_POSITION": str(i)}) for i, words in enumerate(commands)]
+    try:
+        while any(process.poll() is None for process in running):
+            failed = [process for process in running if process.poll() not in (None, 0)]
+            if failed:
+                sys.exit(f"demo: this step failed (exit code {failed[0].returncode}): {' '.join(failed[0].args)}")
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+    for process in running:
+        if process.returncode != 0:
+            sys.exit(f"demo: this step failed (exit code {process.returncode}): {' '.join(process.args)}")
+
+
+def steps(flags: list[str]) -> list[tuple[str, float, list[list[str]]]]:
+    """(title, seconds it took on two quiet cores, commands to run side by side)."""
+    branch = ["--stage", "2", *flags]
+    evaluate = command("evaluate.py", ["--policy", "base,sft,stage1", *flags])
+    evaluate_branches = command("evaluate.py", ["--policy", "stage1_continued,stage2", *flags])
+    return [
+        ("phantom data set", 30, [command("assets.py", ["--build", "data", *flags])]),
+        ("base model | labeller, expert", 270, [
+            command("assets.py", ["--build", "base", *flags]),
+            command("assets.py", ["--build", "labeller", "expert", *flags]),
+        ]),
+        ("Stage 0: SFT", 60, [command("train.py", ["--stage", "0", *flags], CORES)]),
+        ("gate: does the SFT policy see?", 30, [
+            command("evaluate.py", ["--policy", "sft", "--split", "val", "--eval.samples", "0", *flags])
+        ]),
+        ("Stage 1: text rewards", 75, [command("train.py", ["--stage", "1", *flags], CORES)]),
+        ("two branches: text rewards go on | visual reward mixed in", 140, [
+            command("train.py", [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]),
+            command("train.py", branch),
+        ]),
+        ("evaluation on the test split", 90, [evaluate, evaluate_branches]),
+    ]  # fmt: skip
+
+
+def check_gate(cfg: Config) -> None:
+    """Stop before RL when the SFT policy's sided F1 on the validation split is below the gate."""
+    path = Path(cfg.run) / "eval" / cfg.data.val_split / "sft" / "results.json"
+    f1 = 100 * json.loads(path.read_text())["greedy"]["sided_f1"]["value"]
+    print(f"the SFT policy's sided F1 on the validation split: {f1:.1f} (gate {cfg.eval.gate:g})")
+    if f1 < cfg.eval.gate:
+        sys.exit(
+            f"demo: {f1:.1f} is below the gate of {cfg.eval.gate:g}: train the base or SFT longer, or set --eval.gate"
+        )
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    cfg = parse(Config, __doc__)
+    began, expected, plan = time.time(), 0.0, steps(flags)
+    total = sum(seconds for _, seconds, _ in plan)
+    for number, (title, seconds, commands) in enumerate(plan, 1):
+        elapsed = time.time() - began
+        # this machine's pace so far, once there is one, scales what is left
+        pace = elapsed / expected if expected > 60 else 1.0
+        print(
+            f"\n[{number}/{len(plan)}] {title}: {elapsed:.0f} s so far, about {(total - expected) * pace:.0f} s to go",
+            flush=True,
+        )
+        run_side_by_side(commands)
+        expected += seconds
+        if title.startswith("gate"):
+            check_gate(cfg)
+    print(f"\nthe demo took {time.time() - began:.0f} s; what it left is in {cfg.run}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The loop, the run folder and the two updates, on the smallest phantom."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from assets import resolve
+from data import load_studies
+from model import get_base, load_policy
+from rewards import compute_rewards, load_scorers, wrap
+from runs import Log, claim_folder, keep_rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tags():
+    """Tag every output, so that the babble of an untrained policy gets rewards, and gradients, at all."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train, "compute_rewards", lambda o, *a, **k: compute_rewards([list(map(wrap, g)) for g in o], *a, **k))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def cfg(micro, tmp_path):
+    return resolve(replace(micro, run=str(tmp_path / "run")))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(micro, tmp_path_factory):
+    """A run of all three stages."""
+    cfg = resolve(replace(micro, run=str(tmp_path_factory.mktemp("finished"))))
+    train.train(cfg)
+    return cfg
+
+
+def test_a_run_leaves_everything_behind(finished):
+    run = Path(finished.run)
+    for stage, steps in (("sft", 4), ("stage1", 4), ("stage2", 2)):
+        folder = run / stage
+        assert {"config.json", "metrics.jsonl", "checkpoint.pt", "tb", "adapter"} <= {p.name for p in folder.iterdir()}
+        assert len(rows(folder)) == steps
+    assert [row["k"] for row in rows(run / "stage1")] == [1, 2, 3, 4]
+    assert [row["k"] for row in rows(run / "stage2")] == [5, 6]  # k is never reset between the stages
+    clinical = [row["k"] for stage in ("stage1", "stage2") for row in rows(run / stage) if "reward/chexbert" in row]
+    assert clinical == [2, 4, 6]
+    assert "reward/visual" in rows(run / "stage2")[0] and "reward/visual" not in rows(run / "stage1")[0]
+    sample = json.loads((run / "stage2" / "samples.jsonl").read_text().splitlines()[0])
+    assert len(sample["candidates"]) == 3 and {"text", "reward", "bleu4", "visual"} <= sample["candidates"][0].keys()
+
+
+def test_kl_is_zero_at_the_first_update_of_stage_1_alone(finished):
+    run = Path(finished.run)
+    assert rows(run / "stage1")[0]["kl"] == 0.0
+    assert rows(run / "stage2")[0]["kl"] >= 0.0
+    assert all(row["clipfrac"] == 0 for row in rows(run / "stage1"))  # one update per rollout: the ratio is 1
+
+
+def test_adapters_load_with_peft_and_hold_the_whole_policy(finished):
+    base, _ = load_policy(finished)
+    loaded = peft.PeftModel.from_pretrained(base, Path(finished.run) / "stage2" / "adapter")
+    names = [name for name, _ in loaded.named_parameters() if "lora_" in name]
+    assert any("multi_modal_projector" in n for n in names) and any("language_model" in n for n in names)
+    assert len(weights(Path(finished.run) / "stage2")) == len(names)
+
+
+def test_each_stage_trains_what_it_says(finished):
+    run = Path(finished.run)
+    sft, stage1, stage2 = weights(run / "sft"), weights(run / "stage1"), weights(run / "stage2")
+    moved = {name for name in sft if not torch.equal(sft[name], stage1[name])}
+    assert all("multi_modal_projector" not in name for name in moved)
+    assert any("multi_modal_projector" in name for name in stage1 if not torch.equal(stage1[name], stage2[name]))
+
+
+def test_the_same_seed_gives_the_same_run(finished, micro, tmp_path):
+    cfg = resolve(replace(micro, run=str(tmp_path / "again")))
+    train.train(cfg)
+    assert all(same(weights(Path(cfg.run) / s), weights(Path(finished.run) / s)) for s in ("sft", "stage1", "stage2"))
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_an_interrupted_stage_ends_with_the_same_weights(finished, cfg, monkeypatch, stop_after):
+    write, run = Log.write, Path(cfg.run)
+
+    def dying_write(self, k, row, sample=None):
+        write(self, k, row, sample)
+        if self.folder.name == "stage1" and k == stop_after + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Log, "write", dying_write)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(cfg)
+    assert len(rows(run / "stage1")) == stop_after + 1  # rows beyond the checkpoint exist and must not stand twice
+    monkeypatch.setattr(Log, "write", write)
+    train.train(cfg)
+    for stage in ("sft", "stage1", "stage2"):
+        assert same(weights(run / stage), weights(Path(finished.run) / stage)), stage
+        drop = ("seconds",)
+        theirs = [{k: v for k, v in row.items() if k not in drop} for row in rows(Path(finished.run) / stage)]
+        assert [{k: v for k, v in row.items() if k not in drop} for row in rows(run / stage)] == theirs
+
+
+def test_two_branches_start_from_one_checkpoint(finished, capsys):
+    branch = replace(finished, stage="2", name="stage1_continued", rewards=replace(finished.rewards, lambda_vis=0.0))
+    train.train(branch)
+    run = Path(finished.run)
+    assert "visual" not in json.dumps(rows(run / "stage1_continued"))
+    a = (run / "stage2" / "samples.jsonl").read_text().splitlines()[0]
+    b = (run / "stage1_continued" / "samples.jsonl").read_text().splitlines()[0]
+    texts = [[c["text"] for c in json.loads(line)["candidates"]] for line in (a, b)]
+    assert texts[0] == texts[1]  # same policy, same study, same random numbers
+
+
+def test_init_from_skips_the_earlier_stages(finished, cfg, capsys):
+    adapter = Path(finished.run) / "sft" / "adapter"
+    train.train(replace(cfg, stage="1", init_from=str(adapter)))
+    assert not (Path(cfg.run) / "sft").exists()
+    assert same(weights(Path(cfg.run) / "stage1"), weights(Path(finished.run) / "stage1"))
+    assert "the KL reference is" in capsys.readouterr().out
+
+
+def test_a_run_folder_refuses_other_settings(finished, tmp_path):
+    other = replace(finished, stage="1", grpo=replace(finished.grpo, lr=1e-9))
+    with pytest.raises(ValueError, match="grpo.lr = 0.0015, now it is 1e-09"):
+        train.train(other)
+    claim_folder(Path(finished.run) / "stage1", replace(finished, stage="0", save_every=9))  # free fields
+
+
+@pytest.mark.parametrize("change", [dict(micro_batch=1), dict(micro_batch=2)])
+def test_gradients_do_not_depend_on_the_micro_batch(finished, change):
+    def gradients(cfg):
+        t = train.load_trainer(
+            cfg, 1, Path(finished.run) / "stage1" / "adapter", Path(finished.run) / "sft" / "adapter"
+        )
+        batch = load_studies(cfg.data, "train")[:3]
+        taken = {}
+
+        def keep(max_norm, divide_by=1.0):
+            taken.update({n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None})
+            return 0.0
+
+        t.step = keep
+        train.grpo_update(t, batch, k=2)
+        return taken
+
+    whole = gradients(finished)
+    split = gradients(replace(finished, grpo=replace(finished.grpo, **change)))
+    assert whole.keys() == split.keys() and any(g.abs().max() > 0 for g in whole.values())
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_inner_epochs_move_the_ratio_away_from_one(finished, tmp_path):
+    cfg = replace(finished, run=str(tmp_path), grpo=replace(finished.grpo, num_iterations=3, lr=0.02))
+    adapter = Path(finished.run) / "sft" / "adapter"
+    train.train(replace(cfg, stage="1", init_from=str(adapter)))
+    assert max(row["approx_kl"] for row in rows(tmp_path / "stage1")) > 0
+
+
+def test_a_non_finite_loss_names_the_study(finished):
+    t = train.load_trainer(finished, 1, Path(finished.run) / "sft" / "adapter", Path(finished.run) / "sft" / "adapter")
+    batch = load_studies(finished.data, "train")[:2]
+    with pytest.raises(ValueError, match=batch[1].id):
+        train.require_finite(torch.tensor([[0.0, 1.0]] * 3 + [[0.0, float("nan")]] * 3), batch)
+    with torch.no_grad():
+        next(p for n, p in t.model.named_parameters() if n.endswith("lora_B.default.weight")).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        train.sft_update(t, batch, 0, 4)
+
+
+def test_sft_lowers_the_loss(finished, cfg):
+    long = replace(cfg, stage="0", sft=replace(cfg.sft, steps=30, batch_size=12, lr=1e-2))
+    train.train(long)
+    losses = [row["loss"] for row in rows(Path(cfg.run) / "sft")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_keep_rows_drops_later_and_broken_lines(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"k": 1}\n{"k": 2}\n{"k": 3}\n{"k": ')
+    keep_rows(path, 2)
+    assert path.read_text() == '{"k": 1}\n{"k": 2}\n'
+
+
+def test_scorers_of_the_phantom_load(finished):
+    scorers = load_scorers(finished)
+    assert scorers.label(["Cardiomegaly."]).shape == (1, 14)
+    study = load_studies(finished.data, "test")[0]
+    from data import read_image
+
+    assert scorers.similarity([read_image(study.image)], [study.id], [["clear lungs", "edema"]]).shape == (1, 2)
+    assert get_base(load_policy(finished)[0]).config.model_type == "llava"
+    assert dataclasses.is_dataclass(finished)

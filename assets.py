@@ -267,8 +267,11 @@ def build_expert(cfg: Config, folder: Path) -> None:
     encoded = tokenizer([s.report for s in studies], padding="max_length", max_length=length, truncation=True)
     tokens = torch.tensor(encoded["input_ids"])  # (n, length)
 
-    def features(rows) -> tuple[Tensor, Tensor]:  # (B, D) each, normalised
-        text = expert_module.encode_tokens(model, tokens[rows])
+    def features(rows: list[int]) -> tuple[Tensor, Tensor]:  # (B, D) each, normalised
+        order = torch.tensor([len(studies[i].report) for i in rows]).argsort()
+        # similar lengths together: less padding, the same embeddings
+        parts = [expert_module.encode_tokens(model, tokens[rows][part]) for part in order.tensor_split(4)]
+        text = torch.cat(parts)[order.argsort()]
         return F.normalize(model.encode_image(normalise(images[rows])), dim=-1), F.normalize(text, dim=-1)
 
     def contrastive_loss(step: int) -> Tensor:

@@ -1,0 +1,306 @@
+"""Evaluation: reports of every policy of a run against the references and, on the phantom, against the exact truth.
+
+    python evaluate.py --run runs/phantom                              # base and every stage of the run
+    python evaluate.py --run R --policy sft,path/to/adapter --split val
+    python evaluate.py --predictions P.jsonl --references R.jsonl      # rows {"id", "report"}; no model needed
+    python evaluate.py --image X.png --run R                           # one report (PNG, JPG or DICOM)
+
+A policy writes greedy reports and `eval.samples` sampled ones. Always beside it stand two rows that need no eyes: the
+fixed normal template, and the policy with its images shuffled among the studies (does it look?). What is scored is the
+text between the <report> tags; where an output is not one tagged report, its text with the tags stripped (`format`
+shows how often). How each number is made: metrics.py. What a report states is read by reader.py, which shares no code
+with the rewards. In `<run>/eval/<split>/`: `<policy>/results.json`, `<policy>/reports.jsonl`, and `results.md` and
+`results.json` over all policies evaluated there.
+
+Without --config, the settings are those the run was trained with; flags win.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import metrics
+import phantom
+import reader
+import rewards
+from assets import resolve
+from clinical import CHEXPERT_LABELS
+from config import Config, check, merge, parse, to_dict
+from data import Study, load_studies, read_image, read_jsonl, target_text
+from model import load_policy, pick_device
+from rollout import generate_reports
+from runs import write_text
+from tables import finish, save
+
+# what many a normal report of a real collection says; says nothing about the image
+GENERIC_TEMPLATE = (
+    "FINDINGS: The heart size and mediastinal contours are within normal limits. The lungs are clear. There is no "
+    "focal airspace consolidation. No pleural effusion or pneumothorax. IMPRESSION: No acute cardiopulmonary disease."
+)
+
+
+@dataclass
+class EvalRun(Config):
+    policy: str = ""
+    """`base`, names of folders inside the run, or adapter folders, separated by commas; empty = base and all of the
+    run (with --image: its last stage) [ours]"""
+    split: str = ""
+    """split to evaluate; empty = data.test_split [ours]"""
+    predictions: str = ""
+    """score this .jsonl of {"id", "report"} instead of a policy [ours]"""
+    references: str = ""
+    """the .jsonl of {"id", "report"} that --predictions are scored against; "labels" too, where known [ours]"""
+    image: str = ""
+    """write the report of this one image: PNG, JPG or DICOM [ours]"""
+
+
+def settings(argv: list[str]) -> EvalRun:
+    """The flags over --config's file, else over the config that the run's stages were trained with."""
+    run = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--run"), EvalRun.run)
+    run = next((word.partition("=")[2] for word in argv if word.startswith("--run=")), run)
+    stages = sorted(Path(run).glob("*/config.json"))
+    if not stages or any(word.split("=")[0] in ("--config", "--predictions", "--help", "-h") for word in argv):
+        return parse(EvalRun, __doc__, argv)
+    try:
+        default = merge(EvalRun(), json.loads(stages[0].read_text(encoding="utf-8")))
+    except ValueError as error:
+        sys.exit(f"evaluate.py: {stages[0]}: {error}")
+    default.run = run
+    cfg = tyro.cli(EvalRun, args=argv, default=default, description=__doc__)
+    check(cfg)
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------- policies and texts
+
+
+def find_policies(cfg: EvalRun) -> list[tuple[str, Path | None]]:
+    """[(name, adapter folder or None for the base)] of cfg.policy; ValueError for one that does not exist."""
+    run = Path(cfg.run)
+    trained = {path.parent.name: path for path in sorted(run.glob("*/adapter"))}
+    if not cfg.policy:
+        return [("base", None), *trained.items()]
+    chosen = []
+    for name in filter(None, (word.strip() for word in cfg.policy.split(","))):
+        folder = Path(name)
+        if name == "base" or name in trained:
+            chosen.append((name, trained.get(name)))
+        elif (folder / "adapter_config.json").exists():
+            chosen.append((folder.parent.name if folder.name == "adapter" else folder.name, folder))
+        else:
+            there = ", ".join(["base", *trained])
+            raise ValueError(f"policy '{name}': neither in {run} (which has {there}) nor an adapter folder")
+    return chosen
+
+
+def generate(model, processor, studies: list[Study], cfg: Config, samples: int, what: str) -> list[list[str]]:
+    """Raw outputs [study][1] (greedy, samples = 0) or [study][samples], `eval.batch_size` studies at a time."""
+    outputs, size = [], cfg.eval.batch_size
+    for start in tqdm(range(0, len(studies), size), desc=f"{what:<28}", unit="batch", mininterval=1):
+        batch = studies[start : start + size]
+        images = [read_image(study.image) for study in batch]
+        outputs += generate_reports(model, processor, images, cfg, ids=[study.id for study in batch], samples=samples)
+    return outputs
+
+
+def readable(output: str) -> str:
+    """The text between the tags, or the output with stray tags stripped."""
+    text = rewards.unwrap(output)
+    return " ".join(re.sub(r"</?report>", " ", output).split()) if text is None else text
+
+
+def derangement(n: int, seed: int) -> list[int]:
+    """A random cyclic order of 0..n-1: a permutation that leaves nothing in its place. ValueError below n = 2."""
+    if n < 2:
+        raise ValueError("one study cannot be shuffled: at least two are needed")
+    order = np.random.default_rng(seed).permutation(n)
+    places = np.empty(n, dtype=int)
+    places[order] = np.roll(order, 1)
+    return places.tolist()
+
+
+def normal_template(references: list[str], labels, target: str) -> str:
+    """The normal report in the references' form: their sections, and headers only where they have them."""
+    text = target_text(phantom.NORMAL_TEMPLATE if labels else GENERIC_TEMPLATE, target)
+    if target == "both" and not any("FINDINGS:" in reference for reference in references):
+        text = re.sub(r"(FINDINGS|IMPRESSION): ", "", text)
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------- scoring
+
+
+def make_judge(cfg: Config, references: list[str], labels: list[list[str]] | None, scorers) -> tuple:
+    """(function from raw outputs [study][sample] to metrics.summarise's dict, notes about what is not available)."""
+    meteor_stats, why = metrics.start_meteor()
+    known = {}
+    if scorers is not None:
+        known = {"label": scorers.label, "bertscore": scorers.bertscore, "radgraph": scorers.radgraph}
+    collect = partial(metrics.collect, references=references, truth_counts=reader.truth_counts, labels=labels, **known)
+
+    def judge(outputs: list[list[str]], formats: bool = True, meteor: bool = True) -> dict:
+        scores = [rewards.format_reward(group, cfg.rewards.required_sections) for group in outputs] if formats else None
+        texts = [[readable(output) for output in group] for group in outputs]
+        stats = collect(texts, formats=scores, meteor_stats=meteor_stats if meteor else None)
+        return metrics.summarise(stats, CHEXPERT_LABELS, cfg.eval.bootstrap, cfg.seed)
+
+    return judge, [why] if why else []
+
+
+def score(cfg: Config, judge, greedy: list[list[str]], sampled: list[list[str]] | None, tagged: bool = True) -> dict:
+    """{"greedy", "sampled", "shuffled"}: summaries. A greedy report depends on nothing but its image, so giving the
+    reports to other studies is giving them other images."""
+    rows = {"greedy": judge(greedy, tagged)}
+    if sampled is not None:
+        rows["sampled"] = judge(sampled, tagged, meteor=False)
+    if len(greedy) > 1:
+        rows["shuffled"] = judge([greedy[i] for i in derangement(len(greedy), cfg.seed)], tagged)
+    return rows
+
+
+def describe(cfg: Config, split: str, n: int) -> dict:
+    """The settings that numbers must share to stand in one table."""
+    names = ("path", "format", "target", "prompt")
+    plain = to_dict(cfg)
+    return {
+        "split": split,
+        "n": n,
+        "seed": cfg.seed,
+        "eval": {name: plain["eval"][name] for name in ("samples", "bootstrap")},
+        "rollout": plain["rollout"],
+        "data": {name: plain["data"][name] for name in names},
+        "model": plain["model"]["path"],
+        "scorers": plain["scorers"],
+    }
+
+
+def report_rows(ids, references, labels, greedy, sampled) -> list[dict]:
+    """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
+    rows = []
+    for i, study_id in enumerate(ids):
+        text = readable(greedy[i][0])
+        tagged = rewards.unwrap(greedy[i][0]) is not None
+        row = {"id": study_id, "reference": references[i], "report": text, "tagged": tagged}
+        if sampled is not None:
+            row["samples"] = [readable(output) for output in sampled[i]]
+        if labels is not None:
+            stated = reader.read_report(text).stated
+            row |= {"labels": labels[i], "stated": sorted(f"{name}_{side}" if side else name for name, side in stated)}
+        rows.append(row)
+    return rows
+
+
+def evaluate_run(cfg: EvalRun) -> None:
+    """Evaluate the chosen policies on a split, write their files, then the table of all policies of that folder."""
+    split = cfg.split or cfg.data.test_split
+    policies = find_policies(cfg)
+    cfg = resolve(cfg, ("data", "base", "labeller"))
+    studies = load_studies(cfg.data, split)
+    ids, references = [s.id for s in studies], [s.report for s in studies]
+    labels = None if studies[0].labels is None else [s.labels for s in studies]
+    judge, notes = make_judge(cfg, references, labels, rewards.load_scorers(cfg, pick_device(cfg), with_expert=False))
+    template = judge([[normal_template(references, labels, cfg.data.target)]] * len(studies), formats=False)
+    folder = Path(cfg.run) / "eval" / split
+    for name, adapter in policies:
+        model, processor = load_policy(cfg, adapter)
+        greedy = generate(model, processor, studies, cfg, 0, f"{name}: greedy")
+        sampled = None
+        if cfg.eval.samples:
+            sampled = generate(model, processor, studies, cfg, cfg.eval.samples, f"{name}: {cfg.eval.samples} samples")
+        result = {"policy": name, "adapter": str(adapter or ""), "settings": describe(cfg, split, len(studies))}
+        result |= {"shuffled_as": "image shuffled", "notes": notes, "template": template}
+        result |= score(cfg, judge, greedy, sampled)
+        save(folder / name, result, report_rows(ids, references, labels, greedy, sampled))
+    finish(folder, describe(cfg, split, len(studies)))
+
+
+def evaluate_predictions(cfg: EvalRun) -> None:
+    """Score a file of reports; the phantom's scorers and the truth join only where the references have labels."""
+    if not cfg.references:
+        raise ValueError("--predictions needs --references")
+    wanted = read_rows(cfg.references)
+    given = read_rows(cfg.predictions)
+    for have, lack, path in ((wanted, given, cfg.predictions), (given, wanted, cfg.references)):
+        absent = [study_id for study_id in have if study_id not in lack]
+        if absent:
+            raise ValueError(f"{path}: no row for id {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1))
+    references = [row["report"] for row in wanted.values()]
+    labels = [row.get("labels") for row in wanted.values()]
+    labels = None if None in labels else labels
+    notes, scorers = [], None
+    if labels is None and any(str(path).startswith("phantom:") for path in to_dict(cfg)["scorers"].values()):
+        notes.append("CheXbert F1, RadGraph F1 and BERTScore need --scorers.*: the phantom's know only its reports")
+    else:
+        cfg = resolve(cfg, ("labeller",))
+        scorers = rewards.load_scorers(cfg, pick_device(cfg), with_expert=False)
+    judge, more = make_judge(cfg, references, labels, scorers)
+    outputs = [[given[study_id]["report"]] for study_id in wanted]
+    tagged = any(rewards.OPEN in group[0] for group in outputs)  # another system may know no tags at all
+    template = judge([[normal_template(references, labels, cfg.data.target)]] * len(outputs), formats=False)
+    path = Path(cfg.predictions)
+    result = {"policy": path.stem, "adapter": "", "settings": describe(cfg, cfg.references, len(outputs))}
+    result |= {"shuffled_as": "references shuffled", "notes": notes + more, "template": template}
+    result |= score(cfg, judge, outputs, None, tagged)
+    folder = path.with_name(f"{path.stem}_eval")
+    save(folder / path.stem, result, report_rows(list(wanted), references, labels, outputs, None))
+    finish(folder, result["settings"])
+
+
+def read_rows(path: str) -> dict[str, dict]:
+    """{id: row} of a .jsonl of {"id", "report"}; ValueError names a missing key or a repeated id."""
+    rows = {}
+    for number, row in enumerate(read_jsonl(Path(path)), 1):
+        if "id" not in row or not isinstance(row.get("report"), str):
+            raise ValueError(f"{path}: row {number} needs an 'id' and a text 'report'")
+        if str(row["id"]) in rows:
+            raise ValueError(f"{path}: row {number}: id {row['id']} occurs twice")
+        rows[str(row["id"])] = row
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def report_image(cfg: EvalRun) -> None:
+    """Print the greedy report of one image and write it to `<run>/images/<name of the image>.txt`."""
+    image = read_image(cfg.image)
+    if not cfg.policy:
+        there = [name for name in ("stage2", "stage1", "sft") if (Path(cfg.run) / name / "adapter").exists()]
+        cfg.policy = there[0] if there else "base"
+    [(name, adapter), *more] = find_policies(cfg)
+    if more:
+        raise ValueError("--image takes one policy")
+    cfg = resolve(cfg, ("base",))
+    model, processor = load_policy(cfg, adapter)
+    stem = Path(cfg.image).stem
+    text = readable(generate_reports(model, processor, [image], cfg, ids=[stem], samples=0)[0][0])
+    path = Path(cfg.run) / "images" / f"{stem}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text + "\n")
+    print(f"{text}\n\n{name}, written to {path}. Not for clinical use.")
+
+
+def main() -> None:
+    cfg = settings(sys.argv[1:])
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    try:
+        if cfg.image:
+            report_image(cfg)
+        elif cfg.predictions:
+            evaluate_predictions(cfg)
+        else:
+            evaluate_run(cfg)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

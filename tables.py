@@ -1,0 +1,141 @@
+"""The result tables: one results.json per policy in, one table over all of them out, for terminal and Markdown."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from pathlib import Path
+
+from runs import write_text
+
+TEMPLATE = "fixed normal template"
+
+# (header in two lines, metric, from the sampled reports?, shown in the table of intervals?)
+COLUMNS = (
+    (("", "BLEU-4"), "bleu_4", False, True),
+    (("", "ROUGE-L"), "rouge_l", False, True),
+    (("", "METEOR"), "meteor", False, False),
+    (("BERT", "Score"), "bertscore", False, False),
+    (("CheXb.", "F1"), "f1_micro", False, True),
+    (("RadGr.", "F1 *"), "radgraph_f1", False, True),
+    (("sided", "F1"), "sided_f1", False, True),
+    (("halluc.", "% (n)"), "hallucination_rate", False, True),
+    (("omit-", "ted %"), "omission_rate", False, True),
+    (("wrong", "side %"), "wrong_side_rate", False, True),
+    (("format", "%"), "format_rate", False, False),
+    (("", "words"), "length", False, False),
+    (("sampled", "F1"), "sided_f1", True, True),
+    (("sampled", "hall. %"), "hallucination_rate", True, True),
+)
+NOTES = (
+    "All but words in percent. * RadGraph F1 is also a reward. CheXb. F1: micro, 14 labels. halluc.: stated positives "
+    "that are not in the image",
+    "(a wrong side counts), of n stated; omitted: of the findings in the image. BLEU, ROUGE-L, METEOR as pycocoevalcap "
+    "computes them.",
+)
+
+
+def save(folder: Path, result: dict, reports: list[dict]) -> None:
+    """Write one policy's results.json and reports.jsonl, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "reports.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in reports))
+    write_json(folder / "results.json", result)
+
+
+def write_json(path: Path, value) -> None:
+    """JSON with null for NaN, which JSON does not know."""
+
+    def clean(x):
+        if isinstance(x, dict):
+            return {key: clean(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [clean(item) for item in x]
+        return None if isinstance(x, float) and math.isnan(x) else x
+
+    write_text(path, json.dumps(clean(value), indent=2) + "\n")
+
+
+def finish(folder: Path, settings: dict) -> None:
+    """Print one table of all policies evaluated in `folder` with these settings; write results.md and results.json."""
+    with locked(folder):
+        title, spans, rows, notes = write_tables(folder, settings)
+    for head, intervals in ((title, False), (spans, True)):
+        print(f"\n{head}\n{grid(rows, intervals, markdown=False)}")
+    print("", *notes, f"\nwritten: {folder}/results.md, results.json, */reports.jsonl", sep="\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Let one process at a time in: two may evaluate policies of one run, and the last must find all results."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_tables(folder: Path, settings: dict) -> tuple[str, str, dict, list[str]]:
+    """Write results.md and results.json of `folder`; returns both tables' titles, the rows, the notes below them."""
+    files = sorted(folder.glob("*/results.json"), key=lambda path: (path.parent.name != "base", path.parent.name))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    others = [result["policy"] for result in results if result["settings"] != json.loads(json.dumps(settings))]
+    results = [result for result in results if result["policy"] not in others]
+    rows = table_rows(results)
+    notes = [*NOTES, *dict.fromkeys(note for result in results for note in result["notes"])]
+    if others:
+        notes.append(f"not shown, evaluated with other settings: {', '.join(others)}")
+    unread = [row["greedy"]["unread_share"]["value"] for row in rows.values() if "unread_share" in row["greedy"]]
+    if unread:
+        share = 100 * max(value or 0 for value in unread)
+        notes.append(f"Sentences that the evaluation's reader could not read: at most {share:.1f}% in any row.")
+    title = f"{settings['n']} studies, {settings['split']}"
+    spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
+    write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
+    blocks = [title, grid(rows, False, markdown=True), spans, grid(rows, True, markdown=True), *notes]
+    write_text(folder / "results.md", "\n\n".join(blocks) + "\n")
+    return title, spans, rows, notes
+
+
+def table_rows(results: list[dict]) -> dict[str, dict]:
+    """{row name: {"greedy": summary, "sampled": summary or absent}}: the template, then each policy and its shuffle."""
+    rows = {TEMPLATE: {"greedy": results[0]["template"]}}
+    for result in results:
+        rows[result["policy"]] = {part: result[part] for part in ("greedy", "sampled") if part in result}
+        if "shuffled" in result:
+            rows[f"{result['policy']}, {result['shuffled_as']}"] = {"greedy": result["shuffled"]}
+    return rows
+
+
+def grid(rows: dict[str, dict], intervals: bool, markdown: bool) -> str:
+    """The rows as aligned columns (two header lines) or a Markdown table; what no row was measured on is left out."""
+
+    def measured(metric: str, part: str) -> bool:
+        return metric == "meteor" or any(metric in row.get(part, {}) for row in rows.values())
+
+    columns = [c for c in COLUMNS if measured(c[1], "sampled" if c[2] else "greedy") and (c[3] or not intervals)]
+    body = [[name, *(cell(row, c[1], c[2], intervals) for c in columns)] for name, row in rows.items()]
+    headers = [("", ""), *(column[0] for column in columns)]
+    if markdown:
+        titles = [" ".join(filter(None, header)).replace("- ", "") for header in headers]
+        return "\n".join("| " + " | ".join(line) + " |" for line in [titles, ["---", *["---:"] * len(columns)], *body])
+    lines = [[header[i] for header in headers] for i in (0, 1)]
+    lines = [line for line in lines if any(line)] + body
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in padded)
+
+
+def cell(row: dict, metric: str, sampled: bool, interval: bool) -> str:
+    """A number as it stands in the table, "n/a" where there is none."""
+    summary = row.get("sampled" if sampled else "greedy", {})
+    entry = summary.get(metric, {})
+    numbers = [entry.get(key) for key in (("lo", "hi") if interval else ("value",))]
+    if None in numbers or any(math.isnan(number) for number in numbers):
+        text = "n/a"
+    else:
+        text = "-".join(f"{number if metric == 'length' else 100 * number:.1f}" for number in numbers)
+    if metric == "hallucination_rate" and metric in summary and not sampled and not interval:
+        text += f" ({summary['counts']['stated']})"
+    return text

@@ -1,0 +1,295 @@
+"""data.py and images.py: sections, both layouts, skips, image formats, the order of studies."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
+
+import data
+import images
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+REPORT = "FINDINGS: The heart is large. IMPRESSION: Cardiomegaly."
+
+
+def config(path, **changes):
+    base = {"path": str(path), "format": "r2gen", "target": "both", "limit": 0, "strict": False}
+    splits = {"sft_split": "train", "rl_split": "train", "val_split": "val", "test_split": "test"}
+    return SimpleNamespace(**(base | splits | changes))
+
+
+def picture(path: Path, side: int = 16) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.arange(side * side, dtype=np.uint8).reshape(side, side)).save(path)
+    return path
+
+
+def r2gen(folder: Path, rows: dict, truth: list | None = None) -> Path:
+    for split in rows.values():
+        for row in split:
+            for name in row["image_path"]:
+                picture(folder / "images" / name)
+    (folder / "annotation.json").write_text(json.dumps(rows))
+    if truth is not None:
+        (folder / "truth.jsonl").write_text("\n".join(map(json.dumps, truth)))
+    return folder
+
+
+def row(study_id, report=REPORT):
+    return {"id": study_id, "report": report, "image_path": [f"{study_id}/0.png", f"{study_id}/1.png"]}
+
+
+# ----------------------------------------------------------------------------------------------------------- text
+
+
+def test_sections_at_word_boundaries_and_case_sensitive():
+    text = "INDICATION: cough.\nFINDINGS: No\n findings: old. PREFINDINGS: x IMPRESSION: Clear. FINDINGS: More."
+    assert data.split_sections(text) == {"findings": "No findings: old. PREFINDINGS: x More.", "impression": "Clear."}
+    assert data.split_sections("The lungs\nare clear.") == {"findings": "The lungs are clear.", "impression": ""}
+
+
+def test_target_text():
+    assert data.target_text(REPORT, "both") == REPORT
+    assert data.target_text(REPORT, "findings") == "The heart is large."
+    assert data.target_text(REPORT, "impression") == "Cardiomegaly."
+    assert data.target_text("Clear lungs.", "both") == data.target_text("Clear lungs.", "findings") == "Clear lungs."
+    assert data.target_text("Clear lungs.", "impression") == ""
+    assert data.target_text({"findings": "a", "impression": "b"}, "both") == "FINDINGS: a IMPRESSION: b"
+    assert data.target_text({"findings": "a", "impression": ""}, "both") == ""
+    assert data.target_text("IMPRESSION: Clear.", "both") == ""
+
+
+# --------------------------------------------------------------------------------------------------------- r2gen
+
+
+def test_r2gen_first_image_labels_and_ids_as_strings(tmp_path):
+    rows = {"train": [row(7)], "val": [row("8")]}
+    folder = r2gen(tmp_path, rows, [{"id": 7, "labels": ["effusion_left"]}, {"id": "8", "labels": []}])
+    [study] = data.load_studies(config(folder), "train")
+    assert (study.id, study.image, study.report) == ("7", folder / "images/7/0.png", REPORT)
+    assert study.labels == ["effusion_left"] and study.split == "train"
+    assert data.load_studies(config(folder), "val")[0].labels == []
+    assert data.load_studies(config(folder), "validate")[0].id == "8"
+
+
+def test_r2gen_skips_are_counted_with_three_examples(tmp_path, capsys):
+    rows = [row("ok"), *(row(f"e{i}", " ") for i in range(4)), row("f", "IMPRESSION: x"), *map(row, "ghi")]
+    folder = r2gen(tmp_path, {"test": rows})
+    (folder / "images/g/0.png").unlink()
+    (folder / "images/h/0.png").write_bytes((folder / "images/h/0.png").read_bytes()[:60])
+    picture(folder / "images/i/0.png", side=1)
+    assert [s.id for s in data.load_studies(config(folder), "test")] == ["ok"]
+    line = capsys.readouterr().out
+    for part in ("skipped 8: ", "empty report 4 (e0, e1, e2, ...)", "no findings 1 (f)", "no image file 1 (g)",
+                 "unreadable image 1 (h)", "image too small 1 (i)"):  # fmt: skip
+        assert part in line
+    assert line.count("\n") == 1
+    with pytest.raises(ValueError, match="data.strict forbids skips: 8"):
+        data.load_studies(config(folder, strict=True), "test")
+    assert len(data.load_studies(config(folder, limit=1, strict=True), "test")) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"train": [row("a")]}, "no split 'test'; it has train"),
+        ({"test": [row("a"), row("a")]}, "id a occurs twice"),
+        ({"test": [row("a", "")]}, "no usable study among 1: 1: empty report 1"),
+        ({"test": []}, "the split is empty"),
+        ({"test": [{"id": "a", "image_path": []}]}, r"test\[0\]: no 'report'"),
+        ({"test": [row("a", 5)]}, "'report' must be a text"),
+    ],
+)
+def test_r2gen_errors(tmp_path, rows, message):
+    folder = r2gen(tmp_path, rows)
+    with pytest.raises(ValueError, match=message) as error:
+        data.load_studies(config(folder), "test")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        data.load_studies(config(tmp_path / "none"), "test")
+    with pytest.raises(ValueError, match="annotation.json: no such file"):
+        data.load_studies(config(tmp_path), "test")
+    (tmp_path / "annotation.json").write_text("{")
+    with pytest.raises(ValueError, match="annotation.json: not JSON"):
+        data.load_studies(config(tmp_path), "test")
+    (tmp_path / "annotation.json").write_bytes(b'{"test": "\xff"}')
+    with pytest.raises(ValueError, match=r"not UTF-8 text \(byte 10\)"):
+        data.load_studies(config(tmp_path), "test")
+    folder = r2gen(tmp_path, {"test": [row("a")]}, [{"id": "b", "labels": []}])
+    with pytest.raises(ValueError, match="no labels for study a"):
+        data.load_studies(config(folder), "test")
+
+
+# --------------------------------------------------------------------------------------------------------- openi
+
+
+def openi(folder: Path, uid: str, findings: str = "Clear.", impression: str = "Normal.", parents=("IM-1-1001",)):
+    sections = {"FINDINGS": findings, "IMPRESSION": impression}
+    texts = "".join(f'<AbstractText Label="{name}">{text}</AbstractText>' for name, text in sections.items())
+    nodes = "".join(f'<parentImage id="CXR{uid}_{name}"/>' for name in parents)
+    path = folder / "ecgen-radiology" / f"{uid}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<e><Abstract>{texts}</Abstract>{nodes}</e>")
+    (folder / "images").mkdir(exist_ok=True)
+
+
+def test_openi_links_by_parent_image_and_takes_the_frontal_view(tmp_path, capsys):
+    openi(tmp_path, "10", parents=("IM-1-2001", "IM-1-1001"))
+    openi(tmp_path, "9", parents=("IM-1-3001", "IM-1-4001"))
+    openi(tmp_path, "11")
+    openi(tmp_path, "12", findings="")
+    picture(tmp_path / "images/10_IM-1-1001.dcm.png")
+    picture(tmp_path / "images/CXR10_IM-1-2001.png")
+    picture(tmp_path / "images/CXR9_IM-1-4001.png")
+    picture(tmp_path / "images/CXR9_IM-1-3001.png")
+    cfg = config(tmp_path, format="openi")
+    studies = data.load_studies(cfg, "whatever")
+    assert [(s.id, s.image.name) for s in studies] == [("9", "CXR9_IM-1-3001.png"), ("10", "CXR10_IM-1-2001.png")]
+    assert studies[0].report == "FINDINGS: Clear. IMPRESSION: Normal."
+    out = capsys.readouterr().out
+    assert "no split of its own" in out and "no image file 1 (11)" in out and "no findings 1 (12)" in out
+    table = "uid,filename,projection\n10,10_IM-1-1001.dcm.png,Frontal\n10,10_IM-1-2001.dcm.png,Lateral\n"
+    table += "9,9_IM-1-3001.dcm.png,Lateral\n9,9_IM-1-4001.dcm.png,Lateral\n"
+    (tmp_path / "indiana_projections.csv").write_text(table)
+    studies, skips = data.read_split(cfg, "test")
+    assert [s.image.name for s in studies] == ["10_IM-1-1001.dcm.png"]
+    assert skips["lateral view only"] == ["9"]
+    (tmp_path / "indiana_projections.csv").write_text("uid,file\n1,2\n")
+    with pytest.raises(ValueError, match="no column 'filename'; it has uid, file"):
+        data.load_studies(cfg, "test")
+
+
+def test_openi_links_by_pairs(tmp_path):
+    openi(tmp_path, "10")
+    picture(tmp_path / "images/a.png")
+    picture(tmp_path / "images/b.png")
+    pairs = [{"uid": 10, "file": "a.png", "view_seen": "lateral"}, {"uid": 10, "file": "b.png", "view_seen": "frontal"}]
+    (tmp_path / "images/pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "indiana_projections.csv").write_text("uid,filename,projection\n11,11_IM-1-1001.dcm.png,Frontal\n")
+    assert data.load_studies(config(tmp_path, format="openi"), "test")[0].image.name == "b.png"
+    (tmp_path / "images/pairs.jsonl").write_text('{"uid": 10}\n')
+    with pytest.raises(ValueError, match="without 'uid' or 'file'"):
+        data.load_studies(config(tmp_path, format="openi"), "test")
+    (tmp_path / "images/pairs.jsonl").unlink()
+    (tmp_path / "ecgen-radiology/10.xml").write_text("<e>")
+    with pytest.raises(ValueError, match="10.xml: broken XML"):
+        data.load_studies(config(tmp_path, format="openi"), "test")
+
+
+def test_card(tmp_path):
+    folder = r2gen(tmp_path, {"train": [row("a")], "val": [row("b")], "test": [row("c"), row("d", "")]})
+    text = data.card(config(folder))
+    assert "test            1  7 / 7 / 7 / 7" in text and "skipped 1: empty report 1 (d)" in text
+
+
+# -------------------------------------------------------------------------------------------------------- images
+
+
+def test_picture_modes(tmp_path):
+    ramp = np.linspace(1000, 5000, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert images.read_image(tmp_path / "deep.png").convert("L").getextrema() == (0, 255)
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for mode, name in (("P", "p.png"), ("RGBA", "a.png"), ("L", "l.jpg"), ("1", "one.png")):
+        grey.convert(mode).save(tmp_path / name)
+        image = images.read_image(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (16, 16) and images.check_image(tmp_path / name) == ""
+
+
+def write_dicom(path: Path, pixels=None, photometric="MONOCHROME2", window=None) -> Path:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    dataset.SOPClassUID, dataset.SOPInstanceUID = ComputedRadiographyImageStorage, "1.2.3"
+    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    if pixels is not None:
+        dataset.Rows, dataset.Columns = pixels.shape
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
+        dataset.PixelData = pixels.astype(np.uint16).tobytes()
+    if window:
+        dataset.WindowCenter, dataset.WindowWidth = window
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_dicom_window_stretch_and_inversion(tmp_path):
+    pixels = np.linspace(0, 4000, 256).reshape(16, 16)
+    grey = np.asarray(images.read_image(write_dicom(tmp_path / "a.dcm", pixels)).convert("L"))
+    assert grey[0, 0] == 0 and grey[-1, -1] == 255
+    inverted = np.asarray(images.read_image(write_dicom(tmp_path / "b", pixels, "MONOCHROME1")).convert("L"))
+    assert np.array_equal(inverted, 255 - grey) or abs(inverted.astype(int) - (255 - grey)).max() <= 1
+    window = np.asarray(images.read_image(write_dicom(tmp_path / "c.dcm", pixels, window=(1000, 1000))).convert("L"))
+    assert (window[pixels <= 499] == 0).all() and (window[pixels >= 1501] == 255).all()
+    assert abs(int(window.flat[np.abs(pixels - 1000).argmin()]) - 128) <= 1
+
+
+def test_image_errors_are_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.dcm").write_text("no image")
+    cut = picture(tmp_path / "cut.png")
+    cut.write_bytes(cut.read_bytes()[:-40])
+    picture(tmp_path / "one.png", side=1)
+    write_dicom(tmp_path / "empty.dcm")
+    broken = write_dicom(tmp_path / "short.dcm", np.zeros((16, 16)))
+    broken.write_bytes(broken.read_bytes()[:-200])
+    cases = {
+        "none.png": "no such file",
+        "text.png": "unreadable",
+        "cut.png": "unreadable",
+        "one.png": "only 1 x 1 pixels",
+        "text.dcm": "not a DICOM",
+        "empty.dcm": "without pixel data",
+        "short.dcm": "cannot be decoded",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            images.read_image(tmp_path / name)
+        assert "\n" not in str(error.value) and name in str(error.value)
+        if name != "short.dcm":  # only decoding shows it
+            assert images.check_image(tmp_path / name) != ""
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")
+def test_real_images():
+    paths = [p for p in SHARED.rglob("*") if p.suffix in (".png", ".jpg", ".dcm") and p.stat().st_size < 1e6]
+    for path in [p for p in paths if p.suffix != ".png"] + paths[:6]:
+        assert images.check_image(path) == ""
+        low, high = images.read_image(path).convert("L").getextrema()
+        assert high - low > 100
+
+
+@pytest.mark.skipif(not (SHARED / "openi").exists(), reason="no ../shared/data/openi")
+def test_real_openi():
+    studies, skips = data.read_split(config(SHARED / "openi", format="openi"), "test")
+    names = ["CXR7_IM-2263-1001.png", "1000_IM-0003-1001.dcm.png", "1001_IM-0004-1001.dcm.png"]
+    assert [s.image.name for s in studies] == names
+    assert sum(map(len, skips.values())) + len(studies) == len(list((SHARED / "openi/ecgen-radiology").glob("*.xml")))
+    _, skips = data.read_split(config(SHARED / "openi", format="openi", target="impression"), "test")
+    assert skips["lateral view only"] == ["1164"]
+
+
+# --------------------------------------------------------------------------------------------------------- order
+
+
+def test_order_is_a_permutation_and_depends_on_its_arguments():
+    assert sorted(data.epoch_order(10, 0, 3)) == list(range(10))
+    assert data.epoch_order(10, 0, 3) == data.epoch_order(10, 0, 3)
+    assert len({tuple(data.epoch_order(10, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_batches_run_through_the_epochs_without_dropping():
+    seen = [i for step in range(10) for i in data.batch_ids(7, 3, seed=1, step=step)]
+    assert seen == [i for epoch in range(5) for i in data.epoch_order(7, 1, epoch)][:30]
+    assert len(data.batch_ids(3, 8, 0, 0)) == 8
+    with pytest.raises(ValueError, match="from 0 studies"):
+        data.batch_ids(0, 8, 0, 0)

@@ -1,0 +1,279 @@
+"""evaluate.py and tables.py: rows, files and error lines, with a policy and scorers that are plain functions."""
+
+import dataclasses
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import tables
+from config import to_dict
+from evaluate import EvalRun
+
+# what the stand-in policy says of a study, and what is in its image
+STUDIES = {
+    "s0": ("There is a left pleural effusion.", ["effusion_left"]),
+    "s1": ("The heart is enlarged.", ["cardiomegaly"]),
+    "s2": ("There is a right pneumothorax.", ["pneumothorax_left"]),
+    "s3": ("The lungs are clear.", []),
+}
+
+
+def sections(text):
+    return f"FINDINGS: {text} IMPRESSION: {text}"
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A data set on disk, and a policy that recognises its images by their grey value."""
+    folder = tmp_path / "data"
+    rows, truth = [], []
+    for i, (study_id, (_, labels)) in enumerate(STUDIES.items()):
+        (folder / "images" / study_id).mkdir(parents=True)
+        Image.new("L", (16, 16), 10 * i).save(folder / "images" / study_id / "0.png")
+        rows.append({"id": study_id, "report": sections("The lungs are clear."), "image_path": [f"{study_id}/0.png"]})
+        truth.append({"id": study_id, "labels": labels})
+    (folder / "annotation.json").write_text(json.dumps({"test": rows}))
+    (folder / "truth.jsonl").write_text("\n".join(map(json.dumps, truth)))
+
+    def generate_reports(model, processor, images, cfg, *, ids, samples):
+        assert len(images) <= cfg.eval.batch_size and model in ("base", "sft")
+        texts = [STUDIES[f"s{image.getpixel((0, 0))[0] // 10}"][0] for image in images]
+        if samples:
+            return [[f"<report> {sections(text)} </report>", "<report> nothing"][:samples] for text in texts]
+        return [[f"<report> {sections(text)} </report>"] for text in texts]
+
+    scorers = SimpleNamespace(
+        label=lambda texts: np.array([["effusion" in text] + ["enlarged" in text] + [False] * 12 for text in texts]),
+        bertscore=lambda c, r: [float(a == b) for a, b in zip(c, r, strict=True)],
+        radgraph=lambda c, r: [0.5] * len(c),
+    )
+    monkeypatch.setattr(evaluate, "load_policy", lambda cfg, adapter: ("sft" if adapter else "base", None))
+    monkeypatch.setattr(evaluate, "generate_reports", generate_reports)
+    monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
+    monkeypatch.setattr(evaluate.rewards, "load_scorers", lambda cfg, device, with_expert: scorers)
+    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java: no `java` on PATH"))
+    cfg = EvalRun(run=str(tmp_path / "run"))
+    cfg.data.path, cfg.eval.batch_size, cfg.eval.samples, cfg.eval.bootstrap = str(folder), 3, 2, 30
+    (tmp_path / "run/sft/adapter").mkdir(parents=True)
+    (tmp_path / "run/sft/adapter/adapter_config.json").write_text("{}")
+    return cfg
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def call(monkeypatch, capsys, *argv):
+    """(exit message or None, stdout) of evaluate.main."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+    message = None
+    try:
+        evaluate.main()
+    except SystemExit as stop:
+        message = stop.code
+    return message, capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- run
+
+
+def test_every_policy_of_a_run_is_scored_with_its_controls(world, tmp_path, capsys):
+    evaluate.evaluate_run(world)
+    folder = tmp_path / "run/eval/test"
+    rows = read(folder / "results.json")["rows"]
+    assert list(rows) == ["fixed normal template", "base", "base, image shuffled", "sft", "sft, image shuffled"]
+    greedy = rows["sft"]["greedy"]
+    # 3 stated: the effusion and the heart are there, the pneumothorax is on the other side
+    assert greedy["counts"] == read(folder / "sft/results.json")["greedy"]["counts"]
+    assert [greedy["counts"][k] for k in ("stated", "hallucinated", "wrong_side", "true", "omitted")] == [3, 1, 1, 3, 1]
+    assert greedy["format_rate"]["value"] == 1 and rows["sft"]["sampled"]["format_rate"]["value"] == 0.5
+    assert greedy["n"] == 4 and set(greedy["per_label"]["Cardiomegaly"]) == {"f1", "support"}
+    assert greedy["hallucination_rate"]["lo"] <= 1 / 3 <= greedy["hallucination_rate"]["hi"]
+    shuffled = rows["sft, image shuffled"]["greedy"]["counts"]
+    assert shuffled["stated"] == 3 and shuffled["correct"] == 0  # every finding stands in one image only
+    template = rows["fixed normal template"]["greedy"]
+    assert template["counts"]["stated"] == 0 and template["counts"]["omitted"] == 3
+    assert template["hallucination_rate"]["value"] is None and "format_rate" not in template
+    out = capsys.readouterr().out
+    assert "33.3 (3)" in out and "METEOR needs Java" in out and "RadGraph F1 is also a reward" in out
+    assert max(map(len, (line for line in out.splitlines() if not line.startswith("written")))) <= 150
+
+
+def test_files_of_a_policy(world, tmp_path):
+    world.policy, world.split = "sft", "test"
+    evaluate.evaluate_run(world)
+    folder = tmp_path / "run/eval/test"
+    assert sorted(path.name for path in folder.iterdir()) == ["results.json", "results.md", "sft"]
+    rows = [json.loads(line) for line in (folder / "sft/reports.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(STUDIES)
+    assert rows[2]["labels"] == ["pneumothorax_left"] and rows[2]["stated"] == ["pneumothorax_right"]
+    assert rows[1]["report"] == sections("The heart is enlarged.") and rows[1]["tagged"]
+    assert rows[1]["samples"] == [sections("The heart is enlarged."), "nothing"]  # stray tags are stripped
+    result = read(folder / "sft/results.json")
+    assert result["settings"]["scorers"] == to_dict(world)["scorers"] and result["adapter"].endswith("sft/adapter")
+    text = (folder / "results.md").read_text()
+    assert "| sft, image shuffled |" in text and text.count("|\n|---") + text.count("|\n| ---") == 2
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_table_leaves_out_other_settings(world, capsys):
+    world.policy = "base"
+    evaluate.evaluate_run(world)
+    evaluate.evaluate_run(dataclasses.replace(world, policy="sft", data=dataclasses.replace(world.data, limit=3)))
+    out = capsys.readouterr().out
+    assert "not shown, evaluated with other settings: base" in out
+    assert "base, image" not in out.split("3 studies")[1]
+
+
+def test_two_processes_may_finish_at_once(world, tmp_path):
+    """Each has saved its policy before it writes the table, so the last table has both."""
+    world.policy = "base,sft"
+    evaluate.evaluate_run(world)
+    folder = tmp_path / "run/eval/test"
+    settings = read(folder / "sft/results.json")["settings"]
+    with ThreadPoolExecutor(2) as pool:  # the lock parts open files, so threads show it as processes do
+        list(pool.map(tables.finish, [folder] * 40, [settings] * 40))
+    assert list(read(folder / "results.json")["rows"])[-1] == "sft, image shuffled"
+
+
+def test_policies_by_name_and_folder(world, tmp_path):
+    other = tmp_path / "elsewhere/best/adapter"
+    other.mkdir(parents=True)
+    (other / "adapter_config.json").write_text("{}")
+    world.policy = f"sft, {other}"
+    names = evaluate.find_policies(world)
+    assert names == [("sft", tmp_path / "run/sft/adapter"), ("best", other)]
+    world.policy = "stage9"
+    with pytest.raises(ValueError, match=r"policy 'stage9': neither in .* \(which has base, sft\)"):
+        evaluate.find_policies(world)
+
+
+def test_settings_come_from_the_run_and_flags_win(world, tmp_path, monkeypatch):
+    trained = dataclasses.replace(world, seed=5, run="moved since")
+    config = to_dict(trained)
+    for name in ("policy", "split", "predictions", "references", "image"):
+        config.pop(name)
+    (tmp_path / "run/sft/config.json").write_text(json.dumps(config))
+    cfg = evaluate.settings(["--run", str(tmp_path / "run"), "--eval.samples", "1"])
+    assert (cfg.seed, cfg.data.path, cfg.eval.samples, cfg.run) == (5, world.data.path, 1, world.run)
+    assert evaluate.settings([f"--run={tmp_path / 'run'}", "--seed", "7"]).seed == 7
+    assert evaluate.settings(["--run", str(tmp_path / "nothing")]).seed == 0
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run").rename(tmp_path / "runs/phantom")
+    monkeypatch.chdir(tmp_path)
+    cfg = evaluate.settings([])
+    assert (cfg.seed, cfg.run) == (5, "runs/phantom")  # not the path at which it was trained
+
+
+# ----------------------------------------------------------------------------------------------------- predictions
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_predictions_without_any_model(tmp_path, monkeypatch, capsys):
+    texts = ["The lungs are clear.", "Left effusion.", "Large heart."]
+    references = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": text} for i, text in enumerate(texts)])
+    rows = [{"id": str(i), "report": text} for i, text in enumerate(texts)]
+    predictions = jsonl(tmp_path / "P.jsonl", rows[::-1])
+    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
+    monkeypatch.setattr(evaluate.rewards, "load_scorers", None)  # calling it would fail
+    message, out = call(monkeypatch, capsys, "--predictions", predictions, "--references", references)
+    assert message is None
+    rows = read(tmp_path / "P_eval/results.json")["rows"]
+    assert list(rows) == ["fixed normal template", "P", "P, references shuffled"]
+    assert rows["P"]["greedy"]["bleu_1"]["value"] == pytest.approx(1)
+    assert rows["P, references shuffled"]["greedy"]["bleu_1"]["value"] < 0.5
+    assert "format_rate" not in rows["P"]["greedy"] and "sided_f1" not in rows["P"]["greedy"]
+    assert "need --scorers" in out and "sided" not in out
+    assert (tmp_path / "P_eval/P/reports.jsonl").exists()
+
+
+def test_predictions_with_labels_are_held_against_the_truth(world, tmp_path, monkeypatch, capsys):
+    rows = [{"id": k, "report": "Clear.", "labels": labels} for k, (_, labels) in STUDIES.items()]
+    references = jsonl(tmp_path / "R.jsonl", rows)
+    predictions = jsonl(tmp_path / "P.jsonl", [{"id": k, "report": text} for k, (text, _) in STUDIES.items()])
+    message, _ = call(monkeypatch, capsys, "--predictions", predictions, "--references", references)
+    assert message is None
+    greedy = read(tmp_path / "P_eval/results.json")["rows"]["P"]["greedy"]
+    assert greedy["counts"]["hallucinated"] == 1 and greedy["f1_micro"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        ([{"id": 0, "report": "a"}], "P.jsonl: no row for id 1 and 1 more"),
+        ([{"id": i, "report": "a"} for i in (0, 1, 2, 3)], "R.jsonl: no row for id 3"),
+        ([{"id": 0, "report": "a"}] * 2, "P.jsonl: row 2: id 0 occurs twice"),
+        ([{"id": 0}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
+        ([], "P.jsonl: no rows"),
+    ],
+)
+def test_prediction_errors_are_one_line(tmp_path, monkeypatch, capsys, predictions, message):
+    references = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": "a"} for i in range(3)])
+    path = jsonl(tmp_path / "P.jsonl", predictions)
+    stop, _ = call(monkeypatch, capsys, "--predictions", path, "--references", references)
+    assert message in stop and stop.startswith("evaluate.py: ") and "\n" not in stop
+    assert not (tmp_path / "P_eval").exists()
+
+
+def test_other_error_lines(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "P.jsonl"
+    assert "needs --references" in call(monkeypatch, capsys, "--predictions", path)[0]
+    path.write_text('{"id": 1, "report": "a"}\n{broken\n')
+    assert "P.jsonl: line 2: not JSON" in call(monkeypatch, capsys, "--predictions", path, "--references", path)[0]
+    path.write_bytes(b'{"id": 1, "report": "\xff"}\n')
+    assert "not UTF-8" in call(monkeypatch, capsys, "--predictions", path, "--references", path)[0]
+    assert "no such file" in call(monkeypatch, capsys, "--image", tmp_path / "x.png", "--run", tmp_path)[0]
+
+
+# ----------------------------------------------------------------------------------------------------- small parts
+
+
+def test_image_writes_the_last_stage_report(world, tmp_path, monkeypatch, capsys):
+    image = tmp_path / "data/images/s1/0.png"
+    message, out = call(monkeypatch, capsys, "--image", image, "--run", world.run)
+    assert message is None and "sft, written to" in out and "Not for clinical use" in out
+    assert (tmp_path / "run/images/0.txt").read_text() == sections("The heart is enlarged.") + "\n"
+
+
+def test_derangement_has_no_fixed_point():
+    for n in (2, 3, 10, 101):
+        for seed in range(5):
+            order = evaluate.derangement(n, seed)
+            assert sorted(order) == list(range(n)) and all(i != j for i, j in enumerate(order))
+    assert evaluate.derangement(10, 0) == evaluate.derangement(10, 0)
+    assert evaluate.derangement(10, 0) != evaluate.derangement(10, 1)
+    with pytest.raises(ValueError, match="at least two"):
+        evaluate.derangement(1, 0)
+
+
+def test_template_takes_the_form_of_the_references():
+    plain = evaluate.normal_template(["The lungs are clear."], None, "both")
+    assert plain.startswith("The heart size") and "IMPRESSION" not in plain and "cardiopulmonary" in plain
+    assert evaluate.normal_template([sections("x")], None, "both").count(":") == 2
+    assert "cardiopulmonary" not in evaluate.normal_template(["x"], None, "findings")
+    assert evaluate.normal_template([sections("x")], [[]], "both") == evaluate.phantom.NORMAL_TEMPLATE
+
+
+def test_one_study_has_no_shuffled_row(world, tmp_path):
+    world.policy, world.data.limit = "base", 1
+    evaluate.evaluate_run(world)
+    assert list(read(tmp_path / "run/eval/test/results.json")["rows"]) == ["fixed normal template", "base"]
+
+
+def test_widest_table_fits_150_columns():
+    entry = {"value": 0.555, "lo": 0.555, "hi": 0.555}
+    summary = {metric: entry for _, metric, _, _ in tables.COLUMNS} | {"counts": {"stated": 12345}}
+    rows = {"stage1_continued, image shuffled": {"greedy": summary, "sampled": summary}}
+    for intervals in (False, True):
+        text = tables.grid(rows, intervals, markdown=False)
+        assert max(map(len, text.splitlines())) <= 150 and len(text.splitlines()) == 3

@@ -1,0 +1,201 @@
+"""metrics.py: text metrics against pycocoevalcap, truth counts by hand, the bootstrap."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import metrics
+import reader
+from clinical import CHEXPERT_LABELS
+
+PAIRS = Path(__file__).parents[2] / "shared" / "data" / "metrics_iu_xray"
+TEXTS = [
+    ("The heart is enlarged. No effusion.", "The heart is mildly enlarged. No pleural effusion is seen."),
+    ("The lungs are clear.", "The lungs are clear."),
+    ("Left effusion, left effusion, left effusion.", "There is a small left effusion."),
+    ("Nothing", "A large right pneumothorax is present."),
+    ("", "No acute disease."),
+]
+
+
+def bleu_rows(pairs):
+    return np.array([metrics.bleu_stats(c, r) for c, r in pairs], float)
+
+
+# ---------------------------------------------------------------------------------------------------- text metrics
+
+
+def test_tokens():
+    assert metrics.tokens("No XXXX-ray, 1.5 cm.\nL/R") == "no xxxx - ray , 1 . 5 cm . l / r".split()
+
+
+def test_bleu_statistics_by_hand():
+    assert metrics.bleu_stats("a b a b".split(), "a b c a b".split()) == [4, 2, 0, 0, 4, 3, 2, 1, 4, 5]
+    assert metrics.bleu_stats([], ["a"]) == [0] * 9 + [1]
+    # matches 4/4 and 2/3, brevity exp(1 - 5/4)
+    two = metrics.bleu(bleu_rows([("a b a b".split(), "a b c a b".split())]))[0, 1]
+    assert two == pytest.approx(math.sqrt(2 / 3) * math.exp(-0.25), abs=1e-8)
+
+
+def test_lcs_and_rouge_by_hand():
+    assert metrics.lcs_length("a b c b d a b".split(), "b d c a b a".split()) == 4
+    assert metrics.lcs_length([], ["a"]) == 0
+    p, r = 2 / 3, 2 / 4
+    assert metrics.rouge_l("a x b".split(), "a b c d".split()) == pytest.approx(2.44 * p * r / (r + 1.44 * p))
+    assert metrics.rouge_l([], []) == 0
+
+
+def test_corpus_and_pair_scores_equal_pycocoevalcap():
+    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
+    pairs = [(metrics.tokens(c), metrics.tokens(r)) for c, r in TEXTS]
+    given = {i: [" ".join(c)] for i, (c, _) in enumerate(pairs)}
+    wanted = {i: [" ".join(r)] for i, (_, r) in enumerate(pairs)}
+    corpus, each = bleu.Bleu(4).compute_score(wanted, given, verbose=0)
+    stats = bleu_rows(pairs)
+    np.testing.assert_allclose(metrics.bleu(stats.sum(0)), corpus, atol=1e-9, rtol=0)
+    np.testing.assert_allclose(metrics.bleu(stats).T, each, atol=1e-9, rtol=0)
+    np.testing.assert_allclose(
+        [metrics.rouge_l(c, r) for c, r in pairs], rouge.Rouge().compute_score(wanted, given)[1], atol=1e-9, rtol=0
+    )
+
+
+@pytest.mark.skipif(not PAIRS.exists(), reason="no ../shared/data/metrics_iu_xray")
+def test_published_pairs_reproduce():
+    rows = [json.loads(line) for path in sorted(PAIRS.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    assert len(rows) > 500
+    for row in rows:
+        bleu = metrics.bleu(bleu_rows([(row["candidate"].split(), row["reference"].split())]))[0]
+        assert bleu == pytest.approx([row["pycoco"][f"Bleu_{n}"] for n in range(1, 5)], abs=1e-6)
+        # pycocoevalcap's ROUGE splits at single blanks, so a double one makes an empty token
+        rouge = metrics.rouge_l(row["candidate"].split(" "), row["reference"].split(" "))
+        assert rouge == pytest.approx(row["pycoco"]["ROUGE_L"], abs=1e-6)
+
+
+def test_meteor_of_the_jars_statistics():
+    """The jar's own lines and scores for three pairs; their corpus score is the score of the summed line."""
+    lines = [
+        "9 11 5 7 3 3 4 4 0 0 0 0 0 0 0 0 0 0 0 0 4 7 7",
+        "4 5 1 3 1 1 1 1 0 0 0 0 0 0 0 0 0 0 0 0 2 2 2",
+        "0 2 0 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
+        "10 14 4 9 3 3 2 2 0 0 0 0 0 0 0 0 0 0 0 0 5 5 5",
+    ]
+    stats = np.array([line.split() for line in lines], float)
+    each = [0.3222416527736763, 0.17486338797814208, 0.0, 0.1856540084388186]
+    np.testing.assert_allclose(metrics.meteor(stats), each, atol=1e-12)
+    assert metrics.meteor(stats.sum(0)) == pytest.approx(0.21821789746924167, abs=1e-12)
+
+
+def test_meteor_without_java_says_why(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    function, why = metrics.start_meteor()
+    assert function is None and "no `java` on PATH" in why
+
+
+# ------------------------------------------------------------------------------------------------------- label F1
+
+
+def test_label_f1_by_hand():
+    candidates, references = np.zeros((3, 14), bool), np.zeros((3, 14), bool)
+    candidates[[0, 1, 2], 1] = True  # Cardiomegaly: one right, two wrong
+    references[0, 1] = True
+    references[2, 9] = True  # Pleural Effusion: missed
+    sums = metrics.label_stats(candidates, references).sum(0)
+    assert metrics.micro_f1(sums) == pytest.approx(2 * 1 / (2 * 1 + 2 + 1))
+    per_label = metrics.label_f1(sums)
+    assert per_label[1] == pytest.approx(0.5) and per_label[9] == 0 and per_label[0] == 0
+    assert per_label.mean() == pytest.approx(0.5 / 14)
+    assert math.isnan(metrics.micro_f1(np.zeros(42)))
+
+
+# ----------------------------------------------------------------------------------------------------------- truth
+
+
+def test_truth_rates_by_hand():
+    """Four reports: right, wrong side, invented (said twice), silent. Stated 4 = 1 + 1 + 2, true 5."""
+    labels = [["effusion_left"], ["effusion_right"], [], ["edema", "cardiomegaly", "device"]]
+    texts = [
+        "There is a left pleural effusion.",
+        "There is a left pleural effusion.",
+        "There is a right pneumothorax. Possible edema. There is a right pneumothorax.",
+        "The lungs are clear.",
+    ]
+    stats = metrics.collect([[t] for t in texts], texts, truth_counts=reader.truth_counts, labels=labels)
+    result = metrics.summarise(stats, CHEXPERT_LABELS, resamples=50, seed=0)
+    expected = {"stated": 4, "hallucinated": 3, "true": 5, "omitted": 4, "wrong_side": 1, "correct": 1, "unread": 0}
+    assert {key: result["counts"][key] for key in expected} == expected
+    assert result["hallucination_rate"]["value"] == pytest.approx(3 / 4)
+    assert result["omission_rate"]["value"] == pytest.approx(4 / 5)
+    assert result["wrong_side_rate"]["value"] == pytest.approx(1 / 4)
+    assert result["sided_f1"]["value"] == pytest.approx(2 * 1 / (4 + 5))
+    assert result["unread_share"]["value"] == 0
+
+
+def test_nothing_stated_is_nan_not_zero():
+    stats = metrics.collect([["Clear."]], ["Clear."], truth_counts=reader.truth_counts, labels=[[]])
+    result = metrics.summarise(stats, CHEXPERT_LABELS, 20, 0)
+    assert math.isnan(result["hallucination_rate"]["value"]) and math.isnan(result["hallucination_rate"]["lo"])
+
+
+# ------------------------------------------------------------------------------------------- collect and summarise
+
+
+def test_samples_of_a_study_are_summed_and_functions_get_flat_lists():
+    texts = [["a b", "a"], ["c", "c c c"]]
+    labelled = {"a b": 1, "a": 0, "c": 1, "c c c": 0, "r0": 1, "r1": 0}
+
+    def label(batch):
+        return np.array([[labelled[text]] + [0] * 13 for text in batch], bool)
+
+    def pairwise(candidates, references):
+        assert references == ["r0", "r0", "r1", "r1"]
+        return [len(text.split()) for text in candidates]
+
+    stats = metrics.collect(
+        texts, ["r0", "r1"], formats=[[1.0, 0.0], [1.0, 1.0]], label=label, bertscore=pairwise, radgraph=pairwise
+    )
+    assert stats["length"].tolist() == [[3, 2], [4, 2]]
+    assert stats["format"].tolist() == [[1, 2], [2, 2]]
+    assert stats["bertscore"].tolist() == stats["radgraph"].tolist() == [[3, 2], [4, 2]]
+    assert stats["labels"][:, [0, 14, 28]].tolist() == [[1, 0, 1], [0, 1, 0]]
+    result = metrics.summarise(stats, CHEXPERT_LABELS, 100, 0)
+    assert result["length"]["value"] == pytest.approx(7 / 4) and result["n"] == 2
+    assert result["f1_micro"]["value"] == pytest.approx(2 / (2 + 1 + 1))
+    assert result["per_label"][CHEXPERT_LABELS[0]] == {"f1": 0.5, "support": 2}
+    assert "meteor" not in result and "sided_f1" not in result
+    assert 0 <= result["bleu_1"]["lo"] <= result["bleu_1"]["value"] < 1e-6  # nothing in common
+
+
+def test_bootstrap_covers_the_mean_and_is_deterministic():
+    def mean(sums):
+        return metrics.divide(sums[..., 0], sums[..., 1])
+
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(40):
+        values = rng.normal(3.0, 1.0, 80)
+        stats = np.stack([values, np.ones(80)], 1)
+        lo, hi = metrics.bootstrap(mean, stats, 300, seed=1)
+        assert lo < values.mean() < hi
+        assert (hi - lo) == pytest.approx(2 * 1.96 * values.std() / math.sqrt(80), rel=0.25)
+        covered += lo < 3.0 < hi
+    assert 33 <= covered <= 40
+    assert metrics.bootstrap(mean, stats, 300, seed=1) == (lo, hi)
+    assert metrics.bootstrap(mean, stats, 300, seed=2) != (lo, hi)
+
+
+def test_bootstrap_resamples_whole_studies():
+    """Eight equal samples of a study tell as much as one: the interval must not shrink."""
+    rng = np.random.default_rng(0)
+    one = np.stack([rng.normal(size=50), np.ones(50)], 1)
+    function = metrics.METRICS["length"][1]
+    assert metrics.bootstrap(function, 8 * one, 200, 0) == pytest.approx(metrics.bootstrap(function, one, 200, 0))
+
+
+def test_bootstrap_of_a_ratio_drops_empty_resamples():
+    stats = np.array([[1.0, 1.0], [0.0, 0.0]])
+    assert metrics.bootstrap(metrics.METRICS["length"][1], stats, 50, 0) == (1.0, 1.0)

@@ -51,9 +51,9 @@ class ModelConfig:
     """folder or hub name of the base vision-language model, Hugging Face LLaVA layout [paper: LLaVA-Med v1.5]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the frozen base; LoRA weights and log-probs are always float32 [ours]"""
-    lora_r: int = 8
+    lora_r: int = 16
     """LoRA rank [ours; not in the paper]"""
-    lora_alpha: int = 16
+    lora_alpha: int = 32
     """LoRA alpha, the update is scaled by alpha / r [ours; not in the paper]"""
     lora_dropout: float = 0.0
     """LoRA dropout probability, active in Stage 0 only: RL needs deterministic log-probs [ours]"""
@@ -121,13 +121,13 @@ class ScorerConfig:
 
 @dataclass
 class SFTConfig:
-    steps: int = 250
+    steps: int = 200
     """optimizer updates; 0 = `epochs` passes over the split [ours]"""
     epochs: float = 3.0
     """passes over the split when steps = 0 [paper: 3]"""
     batch_size: int = 32
     """studies per update, over all processes [ours]"""
-    lr: float = 2e-3
+    lr: float = 4e-3
     """peak learning rate of AdamW; 3% warm-up, then linear decay to 0 [ours]"""
     max_grad_norm: float = 1.0
     """gradient norm above which gradients are scaled down [TRL]"""
@@ -159,7 +159,7 @@ class GRPOConfig:
 
 @dataclass
 class StageConfig:
-    steps: int = 80
+    steps: int = 60
     """policy updates (rollout batches) in this stage; 0 = `epochs` passes over the split [ours]"""
     epochs: float = 3.0
     """passes over the split when steps = 0 [paper: 3]"""
@@ -184,9 +184,9 @@ class EvalConfig:
 class AssetsConfig:
     """How the phantom's small models are trained (assets.py)."""
 
-    vision_steps: int = 1200
+    vision_steps: int = 1000
     """updates of the vision tower as a multi-label classifier, 64 images each [ours]"""
-    base_steps: int = 600
+    base_steps: int = 550
     """updates of the base vision-language model on captions, 48 images each [ours]"""
     expert_steps: int = 300
     """updates of the frozen expert, 128 image-report pairs each [ours]"""
@@ -195,7 +195,7 @@ class AssetsConfig:
 
 
 def _default_stage2() -> StageConfig:
-    return StageConfig(steps=80, trainable="language+projector")
+    return StageConfig(steps=100, trainable="language+projector")
 
 
 @dataclass

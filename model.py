@@ -12,6 +12,7 @@ holding the SFT policy: `disable_adapter()` would give the base model instead, w
 """
 
 import contextlib
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +181,16 @@ class Prefix:
     mask: Tensor  # (B, P) 1 = real token, P counts the last token too
     length: Tensor  # (B, 1) number of real tokens
 
+    def select(self, rows: Tensor) -> "Prefix":
+        """The prefixes of studies `rows` (N,), repeats allowed: (B, ...) -> (N, ...). This one stays as it is."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(rows)
+        return Prefix(cache, self.last_token[rows], self.mask[rows], self.length[rows])
+
     def repeat(self, times: int) -> "Prefix":
-        """Each study's row `times` times, in place for the cache: (B, ...) -> (B * times, ...)."""
-        if times > 1:
-            self.cache.batch_repeat_interleave(times)
-        rows = [t.repeat_interleave(times, dim=0) for t in (self.last_token, self.mask, self.length)]
-        return Prefix(self.cache, *rows)
+        """Each study's row `times` times in a row: (B, ...) -> (B * times, ...)."""
+        return self.select(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(times))
 
 
 def encode_prefix(model, inputs: dict[str, Tensor]) -> Prefix:
@@ -221,20 +226,27 @@ def run_suffix(model, prefix: Prefix, tokens: Tensor, mask: Tensor, start: int) 
 
 
 def completion_logps(
-    model, prefix: Prefix, completions: Tensor, completion_mask: Tensor, rules: SamplingRules
+    model, prefix: Prefix, completions: Tensor, completion_mask: Tensor, rules: SamplingRules, parts: int = 4
 ) -> Tensor:
     """log pi(o_t | image, prompt, o_<t) of every report token, Eq. 1's factors: (N, T) float32, 0 where masked.
 
-    prefix: N rows (already repeated). completions: (N, T) token ids, right-padded. completion_mask: (N, T), 1 up
-    to and including the first EOS, by position. Only real tokens meet the vocabulary matrix.
+    prefix: B studies; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids, right-padded.
+    completion_mask: (N, T), 1 up to and including the first EOS, by position. Rows run in `parts` of similar length,
+    which changes nothing but the padding, and only real tokens meet the vocabulary matrix.
     """
-    tokens = torch.cat([prefix.last_token, completions[:, :-1]], dim=1)  # (N, T): input t predicts output t
-    hidden = run_suffix(model, prefix, tokens, torch.cat([prefix.mask, completion_mask[:, :-1]], dim=1), start=0)
-    rows, positions = completion_mask.nonzero(as_tuple=True)  # (n,) each
-    logits = policy_logits(get_base(model).lm_head(hidden[rows, positions]), positions, rules)  # (n, V)
-    targets = completions[rows, positions]
-    logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)  # (n,)
-    return torch.zeros(completions.shape, device=logps.device).index_put((rows, positions), logps)
+    group_size, logps = len(completions) // len(prefix.mask), torch.zeros(completions.shape, device=completions.device)
+    by_length = completion_mask.sum(dim=1).argsort(stable=True)
+    for rows in by_length.tensor_split(min(parts, len(by_length))):
+        mask = completion_mask[rows]  # (n, T)
+        mask = mask[:, : int(mask.sum(dim=1).max())]  # (n, t)
+        some, tokens = prefix.select(rows // group_size), completions[rows, : mask.shape[1]]
+        inputs = torch.cat([some.last_token, tokens[:, :-1]], dim=1)  # (n, t): input i predicts output i
+        hidden = run_suffix(model, some, inputs, torch.cat([some.mask, mask[:, :-1]], dim=1), start=0)
+        row, position = mask.nonzero(as_tuple=True)  # one entry per real token
+        logits = policy_logits(get_base(model).lm_head(hidden[row, position]), position, rules)  # (tokens, V)
+        chosen = logits.gather(1, tokens[row, position][:, None])[:, 0] - logits.logsumexp(dim=-1)
+        logps = logps.index_put((rows[row], position), chosen)
+    return logps
 
 
 def tokenize_reports(processor, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor, int]:

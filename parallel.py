@@ -4,18 +4,21 @@ Launched by `torchrun`; without it there is one process and every function here 
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 
 
 def start(device: str) -> None:
-    """Join torchrun's process group, if there is one."""
+    """Join torchrun's process group, if there is one; all processes but the first fall silent on stdout."""
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
 def rank() -> int:

@@ -33,14 +33,14 @@ class PhantomConfig:
     expert: int = 6000
     """studies in split `expert` (trains the frozen expert and the labeller's texts) [ours]"""
     base: int = 8000
-    """studies in split `base`: captions that teach the base model to see [ours]"""
+    """studies in split `base`: captions and reports that teach the base model to see [ours]"""
     sft: int = 3000
     """studies in split `sft` (Stage 0) [ours]"""
     train: int = 2400
     """studies in split `train` (Stages 1 and 2) [ours]"""
     val: int = 256
     """studies in split `val`, for choosing settings [ours]"""
-    test: int = 512
+    test: int = 384
     """studies in split `test`, reported [ours]"""
     image_size: int = 64
     """pixels along each side of the square image [ours]"""
@@ -94,7 +94,7 @@ class PhantomConfig:
     """the same: pneumothorax after a fracture on that side [ours]"""
     hedge: float = 0.15
     """rate at which a finding is hedged ("possible ...") in a report, set per author around this value [ours]"""
-    base_prior: float = 0.60
+    base_prior: float = 0.40
     """share of base captions that carry the references' omissions and priors; the others tell the truth [ours]"""
     expert_noisy: bool = False
     """whether the expert split's reports carry the references' omissions and priors too [ours]"""
@@ -225,8 +225,7 @@ def write_report(
 def write_caption(findings, rng: np.random.Generator, cfg: PhantomConfig) -> tuple[str, list[str]]:
     """A caption without headers and the labels it states; a share cfg.base_prior is as wrong as a reference."""
     believed = misremember(findings, rng, cfg) if rng.random() < cfg.base_prior else findings
-    text, stated, _ = phantom_text.caption(believed, rng)
-    return text, _labels(stated)
+    return phantom_text.caption(believed, rng)[0], _labels(believed)
 
 
 SPLITS = ("expert", "base", "sft", "train", "val", "test")
@@ -321,8 +320,7 @@ def _labelled_text(cfg: PhantomConfig, rng: np.random.Generator) -> tuple[str, d
         return " ".join(text for text, _ in parts), phantom_text.merge_facts(facts for _, facts in parts)
     findings = mixed if kind < 0.6 else misremember(sample_findings(rng, cfg), rng, cfg)
     if kind > 0.9:
-        text, _, facts = phantom_text.caption(findings, rng)
-        return text, facts
+        return phantom_text.caption(findings, rng)
     text, impression, facts = phantom_text.sections(findings, rng, 2 * cfg.hedge)
     return f"FINDINGS: {text} IMPRESSION: {impression}" if rng.random() < 0.6 else f"{text} {impression}", facts
 

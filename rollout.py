@@ -71,7 +71,13 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model, prefix: Prefix, rules: SamplingRules, u: Tensor | None, max_new_tokens: int, top_p=1.0, top_k=0
+    model,
+    prefix: Prefix,
+    rules: SamplingRules,
+    u: Tensor | None,
+    max_new_tokens: int,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> Rollout:
     """Decode one report per row of an already repeated prefix. u: (N, T) uniforms, or None for greedy decoding."""
     base, n, device = get_base(model), len(prefix.mask), prefix.mask.device
@@ -79,25 +85,27 @@ def sample(
     completions = torch.full((n, max_new_tokens), rules.eos_ids[0], device=device)
     mask = torch.zeros_like(completions)
     logps = torch.zeros(n, max_new_tokens, device=device)
-    alive = torch.ones(n, dtype=torch.bool, device=device)
-    token, attend = prefix.last_token, prefix.mask
+    rows = torch.arange(n, device=device)  # those still being written; finished ones leave the batch
+    token, attend = prefix.last_token, prefix.mask  # (rows, 1), (rows, P + t)
     for t in range(max_new_tokens):
-        hidden = run_suffix(model, prefix, token, attend, start=t)[:, -1]  # (N, D)
-        logits = policy_logits(base.lm_head(hidden), torch.full((n,), t, device=device), rules)  # (N, V)
+        hidden = run_suffix(model, prefix, token, attend, start=t)[:, -1]  # (rows, D)
+        logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # (rows, V)
         all_logps = logits.log_softmax(dim=-1)
         if u is None:
-            chosen = logits.argmax(dim=-1)
+            token = logits.argmax(dim=-1, keepdim=True)
         else:
-            chosen = draw(truncate(all_logps.exp(), top_k, top_p), u[:, t].to(device))
-        mask[:, t] = alive  # an EOS drawn now is still part of the report
-        completions[:, t] = torch.where(alive, chosen, completions[:, t])
-        logps[:, t] = all_logps.gather(1, chosen[:, None])[:, 0] * alive
-        alive = alive & ~torch.isin(chosen, eos)
-        if not alive.any():
+            token = draw(truncate(all_logps.exp(), top_k, top_p), u[rows.cpu(), t].to(device))[:, None]
+        mask[rows, t] = 1  # an EOS drawn now is still part of the report
+        completions[rows, t] = token[:, 0]
+        logps[rows, t] = all_logps.gather(1, token)[:, 0]
+        attend = torch.cat([attend, torch.ones_like(token)], dim=1)
+        going = (~torch.isin(token[:, 0], eos)).nonzero()[:, 0]
+        if len(going) < len(rows):
+            rows, token, attend, prefix = rows[going], token[going], attend[going], prefix.select(going)
+        if len(rows) == 0:
             break
-        token, attend = completions[:, t : t + 1], torch.cat([attend, mask[:, t : t + 1]], dim=1)
-    width = t + 1
-    return Rollout(completions[:, :width], mask[:, :width], logps[:, :width], ~alive)
+    finished = torch.ones(n, dtype=torch.bool, device=device).index_fill(0, rows, False)
+    return Rollout(completions[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1], finished)
 
 
 def rollout(

@@ -10,6 +10,7 @@ After a kill, rows written since the last checkpoint are dropped and written aga
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -33,6 +34,23 @@ def atomic_folder(folder: Path):
     tmp.mkdir(parents=True)
     yield tmp
     os.replace(tmp, folder)
+
+
+def lock(path: Path, wait: bool):
+    """Hold `path` for this process: an open file, freed when it is closed or the process dies.
+
+    Where another process holds it: wait, or raise ValueError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another process is writing to {path.parent}: wait for it, or choose another --name"
+        ) from None
+    return file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ from model import (
 )
 from rewards import Scorers, compute_rewards, load_scorers, wrap
 from rollout import Rollout, rollout
-from runs import Log, adapter_state, claim_folder, load_checkpoint, save_adapter, save_checkpoint
+from runs import Log, adapter_state, claim_folder, load_checkpoint, lock, save_adapter, save_checkpoint
 from sft import sft_loss, text_logps
 
 FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}
@@ -129,7 +129,7 @@ def loss_passes(
         mask = out.completion_mask[rows]  # (n, T)
 
         def logps_now() -> Tensor:  # (n, T)
-            prefix = encode_prefix(t.model, {name: x[first:last] for name, x in inputs.items()}).repeat(group)
+            prefix = encode_prefix(t.model, {name: x[first:last] for name, x in inputs.items()})
             return completion_logps(t.model, prefix, out.completions[rows], mask, rules)
 
         with torch.no_grad(), use_reference(t.model):
@@ -214,7 +214,7 @@ def load_trainer(cfg: Config, stage: int, init: Path | None, reference: Path | N
 
 def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
     """Train one stage from adapter `init` and save `folder/adapter`; goes on from a checkpoint where there is one."""
-    rank, world = parallel.rank(), parallel.world()
+    rank, world, cfg = parallel.rank(), parallel.world(), resolve(cfg, needs=())
     t = load_trainer(cfg, stage, init, reference)
     studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
     stage_cfg = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage]
@@ -245,34 +245,25 @@ def train(cfg: Config) -> None:
     last = 2 if cfg.stage == "all" else int(cfg.stage)
     first = last if cfg.init_from else 0
     for stage in range(first, last + 1):
-        asked = stage == last
-        folder = run / (cfg.name if cfg.name and asked else FOLDERS[stage])
-        if (folder / "adapter").exists():
-            say(
-                f"{folder.name} is complete: {folder / 'adapter'}"
-                + (" (delete the folder to train it again)" if asked else "")
-            )
-            if asked and parallel.rank() == 0:
-                claim_folder(folder, cfg)
+        asked = cfg.stage == "all" or stage == last
+        folder = run / (cfg.name if cfg.name and stage == last else FOLDERS[stage])
+        done = (folder / "adapter").exists()
+        if parallel.rank() == 0 and (asked or not done):
+            claim_folder(folder, cfg)
+        parallel.barrier()
+        if done:
+            print(f"{folder.name} is complete: {folder / 'adapter'} (delete the folder to train it again)")
             continue
-        if not asked and cfg.stage != "all":
-            say(f"stage {last} needs {folder / 'adapter'}, which is missing: training it first")
+        if not asked:
+            print(f"stage {last} needs {folder / 'adapter'}, which is missing: training it first")
         init = Path(cfg.init_from) if cfg.init_from else run / FOLDERS[stage - 1] / "adapter" if stage > 0 else None
         reference = run / FOLDERS[0] / "adapter"
         if stage > 0 and not reference.exists():
-            say(f"{reference} is missing: the KL reference is {init} instead")
+            print(f"{reference} is missing: the KL reference is {init} instead")
             reference = init
-        if parallel.rank() == 0:
-            claim_folder(folder, cfg)
-        parallel.barrier()
+        held = lock(folder / ".lock", wait=False) if parallel.rank() == 0 else None  # noqa: F841, freed at exit
         run_stage(cfg, stage, folder, init, reference)
-        say(f"{folder.name} is done: {folder / 'adapter'}")
-
-
-def say(text: str) -> None:
-    """Print once, not once per process."""
-    if parallel.rank() == 0:
-        print(text, flush=True)
+        print(f"{folder.name} is done: {folder / 'adapter'}")
 
 
 def main() -> None:
@@ -285,7 +276,7 @@ def main() -> None:
         if parallel.rank() == 0:
             resolve(cfg, needs)  # builds what is missing, once
         parallel.barrier()
-        train(resolve(cfg, needs))
+        train(cfg)
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     finally:

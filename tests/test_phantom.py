@@ -105,12 +105,12 @@ def test_captions_mix_and_carry_the_prior_at_the_configured_rate():
             rng = np.random.default_rng([3, i])
             findings = sample_findings(rng, cfg)
             text, stated = phantom.write_caption(findings, rng, cfg)
-            assert ":" not in text and text.endswith(".")
+            assert text.endswith(".")
             count += bool(set(stated) - {f.label for f in findings})
         return count
 
     assert wrong(dataclasses.replace(CFG, base_prior=0.0)) == 0
-    assert 0.4 < wrong(CFG) / wrong(dataclasses.replace(CFG, base_prior=1.0)) < 0.8
+    assert 0.25 < wrong(CFG) / wrong(dataclasses.replace(CFG, base_prior=1.0)) < 0.55
 
 
 def test_run_lengths_round_trip_and_go_down_the_columns():

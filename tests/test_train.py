@@ -15,14 +15,15 @@ from assets import resolve
 from data import load_studies
 from model import get_base, load_policy
 from rewards import compute_rewards, load_scorers, wrap
-from runs import Log, claim_folder, keep_rows
+from runs import Log, claim_folder, keep_rows, lock
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tags():
     """Tag every output, so that the babble of an untrained policy gets rewards, and gradients, at all."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(train, "compute_rewards", lambda o, *a, **k: compute_rewards([list(map(wrap, g)) for g in o], *a, **k))
+    tagged = lambda o, *a, **k: compute_rewards([list(map(wrap, g)) for g in o], *a, **k)  # noqa: E731
+    patch.setattr(train, "compute_rewards", tagged)
     yield
     patch.undo()
 
@@ -144,6 +145,11 @@ def test_a_run_folder_refuses_other_settings(finished, tmp_path):
     claim_folder(Path(finished.run) / "stage1", replace(finished, stage="0", save_every=9))  # free fields
 
 
+def test_two_runs_in_one_folder_are_refused(cfg):
+    with lock(Path(cfg.run) / "sft" / ".lock", wait=False), pytest.raises(ValueError, match="another process"):
+        train.train(replace(cfg, stage="0"))
+
+
 @pytest.mark.parametrize("change", [dict(micro_batch=1), dict(micro_batch=2)])
 def test_gradients_do_not_depend_on_the_micro_batch(finished, change):
     def gradients(cfg):
@@ -190,7 +196,7 @@ def test_sft_lowers_the_loss(finished, cfg):
     long = replace(cfg, stage="0", sft=replace(cfg.sft, steps=30, batch_size=12, lr=1e-2))
     train.train(long)
     losses = [row["loss"] for row in rows(Path(cfg.run) / "sft")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.3
 
 
 def test_keep_rows_drops_later_and_broken_lines(tmp_path):

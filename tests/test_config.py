@@ -1,0 +1,83 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import Config, load_toml, merge, parse, to_dict
+from runs import flatten
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    (tmp_path / "c.toml").write_text("seed = 3\n[grpo]\nlr = 1e-4\nbeta = 0.5\n[rewards]\nrequired_sections = []\n")
+    cfg = parse(argv=["--grpo.lr", "1e-5", "--config", str(tmp_path / "c.toml"), "--stage", "2"])
+    assert (cfg.seed, cfg.grpo.lr, cfg.grpo.beta, cfg.stage) == (3, 1e-5, 0.5, "2")
+    assert cfg.rewards.required_sections == () and cfg.grpo.batch_size == Config().grpo.batch_size
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[grpo]\nlearning_rate = 1\n", "unknown key 'grpo.learning_rate'; known here: batch_size"),
+        ("grpo = 1\n", "'grpo' must be a table"),
+        ("seed = {a = 1}\n", "'seed' must be a value"),
+        ("seed = \n", "Invalid value"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(SystemExit) as error:
+        load_toml(str(tmp_path / "c.toml"), Config())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(SystemExit, match="nowhere.toml does not exist"):
+        parse(argv=["--config", "nowhere.toml"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rewards.lambda-lex", "0.7"], "lambda_lex .* must be 1, got 1.2"),
+        (["--rollout.group-size", "1"], "group_size must be at least 2"),
+        (["--rewards.lambda-vis", "1.5"], "lambda_vis must be in"),
+        (["--rollout.top-p", "0"], "top_p must be in"),
+        (["--rewards.lambda-cx", "-1"], "lambda_cx must not be negative"),
+    ],
+)
+def test_contradictions_are_errors(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        parse(argv=flags)
+
+
+def test_the_shipped_configs_parse():
+    for path in sorted((ROOT / "configs").glob("*.toml")):
+        assert isinstance(parse(argv=["--config", str(path)]), Config)
+
+
+def test_a_dumped_config_reads_back():
+    cfg = parse(argv=["--seed", "7", "--rewards.rank", "literal"])
+    assert merge(Config(), to_dict(cfg)) == cfg
+    assert flatten({"a": {"b": 1}, "c": 2}) == {"a.b": 1, "c": 2}
+
+
+def test_every_field_says_where_it_comes_from():
+    """--help shows the docstring under each field; each ends with its source in brackets."""
+    for file in ("config.py", "phantom.py"):
+        lines = (ROOT / file).read_text().splitlines()
+        fields = [i for i, line in enumerate(lines) if line.startswith("    ") and ": " in line and " = " in line]
+        fields = [i for i in fields if lines[i].split(":")[0].strip().isidentifier()]
+        fields = [i for i in fields if lines[i + 1].startswith("    " + 3 * chr(34))]
+        assert len(fields) > 20
+        for i in fields:
+            end = next(j for j in range(i + 1, i + 6) if lines[j].endswith('"""'))
+            assert lines[end].endswith(']"""'), f"{file}: {lines[i]}"
+
+
+def test_help_explains_the_fields():
+    out = subprocess.run([sys.executable, "-c", "from config import parse; parse()", "--help"], cwd=ROOT,
+                         capture_output=True, text=True).stdout  # fmt: skip
+    assert "--grpo.lr" in out and "--config FILE.toml" in out and "DeepSeekMath" in out

@@ -137,7 +137,7 @@ def optimise(parameters, steps: int, lr: float, loss_at, what: str, clip: float 
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ base

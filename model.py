@@ -226,17 +226,17 @@ def run_suffix(model, prefix: Prefix, tokens: Tensor, mask: Tensor, start: int) 
 
 
 def completion_logps(
-    model, prefix: Prefix, completions: Tensor, completion_mask: Tensor, rules: SamplingRules, parts: int = 4
+    model, prefix: Prefix, completions: Tensor, completion_mask: Tensor, rules: SamplingRules
 ) -> Tensor:
     """log pi(o_t | image, prompt, o_<t) of every report token, Eq. 1's factors: (N, T) float32, 0 where masked.
 
     prefix: B studies; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids, right-padded.
-    completion_mask: (N, T), 1 up to and including the first EOS, by position. Rows run in `parts` of similar length,
-    which changes nothing but the padding, and only real tokens meet the vocabulary matrix.
+    completion_mask: (N, T), 1 up to and including the first EOS, by position. Rows run in parts of similar length: that
+    changes nothing but the padding. Only real tokens meet the vocabulary matrix.
     """
     group_size, logps = len(completions) // len(prefix.mask), torch.zeros(completions.shape, device=completions.device)
     by_length = completion_mask.sum(dim=1).argsort(stable=True)
-    for rows in by_length.tensor_split(min(parts, len(by_length))):
+    for rows in by_length.tensor_split(max(1, len(by_length) // 16)):
         mask = completion_mask[rows]  # (n, T)
         mask = mask[:, : int(mask.sum(dim=1).max())]  # (n, t)
         some, tokens = prefix.select(rows // group_size), completions[rows, : mask.shape[1]]

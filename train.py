@@ -230,7 +230,8 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
         batch = [studies[i] for i in order[rank::world]]
         row, sample = (sft_update(t, batch, step, steps), None) if stage == 0 else grpo_update(t, batch, k)
         log.write(k, row | {"seconds": time.perf_counter() - began}, None if step % cfg.sample_every else sample)
-        bar.set_postfix({n.split("/")[-1]: f"{row[n]:.3f}" for n in ("loss", "reward/total", "kl") if n in row})
+        shown = {n.split("/")[-1]: f"{row[n]:.3f}" for n in ("loss", "reward/total", "kl") if n in row}
+        bar.set_postfix(shown, refresh=False)  # drawn with the bar, so that a log file is not flooded
         if (step + 1) % cfg.save_every == 0 and rank == 0:
             save_checkpoint(folder, t.model, t.optimizer, step + 1)
     log.close()

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomise
+from transformers import AutoConfig, AutoProcessor, BioGptConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from model import (
     PARTS,
+    SamplingRules,
     add_reference,
     completion_logps,
     disable_dropout,
@@ -23,7 +25,7 @@ from model import (
     tokenize_reports,
     use_reference,
 )
-from rollout import draw, generate_reports, rollout, truncate, uniforms
+from rollout import draw, generate_reports, rollout, sample, truncate, uniforms
 
 
 def plain_logps(model, inputs, tokens, mask, rules):
@@ -84,23 +86,45 @@ def test_shared_prefix_gives_the_gradients_of_full_forwards(policy, images, cfg)
         torch.testing.assert_close(shared[name], plain[name], atol=1e-4, rtol=1e-4)
 
 
-def test_padding_left_and_right_changes_nothing(policy, images, cfg):
-    model, processor = policy
+@pytest.fixture
+def absolute(base_dir, tmp_path, cfg):
+    """The tiny LLaVA over BioGPT, whose positions are absolute: rotary ones hide a shift by padding."""
+    old = AutoConfig.from_pretrained(base_dir)
+    text = BioGptConfig(
+        vocab_size=old.text_config.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=old.vision_config, text_config=text, image_token_id=old.image_token_id,
+                    vision_feature_layer=-1, image_seq_length=4)
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(base_dir).save_pretrained(tmp_path)
+    return load_policy(replace(cfg, model=replace(cfg.model, path=str(tmp_path))))
+
+
+@pytest.mark.parametrize("kind", ["policy", "absolute"])
+def test_padding_left_and_right_changes_nothing(kind, images, cfg, request):
+    model, processor = request.getfixturevalue(kind)
     rules = sampling_rules(model, processor, cfg)
     inputs = encode_prompts(processor, images[:1], "Write", "cpu")
     tokens, mask, _ = tokenize_reports(processor, ["The lungs are clear."], 50, "cpu")
     alone = completion_logps(model, encode_prefix(model, inputs), tokens, mask, rules)
+    pad = torch.nn.functional.pad
     left = {
-        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (3, 0), value=0),
-        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (3, 0)),
+        "input_ids": pad(inputs["input_ids"], (3, 0), value=0),
+        "attention_mask": pad(inputs["attention_mask"], (3, 0)),
         "pixel_values": inputs["pixel_values"],
     }
-    padded = completion_logps(
-        model, encode_prefix(model, left), torch.nn.functional.pad(tokens, (0, 5), value=2),
-        torch.nn.functional.pad(mask, (0, 5)), rules,
-    )  # fmt: skip
+    wide, wide_mask = pad(tokens, (0, 5), value=2), pad(mask, (0, 5))
+    padded = completion_logps(model, encode_prefix(model, left), wide, wide_mask, rules)
     torch.testing.assert_close(padded[:, :-5], alone, atol=1e-5, rtol=0)
     assert (padded[:, -5:] == 0).all()
+    sampled = sample(model, encode_prefix(model, left), rules, torch.full((1, 12), 0.5), 12)
+    again = sample(model, encode_prefix(model, inputs), rules, torch.full((1, 12), 0.5), 12)
+    assert torch.equal(sampled.completions, again.completions)
+    torch.testing.assert_close(sampled.logps, again.logps, atol=1e-5, rtol=0)
 
 
 def test_log_probs_follow_their_rows(policy, images, cfg):
@@ -135,14 +159,28 @@ def test_mask_counts_eos_by_position(policy, cfg):
 
 def test_sampled_reports_stop_at_the_first_eos(policy, images, cfg):
     model, processor = policy
-    out, _, _ = rollout(model, processor, images, ["a", "b", "c"], cfg, step=3)
-    eos = processor.tokenizer.eos_token_id
+    ends = list(range(20, 60))  # with one of 400 tokens as EOS, random weights would hardly ever stop
+    get_base(model).generation_config.eos_token_id = ends
+    ends = {*ends, processor.tokenizer.eos_token_id}
+    out, texts, inputs = rollout(model, processor, images, ["a", "b", "c"], cfg, step=3)
+    assert out.finished.any() and not out.finished.all()
     for ids, mask, finished in zip(out.completions, out.completion_mask, out.finished, strict=True):
         n = int(mask.sum())
         assert mask.tolist() == [1] * n + [0] * (len(mask) - n)
-        assert (eos in ids[: n - 1].tolist()) is False
-        assert bool(finished) == (ids[n - 1].item() == eos)
+        assert not ends & set(ids[: n - 1].tolist())
+        assert bool(finished) == (ids[n - 1].item() in ends)  # the EOS itself is inside the mask
+        assert finished or n == cfg.rollout.max_new_tokens
         assert n > 2  # min_new_tokens = 2: EOS is impossible at positions 0 and 1
+    rules = sampling_rules(model, processor, cfg)
+    trained = completion_logps(model, encode_prefix(model, inputs), out.completions, out.completion_mask, rules)
+    torch.testing.assert_close(out.logps, trained, atol=1e-5, rtol=0)  # rows that left the batch early included
+
+
+def test_policy_logits_by_hand():
+    rules = SamplingRules(temperature=0.5, min_new_tokens=1, eos_ids=[1], banned_ids=[3])
+    got = policy_logits(torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2), torch.tensor([0, 1]), rules)
+    low = float("-inf")
+    assert got.tolist() == [[2.0, low, 6.0, low], [2.0, 4.0, 6.0, low]]
 
 
 def test_image_and_padding_tokens_are_impossible(policy, cfg):

@@ -142,7 +142,7 @@ def test_data_set_on_disk(folder):
         assert fact["split"] == row["split"] and fact["labels"] == [x for x in LABELS if x in fact["labels"]]
         assert sorted(f["label"] for f in fact["findings"]) == sorted(fact["labels"])
         assert all(phantom.decode_mask(f["mask"]).any() for f in fact["findings"])
-        assert row["report"].startswith("FINDINGS:") == (row["split"] != "base")
+        assert row["report"].startswith("FINDINGS:") or row["split"] == "base"
         if row["split"] == "expert":
             assert fact["stated"] == fact["labels"]
     assert len({(folder / "images" / r["image_path"][0]).read_bytes() for r in rows}) == len(rows)

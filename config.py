@@ -121,7 +121,7 @@ class ScorerConfig:
 
 @dataclass
 class SFTConfig:
-    steps: int = 260
+    steps: int = 220
     """optimizer updates; 0 = `epochs` passes over the split [ours]"""
     epochs: float = 3.0
     """passes over the split when steps = 0 [paper: 3]"""
@@ -184,13 +184,13 @@ class EvalConfig:
 class AssetsConfig:
     """How the phantom's small models are trained (assets.py)."""
 
-    vision_steps: int = 1000
+    vision_steps: int = 900
     """updates of the vision tower as a multi-label classifier, 64 images each [ours]"""
-    base_steps: int = 550
+    base_steps: int = 500
     """updates of the base vision-language model on captions, 48 images each [ours]"""
-    expert_steps: int = 340
+    expert_steps: int = 300
     """updates of the frozen expert, 128 image-report pairs each [ours]"""
-    labeller_steps: int = 300
+    labeller_steps: int = 250
     """updates of the CheXbert-format labeller, 64 texts each [ours]"""
 
 

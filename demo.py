@@ -59,16 +59,16 @@ def steps(flags: list[str]) -> list[tuple[str, float, list[list[str]]]]:
             command("assets.py", ["--build", "base", *flags]),
             command("assets.py", ["--build", "labeller", "expert", *flags]),
         ]),
-        ("Stage 0: SFT", 60, [command("train.py", ["--stage", "0", *flags], CORES)]),
-        ("gate: does the SFT policy see?", 30, [
+        ("Stage 0: SFT", 90, [command("train.py", ["--stage", "0", *flags], CORES)]),
+        ("gate: does the SFT policy see?", 40, [
             command("evaluate.py", ["--policy", "sft", "--split", "val", "--eval.samples", "0", *flags])
         ]),
-        ("Stage 1: text rewards", 75, [command("train.py", ["--stage", "1", *flags], CORES)]),
-        ("two branches: text rewards go on | visual reward mixed in", 140, [
+        ("Stage 1: text rewards", 90, [command("train.py", ["--stage", "1", *flags], CORES)]),
+        ("two branches: text rewards go on | visual reward mixed in", 200, [
             command("train.py", [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]),
             command("train.py", branch),
         ]),
-        ("evaluation on the test split", 90, [evaluate, evaluate_branches]),
+        ("evaluation on the test split", 110, [evaluate, evaluate_branches]),
     ]  # fmt: skip
 
 

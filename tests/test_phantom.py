@@ -73,7 +73,7 @@ def test_a_finding_changes_the_image_where_its_mask_is():
 
 def test_noise_of_references_is_as_configured():
     rates = phantom.noise_rates([([f.label for f in fs], stated) for fs, _, stated in map(study, range(4000))])
-    assert 0.23 < rates["hallucinated"] < 0.29 and 0.14 < rates["omitted"] < 0.19
+    assert 0.23 < rates["hallucinated"] < 0.29 and 0.06 < rates["omitted"] < 0.11
     assert abs(rates["prior_edema_cardiomegaly"] - CFG.prior_edema_cardiomegaly) < 0.06
     assert abs(rates["prior_atelectasis_effusion"] - CFG.prior_atelectasis_effusion) < 0.08
     mild = dataclasses.replace(CFG, omit=0.0, omit_mild=1.0)

@@ -253,13 +253,16 @@ def build_base(cfg: Config, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- expert
 
 
-def word_piece(corpus: list[str], folder: Path, vocab_size: int = 1200) -> BertTokenizerFast:
-    """A lower-casing WordPiece tokenizer in BERT's layout, trained on `corpus`."""
-    from tokenizers import BertWordPieceTokenizer
+def word_piece(corpus: list[str], folder: Path) -> BertTokenizerFast:
+    """A lower-casing WordPiece tokenizer in BERT's layout: every word of `corpus` whole, other words letter by letter.
 
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(corpus, vocab_size=vocab_size, min_frequency=1, show_progress=False)
-    trained.save_model(str(folder))
+    Written out, not trained: the trainer breaks ties at random, and a build that is repeated must end the same.
+    """
+    words = {word for text in corpus for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text.lower())}
+    letters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    vocab += sorted(words - set(letters))
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     return BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=512)
 
 

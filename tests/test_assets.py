@@ -69,6 +69,15 @@ def test_a_failed_build_leaves_nothing_that_looks_complete(tmp_path):
         assert list(tmp.iterdir()) == []
 
 
+def test_word_pieces_are_the_same_each_time_and_know_every_word(tmp_path):
+    corpus = ["Small left pleural effusion.", "No pneumothorax; heart size normal."]
+    (tmp_path / "again").mkdir()
+    tokenizer, again = assets.word_piece(corpus, tmp_path), assets.word_piece(corpus[::-1], tmp_path / "again")
+    assert tokenizer.get_vocab() == again.get_vocab()
+    assert tokenizer.tokenize("Small EFFUSION.") == ["small", "effusion", "."]
+    assert tokenizer.tokenize("odd1") == ["o", "##d", "##d", "##1"] and tokenizer("x")["input_ids"][0] == 2
+
+
 def test_by_length_keeps_every_row():
     texts = ["a" * n for n in (5, 1, 9, 3, 7)]
     parts = assets.by_length([0, 1, 2, 3, 4], texts, 2)

@@ -147,7 +147,8 @@ def make_judge(cfg: Config, references: list[str], labels: list[list[str]] | Non
     collect = partial(metrics.collect, references=references, truth_counts=reader.truth_counts, labels=labels, **known)
 
     def judge(outputs: list[list[str]], formats: bool = True, meteor: bool = True) -> dict:
-        scores = [rewards.format_reward(group, cfg.rewards.required_sections) for group in outputs] if formats else None
+        sections = cfg.rewards.required_sections
+        scores = [rewards.format_reward(group, None, sections) for group in outputs] if formats else None
         texts = [[readable(output) for output in group] for group in outputs]
         stats = collect(texts, formats=scores, meteor_stats=meteor_stats if meteor else None)
         return metrics.summarise(stats, CHEXPERT_LABELS, cfg.eval.bootstrap, cfg.seed)

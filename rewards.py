@@ -43,9 +43,11 @@ def unwrap(output: str) -> str | None:
     return match[1].strip() or None
 
 
-def format_reward(candidates: list[str], required_sections: tuple[str, ...] = ()) -> list[float]:
+def format_reward(
+    candidates: list[str], references: list[str] | None = None, required_sections: tuple[str, ...] = ()
+) -> list[float]:
     """1 when the output is one tagged report (see `unwrap`) in which each required header, as in "FINDINGS:", stands
-    exactly once; else 0 (VALOR, "Format Reward"). Takes raw outputs, tags included."""
+    exactly once; else 0 (VALOR, "Format Reward"). Takes raw outputs, tags included; references do not matter to it."""
     scores = []
     for output in candidates:
         text = unwrap(output)
@@ -191,7 +193,7 @@ def compute_rewards(
         parts["similarity"] = s
         parts["visual"] = rank_reward(s, cfg.rank, cfg.tau) * readable  # Eq. 7
         total = mix_visual(total, parts["visual"], cfg.lambda_vis, cfg.mix)  # Eq. 8
-    formats = format_reward([output for group in outputs for output in group], cfg.required_sections)
+    formats = format_reward([output for group in outputs for output in group], None, cfg.required_sections)
     parts["format"] = torch.tensor(formats).view(-1, group_size)
     total = total + cfg.lambda_format * parts["format"]  # after Eq. 8, so that lambda_vis = 1 keeps it
     check_finite(parts, ids)

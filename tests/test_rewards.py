@@ -32,7 +32,7 @@ def test_format_reward_counts_sections():
     twice = wrap("FINDINGS: clear. IMPRESSION: normal. IMPRESSION: normal.")
     outputs = [full, twice, wrap("clear."), "clear."]
     assert format_reward(outputs) == [1, 1, 1, 0]
-    assert format_reward(outputs, ("FINDINGS", "IMPRESSION")) == [1, 0, 0, 0]
+    assert format_reward(outputs, required_sections=("FINDINGS", "IMPRESSION")) == [1, 0, 0, 0]
 
 
 def test_bleu4_conventions():

@@ -1,16 +1,23 @@
-# make demo | smoke | test | test-slow | lint. Everything is set up in .venv from nothing but Python >= 3.11.
+# make demo | smoke | seeds | test | test-slow | lint. Everything is set up in .venv from nothing but Python >= 3.11.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# where this variable is set, each of the demo's processes would compile torch and transformers anew: 13 s each
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo smoke test test-slow lint clean
+SEEDS ?= 0 1 2 3 4
+
+.PHONY: demo smoke seeds test test-slow lint clean
 
 demo: $(READY)
 	$(PY) demo.py $(FLAGS)
 
 smoke: $(READY)
 	$(PY) demo.py --config configs/smoke.toml $(FLAGS)
+
+seeds: $(READY)
+	$(PY) seeds.py --seeds $(SEEDS) $(FLAGS)
 
 test: $(READY) lint
 	$(PY) -m pytest -q -m "not slow" tests

@@ -2,7 +2,7 @@
 
     data       R2Gen's layout                                     phantom.py writes it
     base       LlavaForConditionalGeneration + processor          sees, but hallucinates as a Med-VLM does
-    expert     open_clip folder                                   frozen scorer of Eq. 6
+    expert     open_clip folder                                   frozen scorer of Eq. 6; expert_noisy: see there
     labeller   BERT folder + chexbert.pth in CheXbert's format    clinical reward of Eq. 4, and BERTScore's encoder
 
 Each is trained on splits of its own, measured on held-out studies, and cached in `assets/phantom-<hash of its
@@ -17,43 +17,27 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizerFast,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 import clinical
 import expert as expert_module
 import phantom
 from config import Config, parse
-from data import Study, batch_ids, load_studies, read_image
+from data import Study, batch_ids, load_studies, read_image, read_jsonl
 from model import encode_prompts
-from rewards import CLOSE, OPEN, wrap
+from rewards import wrap
 from runs import atomic_folder, lock
 from sft import sft_loss, text_logps
+from tiny_models import MEAN, STD, clip_config, new_bert, new_llava, new_processor, policy_tokenizer, word_piece
 
-MEAN, STD = 0.5, 0.25  # of the phantom's grey values, about; the image processor normalises with them
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}USER: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}"
-)
-NAMES = ("data", "base", "expert", "labeller")
+NAMES = ("data", "base", "expert", "expert_noisy", "labeller")  # in the order in which they are built
 
 
 def asset_dir(cfg: Config) -> Path:
@@ -91,7 +75,7 @@ def ensure(cfg: Config, name: str) -> Path:
     folder = asset_dir(cfg) / name
     if folder.exists():
         return folder
-    if name != "data":
+    if name not in ("data", "labeller"):  # the labeller learns from texts of its own
         ensure(cfg, "data")
     with lock(folder.with_name(f"{name}.lock"), wait=True):  # two processes may want the same asset
         if not folder.exists():
@@ -141,58 +125,6 @@ def optimise(parameters, steps: int, lr: float, loss_at, what: str, clip: float 
 
 
 # ------------------------------------------------------------------------------------------------------------ base
-
-
-def policy_tokenizer(corpus: list[str], vocab_size: int = 1200) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the phantom's texts (it reads any text); <report> tags are tokens of their own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_tokens([AddedToken(OPEN, normalized=False), AddedToken(CLOSE, normalized=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["<image>"], extra_special_tokens={"image_token": "<image>"}, padding_side="left",
-    )  # fmt: skip
-
-
-def new_llava(tokenizer, image_size: int) -> LlavaForConditionalGeneration:
-    """A LLaVA of 1.5 M parameters: CLIP ViT (width 128, 3 layers, patch 16) + Llama (width 128, 4 layers)."""
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=image_size,
-        patch_size=16,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, initializer_range=0.06,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1,
-                    image_seq_length=(image_size // 16) ** 2)
-    )  # fmt: skip
-
-
-def new_processor(tokenizer, image_size: int) -> LlavaProcessor:
-    """The LLaVA processor (resize, crop, normalise; chat template) that belongs to `new_llava`."""
-    size = {"height": image_size, "width": image_size}
-    images = CLIPImageProcessor(
-        size={"shortest_edge": image_size}, crop_size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3
-    )
-    return LlavaProcessor(
-        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", chat_template=CHAT,
-        num_additional_image_tokens=1,
-    )  # fmt: skip
 
 
 def by_length(rows: list[int], texts: list[str], parts: int) -> list[list[int]]:
@@ -253,35 +185,40 @@ def build_base(cfg: Config, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- expert
 
 
-def word_piece(corpus: list[str], folder: Path) -> BertTokenizerFast:
-    """A lower-casing WordPiece tokenizer in BERT's layout: every word of `corpus` whole, other words letter by letter.
+def noisy_reports(cfg: Config, studies: list[Study]) -> tuple[list[str], Tensor]:
+    """Reports of the expert's studies as noisy as the references are, and the labels they state (n, 15)."""
+    truth = {row["id"]: row["findings"] for row in read_jsonl(asset_dir(cfg) / "data" / "truth.jsonl")}
+    texts, stated = [], []
+    for i, study in enumerate(studies):
+        rng = np.random.default_rng([cfg.assets_seed, i])
+        shown = [phantom.Finding(*(f[key] for key in ("name", "side", "site", "severity"))) for f in truth[study.id]]
+        text, labels = phantom.write_report(shown, rng, cfg.phantom, noisy=True)
+        texts.append(text)
+        stated.append([label in labels for label in phantom.LABELS])
+    return texts, torch.tensor(stated).float()
 
-    Written out, not trained: the trainer breaks ties at random, and a build that is repeated must end the same.
+
+def build_expert(cfg: Config, folder: Path, noisy: bool = False) -> None:
+    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers.
+
+    noisy: on reports that hallucinate and omit as the references do, where the default expert's are clean. What it
+    learns then is no better than what the policy imitates.
     """
-    words = {word for text in corpus for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text.lower())}
-    letters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    vocab += sorted(words - set(letters))
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
-    return BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=512)
-
-
-def build_expert(cfg: Config, folder: Path) -> None:
-    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers."""
     import open_clip
 
     studies, images, labels = read_assets_data(cfg, "expert")
-    held = held_out(len(studies))
-    tokenizer = word_piece([s.report for s in studies], folder)
-    settings = expert_module.phantom_expert_config(len(tokenizer), tokenizer.sep_token_id)
-    settings["preprocess_cfg"] |= {"mean": [MEAN] * 3, "std": [STD] * 3}
+    reports, held = [s.report for s in studies], held_out(len(studies))
+    if noisy:
+        reports, labels = noisy_reports(cfg, studies)
+    tokenizer = word_piece(reports, folder)
+    settings = clip_config(len(tokenizer), tokenizer.sep_token_id)
     model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
     length = settings["model_cfg"]["text_cfg"]["context_length"]
-    encoded = tokenizer([s.report for s in studies], padding="max_length", max_length=length, truncation=True)
+    encoded = tokenizer(reports, padding="max_length", max_length=length, truncation=True)
     tokens = torch.tensor(encoded["input_ids"])  # (n, length)
 
     def features(rows: list[int]) -> tuple[Tensor, Tensor]:  # (B, D) each, normalised
-        parts = by_length(list(range(len(rows))), [studies[i].report for i in rows], 4)
+        parts = by_length(list(range(len(rows))), [reports[i] for i in rows], 4)
         text = torch.empty(len(rows), settings["model_cfg"]["embed_dim"])
         for part in parts:
             text[part] = expert_module.encode_tokens(model, tokens[rows][part])
@@ -336,10 +273,7 @@ def build_labeller(cfg: Config, folder: Path) -> None:
     texts, classes = phantom.labelled_texts(cfg.phantom, cfg.assets_seed, cfg.phantom.expert)
     classes, held = torch.as_tensor(classes), held_out(len(texts))  # (n, 14)
     tokenizer = word_piece(texts, folder)
-    bert = BertModel(BertConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    ))  # fmt: skip
+    bert = new_bert(len(tokenizer))
     model = clinical.CheXbert(bert)
     encoded = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
 
@@ -382,13 +316,19 @@ def report_quality(folder: Path, numbers: dict[str, float]) -> None:
     )
 
 
-BUILDERS = {"data": build_data, "base": build_base, "expert": build_expert, "labeller": build_labeller}
+BUILDERS = {
+    "data": build_data,
+    "base": build_base,
+    "expert": build_expert,
+    "expert_noisy": partial(build_expert, noisy=True),
+    "labeller": build_labeller,
+}
 
 
 @dataclass
 class BuildConfig(Config):
-    build: tuple[str, ...] = NAMES
-    """which assets to build, of data, base, expert and labeller"""
+    build: tuple[str, ...] = ("data", "base", "expert", "labeller")
+    """which assets to build, of these and expert_noisy"""
 
 
 def main() -> None:

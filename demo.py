@@ -27,48 +27,55 @@ def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
     return [*torchrun, script, *flags]
 
 
-def run_side_by_side(commands: list[list[str]]) -> None:
-    """Run commands at the same time, each with a progress bar on a line of its own; stop all when one fails."""
+def run_side_by_side(chains: list[list[list[str]]]) -> None:
+    """Run chains of commands at the same time, a progress bar on a line of its own each; stop all when one fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not sys.stderr.isatty():
         environment["TQDM_MININTERVAL"] = "15"  # in a log file a bar is a line each time
-    running = [subprocess.Popen(words, env=environment | {"TQDM_POSITION": str(i)}) for i, words in enumerate(commands)]
+    waiting, running = {place: list(chain) for place, chain in enumerate(chains)}, {}
     try:
-        while any(process.poll() is None for process in running):
-            failed = [process for process in running if process.poll() not in (None, 0)]
-            if failed:
-                sys.exit(f"demo: this step failed (exit code {failed[0].returncode}): {' '.join(failed[0].args)}")
+        while any(waiting.values()) or running:
+            for place, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[place]
+                if process.returncode != 0:
+                    sys.exit(f"demo: this step failed (exit code {process.returncode}): {' '.join(process.args)}")
+            for place, chain in waiting.items():
+                if chain and place not in running:
+                    running[place] = subprocess.Popen(chain.pop(0), env=environment | {"TQDM_POSITION": str(place)})
             time.sleep(0.2)
     finally:
-        for process in running:
+        for process in running.values():
             process.terminate()
             process.wait()
-    for process in running:
-        if process.returncode != 0:
-            sys.exit(f"demo: this step failed (exit code {process.returncode}): {' '.join(process.args)}")
 
 
-def steps(flags: list[str]) -> list[tuple[str, float, list[list[str]]]]:
-    """(title, seconds it took on two quiet cores, commands to run side by side)."""
+def steps(flags: list[str]) -> list[tuple[str, float, list[list[list[str]]]]]:
+    """(title, seconds it took on two quiet cores, chains of commands to run side by side)."""
     branch = ["--stage", "2", *flags]
-    evaluate = command("evaluate.py", ["--policy", "base,sft,stage1", *flags])
-    evaluate_branches = command("evaluate.py", ["--policy", "stage1_continued,stage2", *flags])
     return [
-        ("phantom data set", 30, [command("assets.py", ["--build", "data", *flags])]),
-        ("base model | labeller, expert", 270, [
-            command("assets.py", ["--build", "base", *flags]),
-            command("assets.py", ["--build", "labeller", "expert", *flags]),
+        ("phantom data set | labeller", 50, [
+            [command("assets.py", ["--build", "data", *flags])],
+            [command("assets.py", ["--build", "labeller", *flags])],
         ]),
-        ("Stage 0: SFT", 90, [command("train.py", ["--stage", "0", *flags], CORES)]),
-        ("gate: does the SFT policy see?", 40, [
-            command("evaluate.py", ["--policy", "sft", "--split", "val", "--eval.samples", "0", *flags])
+        ("base model, then Stage 0 (SFT) and its gate: does it see? | expert", 470, [
+            [
+                command("assets.py", ["--build", "base", *flags]),
+                command("train.py", ["--stage", "0", *flags]),
+                command("evaluate.py", ["--policy", "sft", "--split", "val", "--eval.samples", "0", *flags]),
+            ],
+            [command("assets.py", ["--build", "expert", *flags])],
         ]),
-        ("Stage 1: text rewards", 90, [command("train.py", ["--stage", "1", *flags], CORES)]),
-        ("two branches: text rewards go on | visual reward mixed in", 200, [
-            command("train.py", [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]),
-            command("train.py", branch),
+        ("Stage 1: text rewards", 80, [[command("train.py", ["--stage", "1", *flags], CORES)]]),
+        ("two branches: text rewards go on | visual reward mixed in", 170, [
+            [command("train.py", [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"])],
+            [command("train.py", branch)],
         ]),
-        ("evaluation on the test split", 110, [evaluate, evaluate_branches]),
+        ("evaluation on the test split", 90, [
+            [command("evaluate.py", ["--policy", "base,sft,stage1", *flags])],
+            [command("evaluate.py", ["--policy", "stage1_continued,stage2", *flags])],
+        ]),
     ]  # fmt: skip
 
 
@@ -88,7 +95,7 @@ def main() -> None:
     cfg = parse(Config, __doc__)
     began, expected, plan = time.time(), 0.0, steps(flags)
     total = sum(seconds for _, seconds, _ in plan)
-    for number, (title, seconds, commands) in enumerate(plan, 1):
+    for number, (title, seconds, chains) in enumerate(plan, 1):
         elapsed = time.time() - began
         # this machine's pace so far, once there is one, scales what is left
         pace = elapsed / expected if expected > 60 else 1.0
@@ -96,9 +103,9 @@ def main() -> None:
             f"\n[{number}/{len(plan)}] {title}: {elapsed:.0f} s so far, about {(total - expected) * pace:.0f} s to go",
             flush=True,
         )
-        run_side_by_side(commands)
+        run_side_by_side(chains)
         expected += seconds
-        if title.startswith("gate"):
+        if "gate" in title:
             check_gate(cfg)
     print(f"\nthe demo took {time.time() - began:.0f} s; what it left is in {cfg.run}/")
 

@@ -3,6 +3,7 @@
     python evaluate.py --run runs/phantom                              # base and every stage of the run
     python evaluate.py --run R --policy sft,path/to/adapter --split val
     python evaluate.py --predictions P.jsonl --references R.jsonl      # rows {"id", "report"}; no model needed
+    python evaluate.py --compare R/stage1 R/stage2                     # paired differences; several seeds: compare.py
     python evaluate.py --image X.png --run R                           # one report (PNG, JPG or DICOM)
 
 A policy writes greedy reports and `eval.samples` sampled ones. Always beside it stand two rows that need no eyes: the
@@ -33,6 +34,7 @@ import reader
 import rewards
 from assets import resolve
 from clinical import CHEXPERT_LABELS
+from compare import compare
 from config import Config, check, merge, parse, to_dict
 from data import Study, load_studies, read_image, read_jsonl, target_text
 from model import load_policy, pick_device
@@ -58,6 +60,8 @@ class EvalRun(Config):
     """score this .jsonl of {"id", "report"} instead of a policy [ours]"""
     references: str = ""
     """the .jsonl of {"id", "report"} that --predictions are scored against; "labels" too, where known [ours]"""
+    compare: tuple[str, ...] = ()
+    """paired differences of evaluated policies to the first: stage folders, or quoted globs over seeds [ours]"""
     image: str = ""
     """write the report of this one image: PNG, JPG or DICOM [ours]"""
 
@@ -111,12 +115,6 @@ def generate(model, processor, studies: list[Study], cfg: Config, samples: int, 
     return outputs
 
 
-def readable(output: str) -> str:
-    """The text between the tags, or the output with stray tags stripped."""
-    text = rewards.unwrap(output)
-    return " ".join(re.sub(r"</?report>", " ", output).split()) if text is None else text
-
-
 def derangement(n: int, seed: int) -> list[int]:
     """A random cyclic order of 0..n-1: a permutation that leaves nothing in its place. ValueError below n = 2."""
     if n < 2:
@@ -139,7 +137,7 @@ def normal_template(references: list[str], labels, target: str) -> str:
 
 
 def make_judge(cfg: Config, references: list[str], labels: list[list[str]] | None, scorers) -> tuple:
-    """(function from raw outputs [study][sample] to metrics.summarise's dict, notes about what is not available)."""
+    """(function from raw outputs [study][sample] to metrics.collect's dict, notes about what is not available)."""
     meteor_stats, why = metrics.start_meteor()
     known = {}
     if scorers is not None:
@@ -149,22 +147,28 @@ def make_judge(cfg: Config, references: list[str], labels: list[list[str]] | Non
     def judge(outputs: list[list[str]], formats: bool = True, meteor: bool = True) -> dict:
         sections = cfg.rewards.required_sections
         scores = [rewards.format_reward(group, None, sections) for group in outputs] if formats else None
-        texts = [[readable(output) for output in group] for group in outputs]
-        stats = collect(texts, formats=scores, meteor_stats=meteor_stats if meteor else None)
-        return metrics.summarise(stats, CHEXPERT_LABELS, cfg.eval.bootstrap, cfg.seed)
+        texts = [[rewards.readable(output) for output in group] for group in outputs]
+        return collect(texts, formats=scores, meteor_stats=meteor_stats if meteor else None)
 
     return judge, [why] if why else []
 
 
-def score(cfg: Config, judge, greedy: list[list[str]], sampled: list[list[str]] | None, tagged: bool = True) -> dict:
-    """{"greedy", "sampled", "shuffled"}: summaries. A greedy report depends on nothing but its image, so giving the
-    reports to other studies is giving them other images."""
+def score(judge, greedy: list[list[str]], sampled: list[list[str]] | None, seed: int, tagged: bool = True) -> dict:
+    """{"greedy", "sampled", "shuffled"}: statistics per study. A greedy report depends on nothing but its image, so
+    giving the reports to other studies is giving them other images."""
     rows = {"greedy": judge(greedy, tagged)}
     if sampled is not None:
         rows["sampled"] = judge(sampled, tagged, meteor=False)
     if len(greedy) > 1:
-        rows["shuffled"] = judge([greedy[i] for i in derangement(len(greedy), cfg.seed)], tagged)
+        rows["shuffled"] = judge([greedy[i] for i in derangement(len(greedy), seed)], tagged)
     return rows
+
+
+def summaries(stats: dict[str, dict], cfg: Config) -> dict[str, dict]:
+    """metrics.summarise of each row of statistics."""
+    return {
+        row: metrics.summarise(values, CHEXPERT_LABELS, cfg.eval.bootstrap, cfg.seed) for row, values in stats.items()
+    }
 
 
 def describe(cfg: Config, split: str, n: int) -> dict:
@@ -179,7 +183,7 @@ def describe(cfg: Config, split: str, n: int) -> dict:
         "rollout": plain["rollout"],
         "data": {name: plain["data"][name] for name in names},
         "model": plain["model"]["path"],
-        "scorers": plain["scorers"],
+        "scorers": {name: value for name, value in plain["scorers"].items() if name != "expert"},  # no metric uses it
     }
 
 
@@ -187,11 +191,11 @@ def report_rows(ids, references, labels, greedy, sampled) -> list[dict]:
     """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
     rows = []
     for i, study_id in enumerate(ids):
-        text = readable(greedy[i][0])
+        text = rewards.readable(greedy[i][0])
         tagged = rewards.unwrap(greedy[i][0]) is not None
         row = {"id": study_id, "reference": references[i], "report": text, "tagged": tagged}
         if sampled is not None:
-            row["samples"] = [readable(output) for output in sampled[i]]
+            row["samples"] = [rewards.readable(output) for output in sampled[i]]
         if labels is not None:
             stated = reader.read_report(text).stated
             row |= {"labels": labels[i], "stated": sorted(f"{name}_{side}" if side else name for name, side in stated)}
@@ -217,9 +221,9 @@ def evaluate_run(cfg: EvalRun) -> None:
         if cfg.eval.samples:
             sampled = generate(model, processor, studies, cfg, cfg.eval.samples, f"{name}: {cfg.eval.samples} samples")
         result = {"policy": name, "adapter": str(adapter or ""), "settings": describe(cfg, split, len(studies))}
-        result |= {"shuffled_as": "image shuffled", "notes": notes, "template": template}
-        result |= score(cfg, judge, greedy, sampled)
-        save(folder / name, result, report_rows(ids, references, labels, greedy, sampled))
+        stats = score(judge, greedy, sampled, cfg.seed) | {"template": template}
+        result |= {"shuffled_as": "image shuffled", "notes": notes} | summaries(stats, cfg)
+        save(folder / name, result, report_rows(ids, references, labels, greedy, sampled), stats)
     finish(folder, describe(cfg, split, len(studies)))
 
 
@@ -248,10 +252,10 @@ def evaluate_predictions(cfg: EvalRun) -> None:
     template = judge([[normal_template(references, labels, cfg.data.target)]] * len(outputs), formats=False)
     path = Path(cfg.predictions)
     result = {"policy": path.stem, "adapter": "", "settings": describe(cfg, cfg.references, len(outputs))}
-    result |= {"shuffled_as": "references shuffled", "notes": notes + more, "template": template}
-    result |= score(cfg, judge, outputs, None, tagged)
+    stats = score(judge, outputs, None, cfg.seed, tagged) | {"template": template}
+    result |= {"shuffled_as": "references shuffled", "notes": notes + more} | summaries(stats, cfg)
     folder = path.with_name(f"{path.stem}_eval")
-    save(folder / path.stem, result, report_rows(list(wanted), references, labels, outputs, None))
+    save(folder / path.stem, result, report_rows(list(wanted), references, labels, outputs, None), stats)
     finish(folder, result["settings"])
 
 
@@ -281,7 +285,7 @@ def report_image(cfg: EvalRun) -> None:
     cfg = resolve(cfg, ("base",))
     model, processor = load_policy(cfg, adapter)
     stem = Path(cfg.image).stem
-    text = readable(generate_reports(model, processor, [image], cfg, ids=[stem], samples=0)[0][0])
+    text = rewards.readable(generate_reports(model, processor, [image], cfg, ids=[stem], samples=0)[0][0])
     path = Path(cfg.run) / "images" / f"{stem}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")
@@ -293,7 +297,9 @@ def main() -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     try:
-        if cfg.image:
+        if cfg.compare:
+            print(compare(cfg.compare, cfg.split or cfg.data.test_split))
+        elif cfg.image:
             report_image(cfg)
         elif cfg.predictions:
             evaluate_predictions(cfg)

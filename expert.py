@@ -176,16 +176,3 @@ def save_expert(model: torch.nn.Module, config: dict, tokenizer, folder: str | P
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def phantom_expert_config(vocab_size: int, sep_id: int, context_length: int = 96) -> dict:
-    """The whole `open_clip_config.json` of a small native CLIP over a BERT tokenizer ([CLS] ... [SEP] [PAD]=0 ...).
-
-    open_clip's default pooling takes the largest token id, which is CLIP's end token but a common word here: "eos"
-    pools at the first [SEP]. The causal mask keeps the padding, which is all to its right, out of the embedding.
-    """
-    vision = {"image_size": 64, "layers": 3, "width": 128, "head_width": 32, "patch_size": 16}
-    text = {"context_length": context_length, "vocab_size": vocab_size, "width": 128, "heads": 4, "layers": 3,
-            "hf_tokenizer_name": "bert", "pool_type": "eos", "eos_id": sep_id, "pad_id": 0}
-    preprocess = {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    return {"model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": preprocess}

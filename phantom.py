@@ -96,8 +96,6 @@ class PhantomConfig:
     """rate at which a finding is hedged ("possible ...") in a report, set per author around this value [ours]"""
     base_prior: float = 0.40
     """share of base captions that carry the references' omissions and priors; the others tell the truth [ours]"""
-    expert_noisy: bool = False
-    """whether the expert split's reports carry the references' omissions and priors too [ours]"""
 
 
 # severities, mildest first
@@ -241,7 +239,7 @@ def make_study(cfg: PhantomConfig, seed: int, split: str, index: int):
     if split == "base":
         report, stated = write_caption(findings, rng, cfg)
     else:
-        report, stated = write_report(findings, rng, cfg, noisy=split != "expert" or cfg.expert_noisy)
+        report, stated = write_report(findings, rng, cfg, noisy=split != "expert")
     name = f"{split}{index:05d}"
     row = {"id": name, "report": report, "image_path": [f"{name}/0.png"], "split": split}
     shown = [{"label": f.label, "name": f.name, "side": f.side, "site": f.site, "severity": f.severity,

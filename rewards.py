@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import sacrebleu
 import torch
-from rouge_score import rouge_scorer
 from torch import Tensor
 
 import clinical
@@ -41,6 +40,12 @@ def unwrap(output: str) -> str | None:
     if match is None or OPEN in match[1] or CLOSE in match[1]:
         return None
     return match[1].strip() or None
+
+
+def readable(output: str) -> str:
+    """The text between the tags, or the output with stray tags stripped."""
+    text = unwrap(output)
+    return " ".join(re.sub(r"</?report>", " ", output).split()) if text is None else text
 
 
 def format_reward(
@@ -69,7 +74,9 @@ def bleu4(candidates: list[str], references: list[str]) -> list[float]:
 
 
 @functools.cache
-def _rouge() -> rouge_scorer.RougeScorer:
+def _rouge():
+    from rouge_score import rouge_scorer  # here, as it brings all of nltk: a second of every script's start
+
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 
 

@@ -7,6 +7,8 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+
 from runs import write_text
 
 TEMPLATE = "fixed normal template"
@@ -36,9 +38,16 @@ NOTES = (
 )
 
 
-def save(folder: Path, result: dict, reports: list[dict]) -> None:
-    """Write one policy's results.json and reports.jsonl, each whole or not at all."""
+def save(folder: Path, result: dict, reports: list[dict], stats: dict[str, dict]) -> None:
+    """Write one policy's results.json, reports.jsonl and stats.npz, each whole or not at all.
+
+    stats.npz holds metrics.collect's arrays, (n studies, k) under "<row>/<family>": what compare.py resamples.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    flat = {f"{row}/{family}": array for row, families in stats.items() for family, array in families.items()}
+    with open(folder / "stats.npz.tmp", "wb") as file:
+        np.savez_compressed(file, **flat)
+    os.replace(folder / "stats.npz.tmp", folder / "stats.npz")
     write_text(folder / "reports.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in reports))
     write_json(folder / "results.json", result)
 

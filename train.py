@@ -7,6 +7,7 @@ Algorithm 1 of the paper: `sft_update` and `grpo_update` are one policy update e
 `main` strings the stages together. What a run leaves behind, and how it goes on after a kill: runs.py.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import metrics
 import parallel
-from assets import resolve
+import reader
+from assets import NAMES, resolve
 from config import Config, parse
 from data import Study, batch_ids, load_studies, read_image
 from grpo import group_advantages, grpo_loss
@@ -33,8 +36,8 @@ from model import (
     set_trainable,
     use_reference,
 )
-from rewards import Scorers, compute_rewards, load_scorers, wrap
-from rollout import Rollout, rollout
+from rewards import Scorers, compute_rewards, format_reward, load_scorers, readable, wrap
+from rollout import Rollout, generate_reports, rollout
 from runs import Log, adapter_state, claim_folder, load_checkpoint, lock, save_adapter, save_checkpoint
 from sft import sft_loss, text_logps
 
@@ -204,12 +207,46 @@ def load_trainer(cfg: Config, stage: int, init: Path | None, reference: Path | N
     if stage > 0:
         add_reference(model, reference)
         disable_dropout(model)
-        scorers = load_scorers(cfg, model.device, with_expert=stage == 2 and cfg.rewards.lambda_vis > 0)
+        oracle, visual = cfg.scorers.expert == "oracle", stage == 2 and cfg.rewards.lambda_vis > 0
+        scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
+        if oracle and visual:
+            scorers.similarity = reader.oracle_similarity(exact_labels(cfg))
     set_trainable(model, {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable)
     parameters = [p for p in model.parameters() if p.requires_grad]
     lr = cfg.sft.lr if stage == 0 else cfg.grpo.lr
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     return Trainer(cfg, stage, model, processor, scorers, optimizer, parameters)
+
+
+def exact_labels(cfg: Config) -> dict[str, list[str]]:
+    """{id: labels} of the RL split; ValueError for a data set without a truth.jsonl."""
+    studies = load_studies(cfg.data, cfg.data.rl_split)
+    if studies[0].labels is None:
+        raise ValueError(f"scorers.expert oracle: {cfg.data.path} has no truth.jsonl, so no exact labels")
+    return {study.id: study.labels for study in studies}
+
+
+def validate(t: Trainer, studies: list[Study]) -> dict[str, float]:
+    """Greedy BLEU-4, format rate and, with exact labels, sided F1 and hallucination rate of the policy as it is now."""
+    t.model.eval()
+    outputs = []
+    for start in range(0, len(studies), t.cfg.eval.batch_size):
+        batch = studies[start : start + t.cfg.eval.batch_size]
+        images = [read_image(s.image) for s in batch]
+        outputs += generate_reports(t.model, t.processor, images, t.cfg, ids=[s.id for s in batch])
+    stats = metrics.collect(
+        [[readable(output) for output in group] for group in outputs],
+        [s.report for s in studies],
+        formats=[format_reward(group, None, t.cfg.rewards.required_sections) for group in outputs],
+        labels=None if studies[0].labels is None else [s.labels for s in studies],
+        truth_counts=reader.truth_counts,
+    )
+    row = {}
+    for name in ("bleu_4", "format_rate", "sided_f1", "hallucination_rate"):
+        family, function = metrics.METRICS[name]
+        if family in stats and not math.isnan(value := float(function(stats[family].sum(0)))):
+            row[f"val/{name}"] = value
+    return row
 
 
 def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
@@ -223,13 +260,17 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
     k0 = adapter_state(init).get("k", 0) if stage > 0 else 0  # k counts policy updates over both RL stages
     done = load_checkpoint(folder, t.model, t.optimizer)
     log = Log(folder, k0 + done, active=rank == 0)
+    held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every and not rank else []
     bar = tqdm(range(done, steps), initial=done, total=steps, desc=f"{folder.name:<18}", disable=rank > 0)
     for step in bar:
         k, began = k0 + step + 1, time.perf_counter()
         order = batch_ids(len(studies), batch_size, cfg.seed, k - 1)  # Stage 2 reads on where Stage 1 stopped
         batch = [studies[i] for i in order[rank::world]]
         row, sample = (sft_update(t, batch, step, steps), None) if stage == 0 else grpo_update(t, batch, k)
-        log.write(k, row | {"seconds": time.perf_counter() - began}, None if step % cfg.sample_every else sample)
+        row["seconds"] = time.perf_counter() - began
+        if held_out and (step + 1) % cfg.val_every == 0:
+            row |= validate(t, held_out)
+        log.write(k, row, None if step % cfg.sample_every else sample)
         shown = {n.split("/")[-1]: f"{row[n]:.3f}" for n in ("loss", "reward/total", "kl") if n in row}
         bar.set_postfix(shown, refresh=False)  # drawn with the bar, so that a log file is not flooded
         if (step + 1) % cfg.save_every == 0 and rank == 0:
@@ -273,7 +314,7 @@ def main() -> None:
         torch.set_num_threads(cfg.threads)
     parallel.start(cfg.device)
     try:
-        needs = ("data", "base") if cfg.stage == "0" else ("data", "base", "expert", "labeller")
+        needs = ("data", "base") if cfg.stage == "0" else NAMES
         if parallel.rank() == 0:
             resolve(cfg, needs)  # builds what is missing, once
         parallel.barrier()

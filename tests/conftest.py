@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import assets
+import tiny_models
 from config import (
     AssetsConfig,
     Config,
@@ -40,7 +41,7 @@ CORPUS = [
 def base_dir(tmp_path_factory):
     """Folder of a random tiny LLaVA (32 wide, 2 + 2 layers, 4 image tokens) with processor."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = assets.policy_tokenizer(CORPUS, vocab_size=400)
+    tokenizer = tiny_models.policy_tokenizer(CORPUS, vocab_size=400)
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
@@ -55,7 +56,7 @@ def base_dir(tmp_path_factory):
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.save_pretrained(folder)
-    assets.new_processor(tokenizer, 32).save_pretrained(folder)
+    tiny_models.new_processor(tokenizer, 32).save_pretrained(folder)
     return folder
 
 

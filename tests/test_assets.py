@@ -8,6 +8,9 @@ import torch
 from transformers import AutoProcessor
 
 import assets
+import phantom
+import reader
+import tiny_models
 from config import Config
 from data import batch_ids, load_studies, read_image
 from runs import atomic_folder
@@ -72,7 +75,8 @@ def test_a_failed_build_leaves_nothing_that_looks_complete(tmp_path):
 def test_word_pieces_are_the_same_each_time_and_know_every_word(tmp_path):
     corpus = ["Small left pleural effusion.", "No pneumothorax; heart size normal."]
     (tmp_path / "again").mkdir()
-    tokenizer, again = assets.word_piece(corpus, tmp_path), assets.word_piece(corpus[::-1], tmp_path / "again")
+    tokenizer = tiny_models.word_piece(corpus, tmp_path)
+    again = tiny_models.word_piece(corpus[::-1], tmp_path / "again")
     assert tokenizer.get_vocab() == again.get_vocab()
     assert tokenizer.tokenize("Small EFFUSION.") == ["small", "effusion", "."]
     assert tokenizer.tokenize("odd1") == ["o", "##d", "##d", "##1"] and tokenizer("x")["input_ids"][0] == 2
@@ -87,3 +91,15 @@ def test_by_length_keeps_every_row():
 def test_batches_run_through_whole_epochs():
     seen = [i for step in range(5) for i in batch_ids(10, 4, seed=0, step=step)]
     assert sorted(seen[:10]) == list(range(10)) == sorted(seen[10:20])
+
+
+def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
+    studies, _, labels = assets.read_assets_data(micro, "expert")
+    texts, stated = assets.noisy_reports(micro, studies)
+    assert texts == assets.noisy_reports(micro, studies)[0]  # the same each time
+    assert stated.shape == labels.shape
+    for text, row in zip(texts, stated, strict=True):
+        counts = reader.truth_counts(text, [name for name, on in zip(phantom.LABELS, row, strict=True) if on])
+        assert counts["hallucinated"] == counts["omitted"] == 0  # the labels are the text's
+    invented = ((stated == 1) & (labels == 0)).sum() / stated.sum()
+    assert 0.1 < invented < 0.45  # the references' rate is about .26

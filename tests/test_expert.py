@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import BertConfig, BertTokenizer
 
 import expert
+import tiny_models
 
 torch.set_num_threads(1)
 WORDS = ("the lungs are clear there is a small large left right pleural effusion no pneumothorax heart normal "
@@ -33,7 +34,7 @@ def write_tokenizer(folder):
 def build_native(folder, context=16):
     """The phantom's layout: native CLIP over a BERT tokenizer. Returns the model that was saved."""
     tokenizer = write_tokenizer(folder)
-    config = expert.phantom_expert_config(len(tokenizer), tokenizer.sep_token_id, context)
+    config = tiny_models.clip_config(len(tokenizer), tokenizer.sep_token_id, context)
     config["model_cfg"]["vision_cfg"] |= {"layers": 1, "width": 32, "head_width": 16}
     config["model_cfg"]["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import pytest
 
 import phantom
 from phantom import LABELS, PhantomConfig
-from reader import read_report, truth_counts
+from reader import oracle_similarity, read_report, truth_counts
 
 CFG = PhantomConfig()
 
@@ -138,3 +138,13 @@ def test_everything_the_phantom_writes_is_read_back(kind):
         wrong += labels_of(reading.stated) != set(said)
         unread, sentences = unread + reading.unread, sentences + reading.sentences
     assert wrong == 0 and unread == 0 and sentences >= 2000
+
+
+def test_the_oracle_prefers_what_the_image_shows():
+    labels = {"a": ["effusion_left"], "b": []}
+    true, wrong, clear = "Left pleural effusion.", "Right pleural effusion and edema.", "The lungs are clear."
+    s = oracle_similarity(labels)([None, None], ["a", "b"], [[true, wrong, clear], [true, wrong, clear]])
+    assert s[0, 0] == pytest.approx(1) and s[0, 1] < 1e-3 and s[0, 2] < 1e-3
+    assert s[1, 2] == pytest.approx(1) and s[1, 0] < 1e-3  # nothing shown, nothing stated
+    both = oracle_similarity(labels)([None], ["a"], [["Left pleural effusion and edema."]])
+    assert both[0, 0] == pytest.approx(2 / 3, abs=1e-3)  # 1 correct of 2 stated and 1 true

@@ -5,11 +5,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import phantom
 import train
 from assets import resolve
 from data import load_studies
@@ -128,6 +130,24 @@ def test_two_branches_start_from_one_checkpoint(finished, capsys):
     b = (run / "stage1_continued" / "samples.jsonl").read_text().splitlines()[0]
     texts = [[c["text"] for c in json.loads(line)["candidates"]] for line in (a, b)]
     assert texts[0] == texts[1]  # same policy, same study, same random numbers
+
+
+def test_validation_passes_are_logged_and_change_nothing(finished, cfg):
+    watched = replace(cfg, stage="1", val_every=2, init_from=str(Path(finished.run) / "sft" / "adapter"))
+    train.train(watched)
+    logged = [row["k"] for row in rows(Path(cfg.run) / "stage1") if "val/bleu_4" in row]
+    assert logged == [2, 4]
+    assert same(weights(Path(cfg.run) / "stage1"), weights(Path(finished.run) / "stage1"))
+
+
+def test_the_oracle_takes_the_experts_place(finished):
+    oracle = replace(finished, scorers=replace(finished.scorers, expert="oracle"))
+    t = train.load_trainer(oracle, 2, Path(finished.run) / "sft" / "adapter", Path(finished.run) / "sft" / "adapter")
+    study = load_studies(finished.data, "train")[0]
+    said = phantom.write_report([phantom.finding_of(n, np.random.default_rng(0)) for n in study.labels],
+                                np.random.default_rng(0), finished.phantom, noisy=False)[0]  # fmt: skip
+    s = t.scorers.similarity([None], [study.id], [[said, "<report>"]])
+    assert s[0, 0] == pytest.approx(1) and s.shape == (1, 2)
 
 
 def test_init_from_skips_the_earlier_stages(finished, cfg, capsys):

@@ -72,11 +72,12 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     titles = ("rewards of sampled reports, Stage 1 then Stage 2", "KL to the SFT policy, nats per token",
               "validation: hallucinated, % of stated (greedy)", "validation: BLEU-4 (greedy)")  # fmt: skip
     for axis, title in zip(axes.flat, titles, strict=True):
-        axis.axvline(border[-1] + 0.5, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("policy update k")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
+        if axis.has_data():
+            axis.legend(fontsize=8, frameon=False)
+            axis.axvline(border[-1] + 0.5, color="black", linewidth=0.8, linestyle=":")
     figure.suptitle(f"mean of {len(runs)} seeds, band = their range; dotted: Stage 2 begins; 0 = SFT", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -138,6 +138,29 @@ def test_two_processes_train_as_one(whole, tmp_path):
             assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-3), name
 
 
+def test_the_sweep_over_seeds_ends_in_tables_and_figures(whole, tmp_path):
+    """Every arm for two seeds, killed on the way and started again."""
+    cwd = new_folder(tmp_path, "sweep")
+    shutil.copytree(whole / "assets", cwd / "assets")
+    words = [sys.executable, str(ROOT / "seeds.py"), "--config", str(cwd / "micro.toml"), "--seeds", "0", "1"]
+    words += ["--sft.steps", "30", "--stage1.steps", "3", "--stage2.steps", "2", "--eval.samples", "1"]
+    process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 300
+    while not (cwd / "runs" / "seeds" / "0" / "stage1" / "adapter").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "seed 0: stage1 " not in done.stdout  # finished before the kill: not done again
+    results = json.loads((cwd / "results" / "phantom.json").read_text())
+    assert results["seeds"] == [0, 1] and len(results["arms"]) == 12
+    assert {"phantom.md", "curves.png", "arms.png"} <= {path.name for path in (cwd / "results").iterdir()}
+    for arm in ("valor", "oracle_expert", "noisy_expert"):
+        assert len(results["arms"][arm]["greedy/bleu_4"]["seeds"]) == 2
+
+
 def test_the_readme_commands_work_in_a_clean_clone(tmp_path):
     """`make` sets up its own environment from nothing; the short demo runs in it."""
     clone = tmp_path / "clone"

@@ -51,15 +51,29 @@ def run_side_by_side(chains: list[list[list[str]]]) -> None:
             process.wait()
 
 
-def steps(flags: list[str]) -> list[tuple[str, float, list[list[list[str]]]]]:
-    """(title, seconds it took on two quiet cores, chains of commands to run side by side)."""
+def expected_seconds(cfg: Config) -> list[float]:
+    """Seconds of each step on two quiet cores: start-up of its processes plus what an update or study took there."""
+    p, a = cfg.phantom, cfg.assets
+    studies = p.expert + p.base + p.sft + p.train + p.val + p.test
+    base = 40 + 0.08 * a.vision_steps + 0.34 * a.base_steps + 0.4 * cfg.sft.steps + 0.12 * p.val
+    return [
+        13 + max(0.0016 * studies, 0.18 * a.labeller_steps),
+        max(base, 15 + 0.66 * a.expert_steps),
+        12 + 1.1 * cfg.stage1.steps,
+        12 + 1.7 * cfg.stage2.steps,
+        15 + 0.2 * p.test,
+    ]
+
+
+def steps(flags: list[str]) -> list[tuple[str, list[list[list[str]]]]]:
+    """(title, chains of commands to run side by side) of each step."""
     branch = ["--stage", "2", *flags]
     return [
-        ("phantom data set | labeller", 50, [
+        ("phantom data set | labeller", [
             [command("assets.py", ["--build", "data", *flags])],
             [command("assets.py", ["--build", "labeller", *flags])],
         ]),
-        ("base model, then Stage 0 (SFT) and its gate: does it see? | expert", 470, [
+        ("base model, then Stage 0 (SFT) and its gate: does it see? | expert", [
             [
                 command("assets.py", ["--build", "base", *flags]),
                 command("train.py", ["--stage", "0", *flags]),
@@ -67,12 +81,12 @@ def steps(flags: list[str]) -> list[tuple[str, float, list[list[list[str]]]]]:
             ],
             [command("assets.py", ["--build", "expert", *flags])],
         ]),
-        ("Stage 1: text rewards", 80, [[command("train.py", ["--stage", "1", *flags], CORES)]]),
-        ("two branches: text rewards go on | visual reward mixed in", 170, [
+        ("Stage 1: text rewards", [[command("train.py", ["--stage", "1", *flags], CORES)]]),
+        ("two branches: text rewards go on | visual reward mixed in", [
             [command("train.py", [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"])],
             [command("train.py", branch)],
         ]),
-        ("evaluation on the test split", 90, [
+        ("evaluation on the test split", [
             [command("evaluate.py", ["--policy", "base,sft,stage1", *flags])],
             [command("evaluate.py", ["--policy", "stage1_continued,stage2", *flags])],
         ]),
@@ -93,16 +107,15 @@ def check_gate(cfg: Config) -> None:
 def main() -> None:
     flags = sys.argv[1:]
     cfg = parse(Config, __doc__)
-    began, expected, plan = time.time(), 0.0, steps(flags)
-    total = sum(seconds for _, seconds, _ in plan)
-    for number, (title, seconds, chains) in enumerate(plan, 1):
+    began, expected = time.time(), 0.0
+    plan = list(zip(steps(flags), expected_seconds(cfg), strict=True))
+    total = sum(seconds for _, seconds in plan)
+    for number, ((title, chains), seconds) in enumerate(plan, 1):
         elapsed = time.time() - began
         # this machine's pace so far, once there is one, scales what is left
-        pace = elapsed / expected if expected > 60 else 1.0
-        print(
-            f"\n[{number}/{len(plan)}] {title}: {elapsed:.0f} s so far, about {(total - expected) * pace:.0f} s to go",
-            flush=True,
-        )
+        pace = elapsed / expected if expected > 10 else 1.0
+        left = (total - expected) * pace
+        print(f"\n[{number}/{len(plan)}] {title}: {elapsed:.0f} s so far, about {left:.0f} s to go", flush=True)
         run_side_by_side(chains)
         expected += seconds
         if "gate" in title:

@@ -21,11 +21,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from assets import NAMES, asset_dir
-from compare import COMPARED, estimate, load_runs
 from config import Config, parse
+from evidence import collect_results, markdown
 from figures import draw_arms, draw_curves
 from runs import write_text
 
@@ -153,85 +151,6 @@ def launch(task: Task, environment: dict[str, str]) -> Task:
     return task
 
 
-# ---------------------------------------------------------------------------------------------------- the results
-
-
-def collect_results(cfg: SeedsConfig) -> dict:
-    """{"seeds", "settings", "arms": {arm: {metric: estimate}}, "versus": {reference: {arm: {metric: estimate}}}}."""
-    runs, settings = {}, {}
-    for arm in SHOWN:
-        found, settings = load_runs(str(Path(cfg.root) / "*" / arm), cfg.data.test_split)
-        runs[arm] = {seed: stats for seed, stats in found.items() if seed in cfg.seeds}
-        missing = set(cfg.seeds) - runs[arm].keys()
-        if missing:
-            raise ValueError(f"{arm} has no result for seed {min(missing)}")
-    template = {seed: {k.replace("template/", "greedy/"): v for k, v in s.items() if k.startswith("template/")}
-                for seed, s in runs["sft"].items()}  # fmt: skip
-    names = {f"{row}/{metric}": (metric, row) for metric, row, _, _ in COMPARED}
-
-    def table(of, minus=None) -> dict:
-        found = {key: estimate(of, metric, row, minus) for key, (metric, row) in names.items()}
-        return {key: value for key, value in found.items() if value is not None}
-
-    return {
-        "seeds": list(cfg.seeds),
-        "split": settings["split"],
-        "studies": settings["n"],
-        "torch": torch.__version__,
-        "assets": {p.parent.name: json.loads(p.read_text()) for p in sorted(asset_dir(cfg).glob("*/quality.json"))},
-        "about": {arm: what for arm, (_, _, what) in ARMS.items()},
-        "arms": {"fixed_template": table(template)} | {arm: table(runs[arm]) for arm in SHOWN},
-        "versus": {
-            reference: {arm: table(runs[arm], runs[reference]) for arm in list(ARMS)[1:] if arm != reference}
-            for reference in ("stage1_continued", "sft")
-        },
-    }
-
-
-def percent(found: dict | None, factor: float, sign: str = "") -> str:
-    """`31.9 [28.7, 34.9]`, or n/a."""
-    if found is None or found["mean"] != found["mean"]:
-        return "n/a"
-    mean, lo, hi = (factor * found[key] for key in ("mean", "lo", "hi"))
-    return f"{mean:{sign}.1f} [{lo:{sign}.1f}, {hi:{sign}.1f}]"
-
-
-def markdown(results: dict) -> str:
-    """results/phantom.md: the arms, their paired differences, and every seed."""
-    factors = {f"{row}/{metric}": (title, factor) for metric, row, title, factor in COMPARED}
-    wide = ["greedy/bleu_4", "greedy/sided_f1", "greedy/hallucination_rate", "greedy/omission_rate",
-            "greedy/f1_micro", "greedy/format_rate", "sampled/sided_f1", "sampled/hallucination_rate"]  # fmt: skip
-    head = "| " + " | ".join(["", *(factors[key][0] for key in wide)]) + " |\n|" + "---|" * (len(wide) + 1)
-
-    def block(arms: dict, sign: str = "") -> str:
-        rows = [" | ".join([arm, *(percent(f.get(k), factors[k][1], sign) for k in wide)]) for arm, f in arms.items()]
-        return "\n".join([head, *(f"| {row} |" for row in rows)])
-
-    seeds = ", ".join(map(str, results["seeds"]))
-    parts = [
-        "# The arms over seeds, on the phantom",
-        f"{results['studies']} {results['split']} studies, seeds {seeds}. Mean over the seeds [95% bootstrap interval "
-        "over studies and seeds], in percent. Written by `seeds.py`; how to read it: RESULTS.md.",
-        "\n".join(f"* **{arm}**: {what}" for arm, what in results["about"].items()),
-        "## Each arm",
-        block(results["arms"]),
-    ]
-    for reference, arms in results["versus"].items():
-        parts += [f"## Paired difference to {reference}", block(arms, "+")]
-    parts.append("## Every seed: greedy hallucination %, sided F1, BLEU-4")
-    for key in ("greedy/hallucination_rate", "greedy/sided_f1", "greedy/bleu_4"):
-        lines = [f"| {factors[key][0]} | " + " | ".join(f"seed {s}" for s in results["seeds"]) + " |"]
-        lines.append("|---|" + "---:|" * len(results["seeds"]))
-        for arm in SHOWN:
-            values = results["arms"][arm][key]["seeds"].values()
-            lines.append(f"| {arm} | " + " | ".join(f"{factors[key][1] * value:.1f}" for value in values) + " |")
-        parts.append("\n".join(lines))
-    quality = [f"* {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if isinstance(v, float))
-               for name, numbers in results["assets"].items()]  # fmt: skip
-    parts += ["## The small models on held-out studies", "\n".join(quality)]
-    return "\n\n".join(parts) + "\n"
-
-
 def main() -> None:
     flags = sys.argv[1:]
     cfg = parse(SeedsConfig, __doc__)
@@ -243,7 +162,9 @@ def main() -> None:
     began = time.time()
     try:
         run_tasks(make_tasks(cfg, passed))
-        results = collect_results(cfg)
+        about = {arm: what for arm, (_, _, what) in ARMS.items()}
+        split, assets = cfg.data.test_split, asset_dir(cfg)
+        results = collect_results(Path(cfg.root), list(cfg.seeds), split, about, assets)
     except ValueError as error:
         sys.exit(f"seeds.py: {error}")
     out = Path(cfg.out)

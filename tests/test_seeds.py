@@ -5,6 +5,9 @@ import sys
 import numpy as np
 import pytest
 
+import compare
+import evidence
+import figures
 import seeds
 from config import Config, parse
 from metrics import METRICS
@@ -81,15 +84,18 @@ def test_tables_and_figures_show_every_arm_and_seed(tmp_path):
         each = {seed: value + rng.normal(0, 0.01) for seed in (0, 1)}
         return {"mean": value, "lo": value - 0.02, "hi": value + 0.02, "seeds": each}
 
-    keys = [f"{row}/{metric}" for metric, row, _, _ in seeds.COMPARED if metric in METRICS]
+    keys = [f"{row}/{metric}" for metric, row, _, _ in compare.COMPARED if metric in METRICS]
     arms = {arm: {key: estimate(0.3) for key in keys} for arm in ["fixed_template", *seeds.SHOWN]}
     arms["valor"]["greedy/hallucination_rate"] = estimate(0.217)
     later = {arm: arms[arm] for arm in list(seeds.ARMS)[1:]}
+    even = {arm: estimate(0.5) for arm in seeds.ARMS}
+    part = {"n": 3, "arms": even, "versus": even}
     results = {"seeds": [0, 1], "split": "test", "studies": 384, "about": {a: w for a, (_, _, w) in seeds.ARMS.items()},
+               "bleu_by_reference": {"true": part, "false": part},
                "assets": {"expert": {"retrieval": 0.8}}, "arms": arms, "versus": {"sft": later}}  # fmt: skip
-    text = seeds.markdown(results)
+    text = evidence.markdown(results)
     assert "| valor | 30.0 [28.0, 32.0] | 30.0 [28.0, 32.0] | 21.7 [19.7, 23.7] |" in text
     assert "+21.7 [+19.7, +23.7]" in text
     assert all(text.count(f"| {arm} |") >= 4 for arm in seeds.SHOWN)
-    seeds.draw_arms(results, tmp_path / "arms.png")
+    figures.draw_arms(results, tmp_path / "arms.png")
     assert (tmp_path / "arms.png").stat().st_size > 10_000

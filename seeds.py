@@ -100,9 +100,10 @@ def make_tasks(cfg: SeedsConfig, flags: list[str]) -> list[Task]:
         evaluated = run / "eval" / cfg.data.test_split
         for half in (SHOWN[:6], SHOWN[6:]):
             missing = [arm for arm in half if not (evaluated / arm / "results.json").exists()]
-            tasks.append(Task(f"seed {seed}: evaluation", ["evaluate.py", "--policy", ",".join(missing), "--eval.samples", "2", *common],
-                              evaluated / half[-1] / "results.json", [run / a / "adapter" for a in half if a in ARMS],
-                              28 * len(missing), root / "log" / f"{seed}_evaluation_{half[0]}.txt"))  # fmt: skip
+            words = ["evaluate.py", "--policy", ",".join(missing), "--eval.samples", "2", *common]
+            tasks.append(Task(f"seed {seed}: evaluation", words, evaluated / half[-1] / "results.json",
+                              [run / a / "adapter" for a in half if a in ARMS], 28 * len(missing),
+                              root / "log" / f"{seed}_evaluation_{half[0]}.txt"))  # fmt: skip
     return tasks
 
 

@@ -9,6 +9,7 @@ weights. Flags are passed on to every step; an interrupted demo goes on where it
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,7 @@ def check_gate(cfg: Config) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it started end with it
     flags = sys.argv[1:]
     cfg = parse(Config, __doc__)
     began, expected = time.time(), 0.0

@@ -15,6 +15,7 @@ arm from its checkpoint. Settings come from config.py; they were chosen on the v
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -153,6 +154,7 @@ def launch(task: Task, environment: dict[str, str]) -> Task:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it started end with it
     flags = sys.argv[1:]
     cfg = parse(SeedsConfig, __doc__)
     own = {"--seeds", "--out", "--root"}

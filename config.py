@@ -48,7 +48,11 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     path: str = "phantom:base"
-    """folder or hub name of the base vision-language model, Hugging Face LLaVA layout [paper: LLaVA-Med v1.5]"""
+    """folder or hub name of the base vision-language model: LLaVA in Hugging Face layout, LLaVA-Med v1.5 in its
+    original one, or Qwen2.5-VL [paper: LLaVA-Med v1.5]"""
+    max_pixels: int = 0
+    """Qwen2.5-VL: pixels to which larger images are scaled down, 784 of them a token; 0 = what the model's folder says,
+    usually 12.8 million, so 401408 (512 tokens) is a better start for radiographs [ours]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the frozen base; LoRA weights and log-probs are always float32 [ours]"""
     lora_r: int = 16

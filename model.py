@@ -20,18 +20,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import DynamicCache
 
 from config import Config
-
-# What the two parts of a stage are called inside each family's module tree. A regex, not a list of suffixes:
-# "q_proj" alone would also match the vision tower, which stays frozen.
-PARTS = {
-    "llava": {
-        "language": r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-        "projector": r".*multi_modal_projector\.linear_[12]",
-    },
-}
+from families import PARTS, load_family, placeholder_ids, prompt_positions
 
 
 @dataclass
@@ -50,7 +42,8 @@ def sampling_rules(model, processor, cfg: Config) -> SamplingRules:
     eos_ids = {processor.tokenizer.eos_token_id}
     generation_eos = base.generation_config.eos_token_id
     eos_ids |= set(generation_eos if isinstance(generation_eos, list) else [generation_eos]) - {None}
-    banned = {getattr(base.config, "image_token_id", None), processor.tokenizer.pad_token_id} - {None} - eos_ids
+    banned = placeholder_ids(base.config, processor.tokenizer) | {processor.tokenizer.pad_token_id} - {None}
+    banned -= eos_ids
     return SamplingRules(cfg.rollout.temperature, cfg.rollout.min_new_tokens, sorted(eos_ids), sorted(banned))
 
 
@@ -72,26 +65,17 @@ def parts_of(model) -> dict[str, str]:
     """Regexes of the model family's parts; ValueError for a family that PARTS does not know."""
     family = get_base(model).config.model_type
     if family not in PARTS:
-        raise ValueError(f"model family '{family}' is not supported; known: {', '.join(PARTS)} (see model.PARTS)")
+        raise ValueError(f"model family '{family}' is not supported; known: {', '.join(PARTS)} (see families.PARTS)")
     return PARTS[family]
 
 
 def load_policy(cfg: Config, adapter: str | Path | None = None, new_lora: bool = False):
     """Load `cfg.model.path`, plus an adapter folder, or a new LoRA adapter (whose update is 0), or neither.
 
-    Returns (model in eval mode with nothing trainable, processor). A checkpoint that lacks a weight of the
-    model is an error: transformers would only warn and leave it random.
+    Returns (model in eval mode with nothing trainable, processor). ValueError where the checkpoint and the model differ
+    in a weight, and for a family that is not known: families.py.
     """
-    path = cfg.model.path
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=getattr(torch, cfg.model.dtype), output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{path}: the checkpoint lacks {len(info['missing_keys'])} weights, e.g. {sorted(info['missing_keys'])[0]}"
-        )
-    processor = AutoProcessor.from_pretrained(path)
-    processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
+    model, processor = load_family(cfg.model.path, getattr(torch, cfg.model.dtype), cfg.model.max_pixels)
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").exists():
             raise ValueError(f"{adapter}: no adapter_config.json there; expected a PEFT adapter folder")
@@ -166,10 +150,40 @@ def disable_dropout(model) -> None:
 
 
 def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Tensor]:
-    """Chat template + image preprocessing of the model's own processor -> left-padded model inputs, batch B."""
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    text = processor.apply_chat_template(message, add_generation_prompt=True)
-    return dict(processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt").to(device))
+    """Chat template + image preprocessing of the model's own processor -> left-padded model inputs, batch B.
+
+    images: per study one PIL image or a list of them (its views, in the order in which the model sees them).
+    Returns input_ids and attention_mask (B, P), the images one after the other in the family's own form (pixel_values,
+    for Qwen also image_grid_thw and mm_token_type_ids), and image_counts (B,), how many of them each study has.
+    """
+    if "<image>" in prompt or processor.image_token in prompt:
+        raise ValueError("data.prompt: leave the image placeholder out; the chat template adds one per image")
+    views = [study if isinstance(study, (list, tuple)) else [study] for study in images]
+    texts = []
+    for study in views:
+        content = [{"type": "image"}] * len(study) + [{"type": "text", "text": prompt}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    bos = processor.tokenizer.bos_token
+    inputs = processor(
+        text=texts,
+        images=[image for study in views for image in study],
+        padding=True,
+        add_special_tokens=not (bos and texts[0].startswith(bos)),  # one BOS: the template's or the tokenizer's
+        return_tensors="pt",
+    )
+    return dict(inputs.to(device)) | {"image_counts": torch.tensor([len(study) for study in views], device=device)}
+
+
+def select_studies(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """Inputs of studies first .. last - 1. Images lie one after the other, Qwen's as patches, not one row per study."""
+    counts = inputs["image_counts"]
+    image = slice(int(counts[:first].sum()), int(counts[:last].sum()))
+    rows = {name: slice(first, last) for name in inputs} | {"pixel_values": image}
+    if "image_grid_thw" in inputs:
+        patches = inputs["image_grid_thw"].prod(dim=-1)  # (images,)
+        rows["image_grid_thw"] = image
+        rows["pixel_values"] = slice(int(patches[: image.start].sum()), int(patches[: image.stop].sum()))
+    return {name: x[rows[name]] for name, x in inputs.items()}
 
 
 @dataclass
@@ -179,7 +193,7 @@ class Prefix:
     cache: DynamicCache
     last_token: Tensor  # (B, 1)
     mask: Tensor  # (B, P) 1 = real token, P counts the last token too
-    length: Tensor  # (B, 1) number of real tokens
+    length: Tensor  # (B, 1) position of the report's first token: the number of real tokens, less under mRoPE
 
     def select(self, rows: Tensor) -> "Prefix":
         """The prefixes of studies `rows` (N,), repeats allowed: (B, ...) -> (N, ...). This one stays as it is."""
@@ -197,20 +211,21 @@ def encode_prefix(model, inputs: dict[str, Tensor]) -> Prefix:
     """Run image + prompt through the model once. Differentiable: gradients of all G candidates add up in it."""
     base = get_base(model)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    extra = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "token_type_ids")}
+    extra = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
     cache = DynamicCache(config=base.config.get_text_config())
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = prompt_positions(base, inputs)  # (B, P) or (3, B, P)
     out = base.model(
         input_ids=ids[:, :-1],
         attention_mask=mask[:, :-1],
-        position_ids=positions[:, :-1],
+        position_ids=positions[..., :-1],
         past_key_values=cache,
         use_cache=True,
         **extra,
     )
     if out.past_key_values is None or out.past_key_values.get_seq_length() != ids.shape[1] - 1:
         raise RuntimeError("the model returned no key/value cache for the prefix (gradient checkpointing on?)")
-    return Prefix(out.past_key_values, ids[:, -1:], mask, mask.sum(-1, keepdim=True))
+    # the prompt ends in text, whose three mRoPE positions are one number; from there on they count up by 1
+    return Prefix(out.past_key_values, ids[:, -1:], mask, positions.view(-1, *mask.shape)[0, :, -1:] + 1)
 
 
 def run_suffix(model, prefix: Prefix, tokens: Tensor, mask: Tensor, start: int) -> Tensor:

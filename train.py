@@ -33,6 +33,7 @@ from model import (
     encode_prompts,
     load_policy,
     sampling_rules,
+    select_studies,
     set_trainable,
     use_reference,
 )
@@ -132,7 +133,7 @@ def loss_passes(
         mask = out.completion_mask[rows]  # (n, T)
 
         def logps_now() -> Tensor:  # (n, T)
-            prefix = encode_prefix(t.model, {name: x[first:last] for name, x in inputs.items()})
+            prefix = encode_prefix(t.model, select_studies(inputs, first, last))
             return completion_logps(t.model, prefix, out.completions[rows], mask, rules)
 
         with torch.no_grad(), use_reference(t.model):

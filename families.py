@@ -1,0 +1,228 @@
+"""What differs between model families: how a checkpoint is loaded, what its parts are called, which tokens stand for an
+image and which positions the prompt's tokens have. model.py is the same for all of them.
+
+    llava           Hugging Face layout (llava-hf/*); chat template and image preprocessing as the folder says
+    llava_mistral   LLaVA-Med v1.5 (arXiv 2306.00890) in its original layout, which transformers does not know
+    qwen2_5_vl      Qwen2.5-VL (arXiv 2502.13923): as many image tokens as the image is large, 3-D positions (mRoPE)
+
+LLaVA-Med becomes transformers' LLaVA by renaming its weights. Its tokenizer has no image token, and a new one would
+need a row in two matrices whose sizes the checkpoint fixes. The placeholder is therefore `<unk>`: with byte fallback no
+text ever becomes it, the vision features replace its embedding, and every matrix stays as it was saved.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MistralConfig,
+    PretrainedConfig,
+)
+
+# What the two parts of a stage are called inside each family's module tree. Regexes, not lists of suffixes:
+# "q_proj" alone would also match the vision tower, which stays frozen.
+LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+LLAVA = {"language": LANGUAGE, "projector": r".*multi_modal_projector\.linear_[12]"}
+PARTS = {
+    "llava": LLAVA,
+    "llava_mistral": LLAVA,
+    "qwen2_5_vl": {"language": LANGUAGE, "projector": r".*visual\.merger\.mlp\.[02]"},
+}
+
+# LLaVA-Med v1.5: original weight name (regex) -> transformers' LLaVA
+RENAME = {
+    r"^model\.vision_tower\.vision_tower\.": "model.vision_tower.",
+    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
+    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+    r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
+}
+# openai/clip-vit-large-patch14-336, the tower that LLaVA-Med's config.json names: built in, so that no hub is asked
+CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "image_size": 336, "patch_size": 14, "projection_dim": 768}  # fmt: skip
+# the fields of LLaVA-Med's config.json that change the network or its input, and the values known here
+KNOWN = {"mm_projector_type": ["mlp2x_gelu"], "mm_vision_select_feature": ["patch", "cls_patch"],
+         "mm_use_im_start_end": [False], "image_aspect_ratio": ["pad", "square", None]}  # fmt: skip
+# conversation template `mistral_instruct` of LLaVA-Med; the tokenizer itself puts <s> before it
+MISTRAL_INSTRUCT = (
+    "{% for m in messages %}[INST] {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<unk>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}"
+)
+
+
+def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
+    """(base model, processor) of a checkpoint folder or hub name; max_pixels: see `model.max_pixels` in config.py.
+
+    ValueError naming the first fault: no config.json, an unknown family, a broken file, a weight that is missing (which
+    transformers would leave random with a mere warning), of another shape, or left over.
+    """
+    family = read_config(path).get("model_type")
+    if family not in PARTS:
+        raise ValueError(f"{path}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
+    if max_pixels and family != "qwen2_5_vl":
+        raise ValueError(f"model.max_pixels is for qwen2_5_vl; {path} is a {family}, which has one image size")
+    check_files(Path(path))
+    load = load_llava_med if family == "llava_mistral" else load_auto
+    try:
+        model, info, processor = load(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except OSError as error:  # no weights, a shard that the index names is not there, no tokenizer
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    check_weights(path, info)
+    processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
+    if max_pixels:
+        processor.image_processor.size["longest_edge"] = max_pixels  # Qwen's name for a number of pixels
+    return model, processor
+
+
+def load_auto(path: str, **options):
+    """(model, loading info, processor) of a folder that transformers knows."""
+    return *AutoModelForImageTextToText.from_pretrained(path, **options), AutoProcessor.from_pretrained(path)
+
+
+def read_config(path: str) -> dict:
+    """The folder's or hub model's config.json; ValueError when there is none or it is no JSON."""
+    try:
+        config = PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
+    except OSError as error:
+        raise ValueError(f"{path}: no readable config.json ({str(error).splitlines()[0]})") from error
+    if not config:
+        raise ValueError(f"{path}: no config.json; expected a model folder or a hub name")
+    return config
+
+
+def check_files(folder: Path) -> None:
+    """ValueError naming the first weight file of a local folder that is broken, e.g. cut off while it was copied."""
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        reason = "" if file.suffix != ".bin" or zipfile.is_zipfile(file) else "no complete zip archive"
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):  # compares the header with the file's size; reads no tensor
+                    pass
+            except SafetensorError as error:
+                reason = str(error)
+        if reason:
+            raise ValueError(f"{file}: broken or cut off ({reason}); copy or download it again")
+
+
+def check_weights(path: str, info: dict) -> None:
+    """ValueError naming the first weight that the checkpoint lacks, has in another shape, or has too much."""
+    mismatched = [f"{name} ({tuple(got)}, not {tuple(want)})" for name, got, want in info["mismatched_keys"]]
+    faults = {"lacks": info["missing_keys"], "has shapes other than config.json's in": mismatched,
+              "has unexpected": info["unexpected_keys"]}  # fmt: skip
+    for fault, names in faults.items():
+        if names:
+            raise ValueError(f"{path}: the checkpoint {fault} {len(names)} weights, e.g. {sorted(names)[0]}")
+
+
+# ------------------------------------------------------------------------------------------------- LLaVA-Med v1.5
+
+
+def load_llava_med(path: str, **options):
+    """(model, loading info, processor) of a `llava_mistral` folder: transformers' LLaVA over renamed weights."""
+    tokenizer = llava_med_tokenizer(path)
+    config = llava_med_config(path, tokenizer)
+    loaded = LlavaForConditionalGeneration.from_pretrained(path, config=config, key_mapping=RENAME, **options)
+    return *loaded, llava_med_processor(path, tokenizer, config)
+
+
+def llava_med_config(path: str, tokenizer) -> LlavaConfig:
+    """transformers' LLaVA configuration of a `llava_mistral` folder; ValueError for a setting that is not known."""
+    raw = read_config(path)
+    for key in ("mm_vision_tower", "mm_vision_select_layer"):
+        if key not in raw:
+            raise ValueError(f"{path}/config.json: no '{key}' there; is this the original LLaVA-Med v1.5?")
+    for key, known in KNOWN.items():
+        if raw.get(key, known[0]) not in known:
+            raise ValueError(f"{path}/config.json: {key} is {raw[key]!r}; known: {', '.join(map(repr, known))}")
+    vision = vision_config(path, raw["mm_vision_tower"])
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=MistralConfig.from_dict(raw | {"model_type": "mistral"}),
+        image_token_index=tokenizer.unk_token_id,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=raw["mm_vision_select_layer"],
+        vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
+    )
+
+
+def vision_config(path: str, tower: str) -> CLIPVisionConfig:
+    """The configuration in folder `tower` (inside the checkpoint, or anywhere), else CLIP ViT-L/14-336's by name."""
+    for folder in (Path(path) / tower, Path(tower)):
+        if (folder / "config.json").is_file():
+            return CLIPVisionConfig.from_pretrained(folder)
+    if not tower.rstrip("/").endswith("clip-vit-large-patch14-336"):
+        raise ValueError(f"{path}: vision tower '{tower}' is unknown; put its config.json into {Path(path) / tower}")
+    return CLIPVisionConfig(**CLIP_L_336)
+
+
+def llava_med_tokenizer(path: str):
+    """The Llama tokenizer of a `llava_mistral` folder: <unk> stands for an image, </s> pads."""
+    from importlib.util import find_spec
+
+    from transformers import LlamaTokenizer
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
+        raise ValueError(f"{folder / 'tokenizer.model'}: reading it needs sentencepiece (pip install sentencepiece)")
+    # legacy: each piece of text between images starts with a space, as in LLaVA's own `tokenizer_image_token`
+    tokenizer = LlamaTokenizer.from_pretrained(path, legacy=True, add_bos_token=True)
+    tokenizer.pad_token = tokenizer.eos_token  # the folder's is <unk>, here the image; where it pads, the mask is 0
+    return tokenizer
+
+
+def llava_med_processor(path: str, tokenizer, config: LlavaConfig) -> LlavaProcessor:
+    """Template `mistral_instruct`, and CLIP's preprocessing after padding to a square with CLIP's mean colour."""
+    from transformers import LlavaImageProcessorPil  # resizes with PIL, as in training; torchvision's differs a little
+
+    side, vision = config.vision_config.image_size, config.vision_config
+    images = LlavaImageProcessorPil(
+        do_pad=read_config(path).get("image_aspect_ratio") == "pad",
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+    )
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy "default" drops
+        chat_template=MISTRAL_INSTRUCT,
+        image_token=tokenizer.unk_token,
+    )
+
+
+# ------------------------------------------------------------------------------------------ tokens and positions
+
+
+def placeholder_ids(config, tokenizer) -> set[int]:
+    """Ids of every token that stands for (the border of) an image or a video, and of rows that only pad the vocabulary.
+
+    A report that held one of the first could not be fed back to the model; one of the others means no text at all.
+    """
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {getattr(config, name, None) for name in names} - {None}
+    ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if re.search("image|video|vision", token.content)}
+    return ids | set(range(len(tokenizer), config.get_text_config().vocab_size))
+
+
+def prompt_positions(base, inputs: dict[str, Tensor]) -> Tensor:
+    """Position ids of left-padded prompts: (B, P); under Qwen's mRoPE (3, B, P) for time, height and width.
+
+    With mRoPE an image takes max(height, width) positions, not one per token, and the text goes on after them.
+    """
+    mask = inputs["attention_mask"]  # (B, P)
+    if base.config.model_type != "qwen2_5_vl":
+        return (mask.cumsum(-1) - 1).clamp(min=0)
+    types, grids = inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+    return base.model.get_rope_index(
+        inputs["input_ids"], mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask
+    )[0]

@@ -38,6 +38,7 @@ PARTS = {
     "qwen2_5_vl": {"language": LANGUAGE, "projector": r".*visual\.merger\.mlp\.[02]"},
 }
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # LLaVA-Med v1.5: original weight name (regex) -> transformers' LLaVA
 RENAME = {
     r"^model\.vision_tower\.vision_tower\.": "model.vision_tower.",
@@ -99,7 +100,10 @@ def read_config(path: str) -> dict:
 
 
 def check_files(folder: Path) -> None:
-    """ValueError naming the first weight file of a local folder that is broken, e.g. cut off while it was copied."""
+    """ValueError for a local folder without tokenizer (transformers would make up an empty one) or with a broken weight
+    file, e.g. one that was cut off while it was copied."""
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZERS):
+        raise ValueError(f"{folder}: no tokenizer there, which is one of {', '.join(TOKENIZERS)}")
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         reason = "" if file.suffix != ".bin" or zipfile.is_zipfile(file) else "no complete zip archive"
         if file.suffix == ".safetensors":

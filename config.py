@@ -182,6 +182,12 @@ class EvalConfig:
     """studies of the validation split in the passes during training (val_every) [ours]"""
     bootstrap: int = 1000
     """resamples of the studies for the 95% intervals [ours]"""
+    green: str = ""
+    """folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (green.py)
+    [Ostmeier et al. 2024]"""
+    ratescore: str = ""
+    """Python interpreter of an environment with RaTEScore; empty = no RaTEScore (ratescore_runner.py)
+    [Zhao et al. 2024]"""
     gate: float = 57.0
     """percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;
     Stage 2 was seen to hurt a policy that hardly looks at the image [ours]"""

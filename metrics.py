@@ -7,9 +7,11 @@ summed array, and `summarise` gives value and 95% interval. Resampling is always
 Conventions. Tokens: lower-cased, `\\w+` runs and single punctuation marks (`tokens`), joined by blanks. BLEU-1..4 and
 ROUGE-L (beta 1.2) are pycocoevalcap's, the field's (corpus BLEU, unsmoothed; mean of ROUGE-L); sacrebleu and
 rouge-score, which the rewards use, give other numbers for the same text. METEOR is METEOR 1.5 [Denkowski & Lavie 2014]
-through pycocoevalcap's jar. Label F1 is CheXbert's: 14 labels, positive or uncertain = 1, a label that neither side
-states counts 0 in the macro mean, as in scikit-learn. The truth-based metrics (phantom only) are ratios of what
-`reader.truth_counts` counts. All values are fractions, lengths are words; a ratio of nothing to nothing is NaN.
+through pycocoevalcap's jar; `meteor_exact_stem`, for machines without Java, is another number under another name. Label
+precision, recall and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or
+uncertain = 1; a label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN: green.py, its
+mean is over the readable answers. RaTEScore: ratescore_runner.py. The truth-based metrics (phantom only) are ratios of
+what `reader.truth_counts` counts. All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math
@@ -18,10 +20,13 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 
 BETA = 1.2  # ROUGE-L's weight of recall in pycocoevalcap
+LABELS, FIVE = list(range(14)), [1, 4, 5, 7, 9]  # all of clinical.CHEXPERT_LABELS, and the places of clinical.FIVE
 TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correct", "sentences", "unread")
 
 # METEOR 1.5's English "rank" parameters, the jar's default: alpha, beta, gamma, delta and the weights of the exact,
@@ -108,16 +113,19 @@ def meteor(sums: np.ndarray) -> np.ndarray:
     return np.nan_to_num(mean * (1 - penalty))
 
 
-def label_f1(sums: np.ndarray) -> np.ndarray:
-    """(..., 42) -> (..., 14): F1 of each label, 0 where neither side states it."""
+def label_scores(sums: np.ndarray) -> np.ndarray:
+    """(..., 42) -> (..., 3, 14): precision, recall and F1 of each label, 0 where that is nothing by nothing."""
     tp, fp, fn = np.split(sums, 3, axis=-1)
-    return np.nan_to_num(divide(2 * tp, 2 * tp + fp + fn))
+    return np.nan_to_num(np.stack([divide(tp, tp + fp), divide(tp, tp + fn), divide(2 * tp, 2 * tp + fp + fn)], -2))
 
 
-def micro_f1(sums: np.ndarray) -> np.ndarray:
-    """(..., 42) -> (...): F1 over all decisions of all labels."""
-    tp, fp, fn = (part.sum(-1) for part in np.split(sums, 3, axis=-1))
-    return divide(2 * tp, 2 * tp + fp + fn)
+def label_average(sums: np.ndarray, measure: str, average: str, labels: list[int] = LABELS) -> np.ndarray:
+    """(..., 42) -> (...): `precision`, `recall` or `f1`; `macro`, mean over labels, or `micro`, over all decisions."""
+    place = ("precision", "recall", "f1").index(measure)
+    if average == "macro":
+        return label_scores(sums)[..., place, labels].mean(-1)
+    tp, fp, fn = (part[..., labels].sum(-1) for part in np.split(sums, 3, axis=-1))
+    return divide(*((tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn))[place])
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -140,10 +148,17 @@ METRICS: dict[str, tuple[str, Callable]] = {
     **{f"bleu_{n}": ("bleu", lambda sums, n=n: bleu(sums)[..., n - 1]) for n in range(1, 5)},
     "rouge_l": ("rouge_l", _mean),
     "meteor": ("meteor", meteor),
+    "meteor_exact_stem": ("meteor_exact_stem", _mean),
     "bertscore": ("bertscore", _mean),
-    "f1_micro": ("labels", micro_f1),
-    "f1_macro": ("labels", lambda sums: label_f1(sums).mean(-1)),
+    **{
+        f"{measure}_{average}{suffix}": ("labels", partial(label_average, measure=measure, average=average, labels=of))
+        for suffix, of in (("", LABELS), ("_5", FIVE))
+        for average in ("micro", "macro")
+        for measure in ("precision", "recall", "f1")
+    },
     "radgraph_f1": ("radgraph", _mean),
+    "green": ("green", _mean),
+    "ratescore": ("ratescore", _mean),
     "sided_f1": ("truth", _ratio("correct", "stated", "true", factor=2)),
     "hallucination_rate": ("truth", _ratio("hallucinated", "stated")),
     "omission_rate": ("truth", _ratio("omitted", "true")),
@@ -161,13 +176,15 @@ def collect(
     texts: list[list[str]], references: list[str], *,
     formats: list[list[float]] | None = None, labels: list[list[str]] | None = None,
     label: Callable | None = None, bertscore: Callable | None = None, radgraph: Callable | None = None,
-    meteor_stats: Callable | None = None, truth_counts: Callable | None = None,
+    meteor_stats: Callable | None = None, meteor_exact_stem: Callable | None = None, green: Callable | None = None,
+    ratescore: Callable | None = None, truth_counts: Callable | None = None,
 ) -> dict[str, np.ndarray]:
     """Sufficient statistics {family: (n studies, k)} of `texts` [study][sample] against one reference a study.
 
-    The functions take flat lists: label(texts) -> (m, 14) bool, bertscore(candidates, references) and radgraph -> m
-    floats, meteor_stats -> (m, 23); truth_counts(text, labels) -> {TRUTH_KEYS: int} against `labels` per study.
-    A family whose function is None is left out. `formats` [study][sample] are the format rewards.
+    The functions take flat lists: label(texts) -> (m, 14) bool; meteor_stats(candidates, references) -> (m, 23); the
+    other scorers likewise -> m floats, where green's None (no readable answer) is left out of its mean;
+    truth_counts(text, labels) -> {TRUTH_KEYS: int} against `labels` per study. A family whose function is None is left
+    out. `formats` [study][sample] are the format rewards.
     """
     per_study = len(texts[0])
     candidates = [text for group in texts for text in group]
@@ -183,9 +200,10 @@ def collect(
         flat["format"] = _with_one([value for group in formats for value in group])
     if label is not None:
         flat["labels"] = label_stats(label(candidates), np.repeat(np.asarray(label(references)), per_study, axis=0))
-    for name, scorer in (("bertscore", bertscore), ("radgraph", radgraph)):
-        if scorer is not None:
-            flat[name] = _with_one(scorer(candidates, repeated))
+    means = dict(bertscore=bertscore, radgraph=radgraph, meteor_exact_stem=meteor_exact_stem, ratescore=ratescore)
+    flat |= {name: _with_one(scorer(candidates, repeated)) for name, scorer in means.items() if scorer is not None}
+    if green is not None:
+        flat["green"] = [(s or 0.0, s is not None, s is None) for s in green(candidates, repeated)]
     if meteor_stats is not None:
         flat["meteor"] = meteor_stats([" ".join(c) for c, _ in pairs], [" ".join(r) for _, r in pairs])
     if truth_counts is not None and labels is not None:
@@ -214,7 +232,7 @@ def bootstrap(stat_fn: Callable, stats: np.ndarray, resamples: int = 1000, seed:
 
 
 def summarise(stats: dict[str, np.ndarray], label_names: tuple[str, ...], resamples: int, seed: int) -> dict:
-    """{metric: {"value", "lo", "hi"}} of what `collect` gave, plus "n", "counts" (truth) and "per_label" F1."""
+    """{metric: {"value", "lo", "hi"}} of what `collect` gave, plus "n", "counts" (truth) and "per_label" scores."""
     result: dict = {"n": len(stats["length"])}
     for name, (family, function) in METRICS.items():
         if family in stats:
@@ -222,12 +240,28 @@ def summarise(stats: dict[str, np.ndarray], label_names: tuple[str, ...], resamp
             result[name] = {"value": float(function(stats[family].sum(0))), "lo": lo, "hi": hi}
     if "truth" in stats:
         result["counts"] = {key: int(v) for key, v in zip(TRUTH_KEYS, stats["truth"].sum(0), strict=True)}
+    if "green" in stats:
+        result["green"]["unread"] = int(stats["green"][:, 2].sum())
     if "labels" in stats:
         sums = stats["labels"].sum(0)
         support = sums[: len(label_names)] + sums[2 * len(label_names) :]
-        rows = zip(label_names, label_f1(sums), support, strict=True)
-        result["per_label"] = {name: {"f1": float(f1), "support": int(n)} for name, f1, n in rows}
+        result["per_label"] = {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(n)}
+            for name, (p, r, f1), n in zip(label_names, label_scores(sums).T, support, strict=True)
+        }
     return result
+
+
+def meteor_exact_stem(candidates: list[str], references: list[str]) -> list[float]:
+    """METEOR of each pair by exact and Porter-stem matches alone: nltk's, with a WordNet that knows no synonyms.
+
+    Its weights are those of the 2007 paper (alpha .9, beta 3, gamma .5), so the number is not METEOR 1.5's.
+    """
+    from nltk.translate.meteor_score import single_meteor_score  # here, as nltk takes a second to import
+
+    no_wordnet = SimpleNamespace(synsets=lambda word: [])
+    pairs = zip(candidates, references, strict=True)
+    return [single_meteor_score(tokens(r), tokens(c), wordnet=no_wordnet) for c, r in pairs]
 
 
 def start_meteor() -> tuple[Callable | None, str]:

@@ -37,7 +37,9 @@ from clinical import CHEXPERT_LABELS
 from compare import compare
 from config import Config, check, merge, parse, to_dict
 from data import Study, load_studies, read_image, read_jsonl, target_text
+from green import load_green
 from model import load_policy, pick_device
+from ratescore_runner import load_ratescore
 from rollout import generate_reports
 from runs import write_text
 from tables import finish, save
@@ -139,18 +141,26 @@ def normal_template(references: list[str], labels, target: str) -> str:
 def make_judge(cfg: Config, references: list[str], labels: list[list[str]] | None, scorers) -> tuple:
     """(function from raw outputs [study][sample] to metrics.collect's dict, notes about what is not available)."""
     meteor_stats, why = metrics.start_meteor()
-    known = {}
+    known, notes = {}, []
     if scorers is not None:
         known = {"label": scorers.label, "bertscore": scorers.bertscore, "radgraph": scorers.radgraph}
+    costly = {"meteor_stats": meteor_stats}
+    if meteor_stats is None:
+        notes.append(f"{why}. METEOR ex.+st. (exact and stem matches only) stands in and must not be compared with it")
+        costly = {"meteor_exact_stem": metrics.meteor_exact_stem}
+    if cfg.eval.green:
+        costly["green"] = load_green(cfg.eval.green, pick_device(cfg))
+    if cfg.eval.ratescore:
+        costly["ratescore"] = load_ratescore(cfg.eval.ratescore)
     collect = partial(metrics.collect, references=references, truth_counts=reader.truth_counts, labels=labels, **known)
 
-    def judge(outputs: list[list[str]], formats: bool = True, meteor: bool = True) -> dict:
+    def judge(outputs: list[list[str]], formats: bool = True, sampled: bool = False) -> dict:
         sections = cfg.rewards.required_sections
         scores = [rewards.format_reward(group, None, sections) for group in outputs] if formats else None
         texts = [[rewards.readable(output) for output in group] for group in outputs]
-        return collect(texts, formats=scores, meteor_stats=meteor_stats if meteor else None)
+        return collect(texts, formats=scores, **({} if sampled else costly))
 
-    return judge, [why] if why else []
+    return judge, notes
 
 
 def score(judge, greedy: list[list[str]], sampled: list[list[str]] | None, seed: int, tagged: bool = True) -> dict:
@@ -158,7 +168,7 @@ def score(judge, greedy: list[list[str]], sampled: list[list[str]] | None, seed:
     giving the reports to other studies is giving them other images."""
     rows = {"greedy": judge(greedy, tagged)}
     if sampled is not None:
-        rows["sampled"] = judge(sampled, tagged, meteor=False)
+        rows["sampled"] = judge(sampled, tagged, sampled=True)
     if len(greedy) > 1:
         rows["shuffled"] = judge([greedy[i] for i in derangement(len(greedy), seed)], tagged)
     return rows
@@ -179,7 +189,7 @@ def describe(cfg: Config, split: str, n: int) -> dict:
         "split": split,
         "n": n,
         "seed": cfg.seed,
-        "eval": {name: plain["eval"][name] for name in ("samples", "bootstrap")},
+        "eval": {name: plain["eval"][name] for name in ("samples", "bootstrap", "green") if plain["eval"][name] != ""},
         "rollout": plain["rollout"],
         "data": {name: plain["data"][name] for name in names},
         "model": plain["model"]["path"],
@@ -241,13 +251,17 @@ def evaluate_predictions(cfg: EvalRun) -> None:
     labels = [row.get("labels") for row in wanted.values()]
     labels = None if None in labels else labels
     notes, scorers = [], None
-    if labels is None and any(str(path).startswith("phantom:") for path in to_dict(cfg)["scorers"].values()):
+    used = [path for name, path in to_dict(cfg)["scorers"].items() if name != "expert"]  # no metric looks at images
+    if labels is None and any(str(path).startswith("phantom:") for path in used):
         notes.append("CheXbert F1, RadGraph F1 and BERTScore need --scorers.*: the phantom's know only its reports")
     else:
         cfg = resolve(cfg, ("labeller",))
         scorers = rewards.load_scorers(cfg, pick_device(cfg), with_expert=False)
     judge, more = make_judge(cfg, references, labels, scorers)
     outputs = [[given[study_id]["report"]] for study_id in wanted]
+    empty = [study_id for study_id in wanted if not given[study_id]["report"].strip()]
+    if empty:
+        notes.append(f"{cfg.predictions}: {len(empty)} empty reports, scored as they are (first: id {empty[0]})")
     tagged = any(rewards.OPEN in group[0] for group in outputs)  # another system may know no tags at all
     template = judge([[normal_template(references, labels, cfg.data.target)]] * len(outputs), formats=False)
     path = Path(cfg.predictions)
@@ -263,7 +277,7 @@ def read_rows(path: str) -> dict[str, dict]:
     """{id: row} of a .jsonl of {"id", "report"}; ValueError names a missing key or a repeated id."""
     rows = {}
     for number, row in enumerate(read_jsonl(Path(path)), 1):
-        if "id" not in row or not isinstance(row.get("report"), str):
+        if row.get("id") in (None, "") or not isinstance(row.get("report"), str):
             raise ValueError(f"{path}: row {number} needs an 'id' and a text 'report'")
         if str(row["id"]) in rows:
             raise ValueError(f"{path}: row {number}: id {row['id']} occurs twice")

@@ -93,7 +93,7 @@ def test_every_policy_of_a_run_is_scored_with_its_controls(world, tmp_path, caps
     assert greedy["counts"] == read(folder / "sft/results.json")["greedy"]["counts"]
     assert [greedy["counts"][k] for k in ("stated", "hallucinated", "wrong_side", "true", "omitted")] == [3, 1, 1, 3, 1]
     assert greedy["format_rate"]["value"] == 1 and rows["sft"]["sampled"]["format_rate"]["value"] == 0.5
-    assert greedy["n"] == 4 and set(greedy["per_label"]["Cardiomegaly"]) == {"f1", "support"}
+    assert greedy["n"] == 4 and set(greedy["per_label"]["Cardiomegaly"]) == {"precision", "recall", "f1", "support"}
     assert greedy["hallucination_rate"]["lo"] <= 1 / 3 <= greedy["hallucination_rate"]["hi"]
     shuffled = rows["sft, image shuffled"]["greedy"]["counts"]
     assert shuffled["stated"] == 3 and shuffled["correct"] == 0  # every finding stands in one image only
@@ -101,7 +101,10 @@ def test_every_policy_of_a_run_is_scored_with_its_controls(world, tmp_path, caps
     assert template["counts"]["stated"] == 0 and template["counts"]["omitted"] == 3
     assert template["hallucination_rate"]["value"] is None and "format_rate" not in template
     out = capsys.readouterr().out
-    assert "33.3 (3)" in out and "METEOR needs Java" in out and "RadGraph F1 is also a reward" in out
+    sampled = rows["sft"]["sampled"]
+    assert "meteor" not in greedy and "meteor_exact_stem" in greedy and "meteor_exact_stem" not in sampled
+    assert "33.3 (3)" in out and "METEOR needs Java" in out and "ex.+st." in out
+    assert "RadGraph F1 is also a reward" in out
     assert max(map(len, (line for line in out.splitlines() if not line.startswith("written")))) <= 150
 
 
@@ -116,9 +119,12 @@ def test_files_of_a_policy(world, tmp_path):
     assert rows[1]["report"] == sections("The heart is enlarged.") and rows[1]["tagged"]
     assert rows[1]["samples"] == [sections("The heart is enlarged."), "nothing"]  # stray tags are stripped
     result = read(folder / "sft/results.json")
-    assert result["settings"]["scorers"] == to_dict(world)["scorers"] and result["adapter"].endswith("sft/adapter")
+    used = {name: value for name, value in to_dict(world)["scorers"].items() if name != "expert"}
+    assert result["settings"]["scorers"] == used and result["adapter"].endswith("sft/adapter")
     text = (folder / "results.md").read_text()
-    assert "| sft, image shuffled |" in text and text.count("|\n|---") + text.count("|\n| ---") == 2
+    assert "| sft, image shuffled |" in text and text.count("|\n|---") + text.count("|\n| ---") == 4
+    # the policy states cardiomegaly and an effusion once each, the references nothing
+    assert "| Cardiomegaly | 0 | 0.0 / 0.0 / 0.0 |" in text and "4 studies, test" in text
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -207,6 +213,82 @@ def test_predictions_with_labels_are_held_against_the_truth(world, tmp_path, mon
     assert greedy["counts"]["hallucinated"] == 1 and greedy["f1_micro"]["value"] == 0
 
 
+def test_predictions_with_green_and_ratescore(tmp_path, monkeypatch, capsys):
+    """Scored where they are asked for, the controls too, and results.json says what GREEN's parser could not read."""
+    texts = ["The lungs are clear.", "Left effusion.", "Large heart."]
+    references = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": text} for i, text in enumerate(texts)])
+    predictions = jsonl(tmp_path / "P.jsonl", [{"id": i, "report": text} for i, text in enumerate([*texts[:2], " "])])
+    loaded = []
+
+    def load_green(path, device):
+        loaded.append(path)
+        return lambda candidates, references: [None if c == texts[0] else float(c == r) for c, r in zip(
+            candidates, references, strict=True)]  # fmt: skip
+
+    def load_ratescore(python):
+        loaded.append(python)
+        return lambda candidates, references: [0.25] * len(candidates)
+
+    monkeypatch.setattr(evaluate, "load_green", load_green)
+    monkeypatch.setattr(evaluate, "load_ratescore", load_ratescore)
+    flags = ["--predictions", predictions, "--references", references]
+    message, out = call(monkeypatch, capsys, *flags)
+    assert message is None and not loaded and "GREEN" not in out
+    message, out = call(monkeypatch, capsys, *flags, "--eval.green", "judge", "--eval.ratescore", "other/python")
+    assert message is None and loaded == ["judge", "other/python"]
+    rows = {name: row["greedy"] for name, row in read(tmp_path / "P_eval/results.json")["rows"].items()}
+    assert rows["P"]["green"]["value"] == 0.5 and rows["P"]["green"]["unread"] == 1  # of the two readable answers
+    assert rows["P, references shuffled"]["green"]["value"] == 0 and rows["P"]["ratescore"]["value"] == 0.25
+    assert "left out of its mean: fixed normal template 0 of 3, P 1 of 3, P, references shuffled 1 of 3." in out
+    assert "1 empty reports, scored as they are (first: id 2)" in out
+    settings = read(tmp_path / "P_eval/results.json")["settings"]["eval"]
+    assert settings["green"] == "judge" and "ratescore" not in settings  # another judge is another number
+
+
+def test_real_scorers_need_no_expert(tmp_path, monkeypatch, capsys):
+    """The expert stays the phantom's: no metric uses it, so the text scorers run."""
+    rows = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": "Clear."} for i in range(3)])
+    def ones(candidates, references):
+        return [1.0] * len(candidates)
+
+    scorers = SimpleNamespace(label=lambda texts: np.ones((len(texts), 14), bool), bertscore=ones, radgraph=ones)
+    monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
+    monkeypatch.setattr(evaluate.rewards, "load_scorers", lambda cfg, device, with_expert: scorers)
+    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
+    flags = ["--scorers.chexbert", "c.pth", "--scorers.bert", "bert", "--scorers.bertscore", "bert"]
+    message, out = call(monkeypatch, capsys, "--predictions", rows, "--references", rows, *flags)
+    assert message is None and "need --scorers" not in out
+    row = read(tmp_path / "R_eval/results.json")["rows"]["R"]["greedy"]
+    assert row["f1_macro_5"]["value"] == 1 and row["per_label"]["Edema"]["support"] == 3 == row["n"]
+
+
+def test_a_killed_save_leaves_no_results_json(tmp_path, monkeypatch):
+    """Neither a first one nor an older one beside newer statistics: where it is, the files belong together."""
+    stats = {"greedy": {"length": np.ones((2, 2))}}
+    tables.save(tmp_path / "P", {"n": 1}, [], stats)
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tables, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tables.save(tmp_path / "P", {"n": 2}, [], stats)
+    assert not (tmp_path / "P/results.json").exists()
+
+
+def test_a_failing_scorer_leaves_no_results(tmp_path, monkeypatch, capsys):
+    rows = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": "Clear."} for i in range(3)])
+
+    def broken(candidates, references):
+        raise ValueError("eval.ratescore: no RaTEScore")
+
+    monkeypatch.setattr(evaluate, "load_ratescore", lambda python: broken)
+    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
+    flags = ["--predictions", rows, "--references", rows, "--eval.ratescore", "python"]
+    assert call(monkeypatch, capsys, *flags)[0] == "evaluate.py: eval.ratescore: no RaTEScore"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["R.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
@@ -214,6 +296,10 @@ def test_predictions_with_labels_are_held_against_the_truth(world, tmp_path, mon
         ([{"id": i, "report": "a"} for i in (0, 1, 2, 3)], "R.jsonl: no row for id 3"),
         ([{"id": 0, "report": "a"}] * 2, "P.jsonl: row 2: id 0 occurs twice"),
         ([{"id": 0}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
+        ([{"id": 0, "report": None}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
+        ([{"id": 0, "report": "a"}, {"report": "a"}], "P.jsonl: row 2 needs an 'id' and a text 'report'"),
+        ([{"id": None, "report": "a"}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
+        ([{"id": 1, "report": "a"}, {"id": "1", "report": "a"}], "P.jsonl: row 2: id 1 occurs twice"),
         ([], "P.jsonl: no rows"),
     ],
 )
@@ -272,8 +358,9 @@ def test_one_study_has_no_shuffled_row(world, tmp_path):
 
 def test_widest_table_fits_150_columns():
     entry = {"value": 0.555, "lo": 0.555, "hi": 0.555}
-    summary = {metric: entry for _, metric, _, _ in tables.COLUMNS} | {"counts": {"stated": 12345}}
+    summary = {metric: entry for _, metric, _, _ in (*tables.COLUMNS, *tables.CLINICAL)} | {"counts": {"stated": 12345}}
+    del summary["meteor_exact_stem"]  # stands in for METEOR, never beside it
     rows = {"stage1_continued, image shuffled": {"greedy": summary, "sampled": summary}}
-    for intervals in (False, True):
-        text = tables.grid(rows, intervals, markdown=False)
+    for intervals, columns in ((False, tables.COLUMNS), (True, tables.COLUMNS), (False, tables.CLINICAL)):
+        text = tables.grid(rows, intervals, markdown=False, columns=columns)
         assert max(map(len, text.splitlines())) <= 150 and len(text.splitlines()) == 3

@@ -62,7 +62,8 @@ def save(folder: Path, result: dict, reports: list[dict], stats: dict[str, dict]
         with open(folder / "stats.npz.tmp", "wb") as file:
             np.savez_compressed(file, **flat)
         os.replace(folder / "stats.npz.tmp", folder / "stats.npz")
-        write_text(folder / "reports.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in reports))
+        # ASCII, as a report may hold U+2028 or U+0085, which splitlines() takes for the end of a row
+        write_text(folder / "reports.jsonl", "".join(json.dumps(row) + "\n" for row in reports))
         write_json(folder / "results.json", result)
 
 

@@ -229,6 +229,7 @@ def test_predictions_with_green_and_ratescore(tmp_path, monkeypatch, capsys):
         loaded.append(python)
         return lambda candidates, references: [0.25] * len(candidates)
 
+    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
     monkeypatch.setattr(evaluate, "load_green", load_green)
     monkeypatch.setattr(evaluate, "load_ratescore", load_ratescore)
     flags = ["--predictions", predictions, "--references", references]
@@ -265,7 +266,9 @@ def test_real_scorers_need_no_expert(tmp_path, monkeypatch, capsys):
 def test_a_killed_save_leaves_no_results_json(tmp_path, monkeypatch):
     """Neither a first one nor an older one beside newer statistics: where it is, the files belong together."""
     stats = {"greedy": {"length": np.ones((2, 2))}}
-    tables.save(tmp_path / "P", {"n": 1}, [], stats)
+    tables.save(tmp_path / "P", {"n": 1}, [{"report": "one\u2028row\x85 only"}], stats)
+    [row] = (tmp_path / "P/reports.jsonl").read_text().splitlines()
+    assert json.loads(row)["report"] == "one\u2028row\x85 only"
 
     def killed(path, text):
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 """Train VALOR: Stage 0 (SFT), Stage 1 (GRPO on text rewards), Stage 2 (GRPO with the visual reward mixed in).
 
     python train.py --stage all                          # one process
+    python train.py --check --config C                   # is everything there that this run needs? (preflight.py)
     torchrun --nproc-per-node 2 train.py --stage 2       # a missing Stage 0 or 1 is trained first
 
 Algorithm 1 of the paper: `sft_update` and `grpo_update` are one policy update each, `run_stage` repeats one of them,
@@ -11,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import metrics
 import parallel
+import preflight
 import reader
 from assets import NAMES, resolve
 from config import Config, parse
@@ -309,8 +311,17 @@ def train(cfg: Config) -> None:
         print(f"{folder.name} is done: {folder / 'adapter'}")
 
 
+@dataclass
+class TrainRun(Config):
+    check: bool = False
+    """only list what this run needs and lacks; exit code 1 when something is missing [ours]"""
+
+
 def main() -> None:
-    cfg = parse(Config, __doc__)
+    args = parse(TrainRun, __doc__)
+    cfg = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
+    if args.check:
+        sys.exit(preflight.preflight(cfg))
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     parallel.start(cfg.device)

@@ -25,8 +25,11 @@ from phantom import PhantomConfig
 class DataConfig:
     path: str = "phantom:data"
     """folder of the data set; `phantom:data` is built on first use [ours]"""
-    format: Literal["r2gen", "openi"] = "r2gen"
-    """r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/ [R2Gen]"""
+    format: Literal["r2gen", "openi", "kaggle", "mimic"] = "r2gen"
+    """r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/; kaggle: indiana_reports.csv,
+    indiana_projections.csv + images/; mimic: PhysioNet's files/ and tables (iu_xray.py, mimic.py) [R2Gen]"""
+    views: int = 1
+    """most images per study that the policy sees, frontal first; the expert sees the first alone [ours]"""
     target: Literal["findings", "impression", "both"] = "both"
     """which sections the model writes and is scored on [paper: both]"""
     prompt: str = "Write the report."
@@ -306,6 +309,8 @@ def check(config: Config) -> None:
             problems.append(f"rewards.{name} must not be negative")
     if not 0 <= r.lambda_vis <= 1:
         problems.append(f"rewards.lambda_vis must be in [0, 1], got {r.lambda_vis:g}")
+    if config.data.views < 1:
+        problems.append("data.views must be at least 1")
     if config.rollout.group_size < 2:
         problems.append("rollout.group_size must be at least 2: a rank within a group of one says nothing")
     if config.rollout.temperature <= 0:

@@ -36,7 +36,7 @@ from assets import resolve
 from clinical import CHEXPERT_LABELS
 from compare import compare
 from config import Config, check, merge, parse, to_dict
-from data import Study, load_studies, read_image, read_jsonl, target_text
+from data import Study, load_studies, read_image, read_jsonl, read_views, target_text
 from green import load_green
 from model import load_policy, pick_device
 from ratescore_runner import load_ratescore
@@ -112,8 +112,8 @@ def generate(model, processor, studies: list[Study], cfg: Config, samples: int, 
     outputs, size = [], cfg.eval.batch_size
     for start in tqdm(range(0, len(studies), size), desc=f"{what:<28}", unit="batch", mininterval=1):
         batch = studies[start : start + size]
-        images = [read_image(study.image) for study in batch]
-        outputs += generate_reports(model, processor, images, cfg, ids=[study.id for study in batch], samples=samples)
+        views = [read_views(study) for study in batch]
+        outputs += generate_reports(model, processor, views, cfg, ids=[study.id for study in batch], samples=samples)
     return outputs
 
 

@@ -89,9 +89,10 @@ def _check_dicom(path: Path) -> str:
     header = _open_dicom(path, defer_size="1 KB")
     if min(header.get("Rows", 0), header.get("Columns", 0)) < MIN_SIDE:
         return "image too small"
-    pixels = header.get_item("PixelData")  # raw, that is with a place and a length, unless compressed
-    cut = isinstance(pixels, RawDataElement) and pixels.value_tell + pixels.length > path.stat().st_size
-    return "unreadable image" if cut else ""
+    pixels = header.get_item("PixelData")
+    if not isinstance(pixels, RawDataElement) or pixels.length == 0xFFFFFFFF:  # compressed: its length is not given
+        return ""
+    return "unreadable image" if pixels.value_tell + pixels.length > path.stat().st_size else ""
 
 
 def _read_dicom(path: Path) -> Image.Image:

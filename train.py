@@ -25,7 +25,7 @@ import preflight
 import reader
 from assets import NAMES, resolve
 from config import Config, parse
-from data import Study, batch_ids, load_studies, read_image
+from data import Study, batch_ids, load_studies, read_views
 from grpo import group_advantages, grpo_loss
 from model import (
     add_reference,
@@ -78,7 +78,7 @@ def sft_update(t: Trainer, batch: list[Study], step: int, steps: int) -> dict[st
     part = {"nll": 0.0, "tokens": 0, "cut": 0}
     if batch:
         t.model.train()  # dropout, if any, belongs to Stage 0 alone
-        inputs = encode_prompts(t.processor, [read_image(s.image) for s in batch], cfg.data.prompt, t.model.device)
+        inputs = encode_prompts(t.processor, [read_views(s) for s in batch], cfg.data.prompt, t.model.device)
         logps, mask, cut = text_logps(t.model, t.processor, inputs, [wrap(s.report) for s in batch], cfg)
         require_finite(logps, batch)
         loss = sft_loss(logps, mask, total_tokens=1)  # the sum: divided by the global token count below
@@ -94,13 +94,13 @@ def grpo_update(t: Trainer, batch: list[Study], k: int) -> tuple[dict[str, float
 
     Returns (the row for metrics.jsonl, the first study's candidates with their rewards for samples.jsonl).
     """
-    cfg, images, ids = t.cfg, [read_image(s.image) for s in batch], [s.id for s in batch]
+    cfg, views, ids = t.cfg, [read_views(s) for s in batch], [s.id for s in batch]
     part, sample, passes = {}, None, []
     if batch:
-        out, outputs, inputs = rollout(t.model, t.processor, images, ids, cfg, step=k)
+        out, outputs, inputs = rollout(t.model, t.processor, views, ids, cfg, step=k)
         references = [s.report for s in batch]
         rewards, parts = compute_rewards(
-            outputs, references, images, ids, t.scorers, cfg.rewards, k=k, stage=t.stage
+            outputs, references, [v[0] for v in views], ids, t.scorers, cfg.rewards, k=k, stage=t.stage
         )  # (B, G) each
         advantages = group_advantages(rewards, cfg.grpo.advantage).flatten().to(t.model.device)  # (B * G,)
         passes = loss_passes(t, inputs, out, advantages, batch)
@@ -235,8 +235,8 @@ def validate(t: Trainer, studies: list[Study]) -> dict[str, float]:
     outputs = []
     for start in range(0, len(studies), t.cfg.eval.batch_size):
         batch = studies[start : start + t.cfg.eval.batch_size]
-        images = [read_image(s.image) for s in batch]
-        outputs += generate_reports(t.model, t.processor, images, t.cfg, ids=[s.id for s in batch])
+        views = [read_views(s) for s in batch]
+        outputs += generate_reports(t.model, t.processor, views, t.cfg, ids=[s.id for s in batch])
     stats = metrics.collect(
         [[readable(output) for output in group] for group in outputs],
         [s.report for s in studies],

@@ -1,4 +1,4 @@
-"""data.py and images.py: sections, both layouts, skips, image formats, the order of studies."""
+"""data.py and iu_xray.py: sections, R2Gen's, Open-i's and Kaggle's layouts, skips, the card, the order of studies."""
 
 import json
 import os
@@ -8,11 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
 import data
-import images
 
 SHARED = Path(os.environ.get("VALOR_SHARED", Path(__file__).parents[2] / "shared" / "data"))
 REPORT = "FINDINGS: The heart is large. IMPRESSION: Cardiomegaly."
@@ -192,87 +189,107 @@ def test_openi_links_by_pairs(tmp_path):
         data.load_studies(config(tmp_path, format="openi"), "test")
 
 
+def test_an_xml_without_sections_is_an_empty_report(tmp_path):
+    openi(tmp_path, "1")
+    (tmp_path / "ecgen-radiology/1.xml").write_text("<eCitation><uId id='CXR1'/></eCitation>")
+    with pytest.raises(ValueError, match=r"no usable study among 1: 1: empty report 1 \(1\)"):
+        data.load_studies(config(tmp_path, format="openi"), "test")
+    (tmp_path / "ecgen-radiology/1.xml").write_bytes(b"<?xml version='1.0' encoding='utf-8'?><e>\xff</e>")
+    with pytest.raises(ValueError, match="1.xml: broken XML"):
+        data.load_studies(config(tmp_path, format="openi"), "test")
+
+
+# -------------------------------------------------------------------------------------------------------- kaggle
+
+
+def kaggle(folder: Path, reports: str) -> Path:
+    """Studies 1 (frontal, lateral), 2 (lateral), 3 (no file), 4 (two frontal) with images as Kaggle names them."""
+    views = {"1_IM-1-2001": "Lateral", "1_IM-1-1001": "Frontal", "2_IM-2-1001": "Lateral", "3_IM-3-1001": "Frontal",
+             "4_IM-4-1001": "Frontal", "4_IM-4-1002": "Frontal"}  # fmt: skip
+    for name in views:
+        picture(folder / "images/images_normalized" / f"{name}.dcm.png")
+    (folder / "images/images_normalized/3_IM-3-1001.dcm.png").unlink()
+    rows = [f"{name.split('_')[0]},{name}.dcm.png,{view}" for name, view in views.items()]
+    (folder / "indiana_projections.csv").write_text("\n".join(["uid,filename,projection", *rows]))
+    (folder / "indiana_reports.csv").write_text(reports, encoding="utf-8-sig")  # as a spreadsheet writes it
+    return folder
+
+
+KAGGLE = "uid,MeSH,findings,impression\n" + "".join(f'{i},x,"Clear,\n{i}.",Normal.\n' for i in (1, 2, 3, 4)) + "5,x,,\n"
+
+
+def test_kaggle_csv_pair(tmp_path, capsys):
+    cfg = config(kaggle(tmp_path, KAGGLE), format="kaggle", views=2)
+    studies = data.load_studies(cfg, "test")
+    assert [(s.id, [p.name[:11] for p in s.images]) for s in studies] == [
+        ("1", ["1_IM-1-1001", "1_IM-1-2001"]), ("4", ["4_IM-4-1001", "4_IM-4-1002"])]  # fmt: skip
+    assert studies[0].report == "FINDINGS: Clear, 1. IMPRESSION: Normal."
+    out = capsys.readouterr().out
+    assert "'test' is all its studies, as is every other split" in out
+    assert "skipped 3: lateral view only 1 (2), no image file 1 (3), empty report 1 (5)" in out
+    assert "all             2  5 / 5 / 5 / 5  2.00 views a study" in data.card(cfg)
+
+
+def test_kaggle_takes_r2gens_split_where_it_lies_beside(tmp_path, capsys):
+    cfg = config(kaggle(tmp_path, KAGGLE), format="kaggle")
+    split = {"train": [{"id": "CXR1_1_IM-1"}], "val": [{"id": "CXR2_IM-2"}, {"id": 5}], "test": [{"id": "CXR3_IM-3"}]}
+    (tmp_path / "annotation.json").write_text(json.dumps(split))
+    assert [study.id for study in data.load_studies(cfg, "train")] == ["1"]
+    assert capsys.readouterr().out.endswith("[train]: 1 studies, skipped 1: in no split of annotation.json 1 (4)\n")
+    with pytest.raises(ValueError, match="no split 'sft'; it has train, val, test"):
+        data.load_studies(cfg, "sft")
+
+
+def test_kaggle_errors(tmp_path):
+    cases = {
+        "uid,findings\n1,a\n": "indiana_reports.csv: no column 'impression'; it has uid, findings",
+        "": "indiana_reports.csv: no column 'uid'; it has ",
+        KAGGLE + "1,x,again,\n": "id 1 occurs twice",
+        KAGGLE + "6,x,a,b,c\n": "indiana_reports.csv: line 11: not 4 fields as in line 1",
+    }
+    for text, message in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            data.load_studies(config(kaggle(tmp_path, text), format="kaggle"), "test")
+        assert "\n" not in str(error.value)
+    (tmp_path / "indiana_reports.csv").write_bytes(b"uid,findings,impression\n1,\xe9,x\n")
+    with pytest.raises(ValueError, match="indiana_reports.csv: not UTF-8 text"):
+        data.load_studies(config(tmp_path, format="kaggle"), "test")
+    (tmp_path / "indiana_projections.csv").unlink()
+    with pytest.raises(ValueError, match="indiana_projections.csv: no such file"):
+        data.load_studies(config(tmp_path, format="kaggle"), "test")
+
+
 def test_card(tmp_path):
     folder = r2gen(tmp_path, {"train": [row("a")], "val": [row("b")], "test": [row("c"), row("d", "")]})
     text = data.card(config(folder))
     assert "test            1  7 / 7 / 7 / 7" in text and "skipped 1: empty report 1 (d)" in text
 
 
-# -------------------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------------------------------- real files
 
 
-def test_picture_modes(tmp_path):
-    ramp = np.linspace(1000, 5000, 256).astype(np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    assert images.read_image(tmp_path / "deep.png").convert("L").getextrema() == (0, 255)
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    for mode, name in (("P", "p.png"), ("RGBA", "a.png"), ("L", "l.jpg"), ("1", "one.png")):
-        grey.convert(mode).save(tmp_path / name)
-        image = images.read_image(tmp_path / name)
-        assert image.mode == "RGB" and image.size == (16, 16) and images.check_image(tmp_path / name) == ""
+@pytest.mark.skipif(not (SHARED / "openi").exists(), reason=f"no real X-rays at {SHARED}")
+def test_real_r2gen(tmp_path):
+    """The real annotation.json with the two images of one of its studies, under the names that R2Gen gives them."""
+    home = tmp_path / "images" / "CXR7_IM-2263"
+    home.mkdir(parents=True)
+    (tmp_path / "annotation.json").symlink_to(SHARED / "openi" / "annotation.json")
+    for number, name in enumerate(("1001", "2001")):
+        (home / f"{number}.png").symlink_to(SHARED / "openi" / "images" / f"CXR7_IM-2263-{name}.png")
+    [study], skips = data.read_split(config(tmp_path, views=2), "train")
+    assert study.id == "CXR7_IM-2263" and len(data.read_views(study)) == 2
+    assert len(skips["no image file"]) + 1 == len(json.loads((tmp_path / "annotation.json").read_text())["train"])
 
 
-def write_dicom(path: Path, pixels=None, photometric="MONOCHROME2", window=None) -> Path:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
-    dataset.SOPClassUID, dataset.SOPInstanceUID = ComputedRadiographyImageStorage, "1.2.3"
-    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    if pixels is not None:
-        dataset.Rows, dataset.Columns = pixels.shape
-        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
-        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
-        dataset.PixelData = pixels.astype(np.uint16).tobytes()
-    if window:
-        dataset.WindowCenter, dataset.WindowWidth = window
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
-def test_dicom_window_stretch_and_inversion(tmp_path):
-    pixels = np.linspace(0, 4000, 256).reshape(16, 16)
-    grey = np.asarray(images.read_image(write_dicom(tmp_path / "a.dcm", pixels)).convert("L"))
-    assert grey[0, 0] == 0 and grey[-1, -1] == 255
-    inverted = np.asarray(images.read_image(write_dicom(tmp_path / "b", pixels, "MONOCHROME1")).convert("L"))
-    assert np.array_equal(inverted, 255 - grey) or abs(inverted.astype(int) - (255 - grey)).max() <= 1
-    window = np.asarray(images.read_image(write_dicom(tmp_path / "c.dcm", pixels, window=(1000, 1000))).convert("L"))
-    assert (window[pixels <= 499] == 0).all() and (window[pixels >= 1501] == 255).all()
-    assert abs(int(window.flat[np.abs(pixels - 1000).argmin()]) - 128) <= 1
-
-
-def test_image_errors_are_one_line(tmp_path):
-    (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "text.dcm").write_text("no image")
-    cut = picture(tmp_path / "cut.png")
-    cut.write_bytes(cut.read_bytes()[:-40])
-    picture(tmp_path / "one.png", side=1)
-    write_dicom(tmp_path / "empty.dcm")
-    broken = write_dicom(tmp_path / "short.dcm", np.zeros((16, 16)))
-    broken.write_bytes(broken.read_bytes()[:-200])
-    cases = {
-        "none.png": "no such file",
-        "text.png": "unreadable",
-        "cut.png": "unreadable",
-        "one.png": "only 1 x 1 pixels",
-        "text.dcm": "not a DICOM",
-        "empty.dcm": "without pixel data",
-        "short.dcm": "cannot be decoded",
-    }
-    for name, message in cases.items():
-        with pytest.raises(ValueError, match=message) as error:
-            images.read_image(tmp_path / name)
-        assert "\n" not in str(error.value) and name in str(error.value)
-        assert images.check_image(tmp_path / name) != ""
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason=f"no real X-rays at {SHARED}")
-def test_real_images():
-    paths = [p for p in SHARED.rglob("*") if p.suffix in (".png", ".jpg", ".dcm") and p.stat().st_size < 1e6]
-    for path in [p for p in paths if p.suffix != ".png"] + paths[:6]:
-        assert images.check_image(path) == ""
-        low, high = images.read_image(path).convert("L").getextrema()
-        assert high - low > 100
+@pytest.mark.skipif(not (SHARED / "openi").exists(), reason=f"no real X-rays at {SHARED}")
+def test_real_kaggle(tmp_path):
+    for name in ("images", "indiana_reports.csv", "indiana_projections.csv"):
+        (tmp_path / name).symlink_to(SHARED / "openi" / name)
+    studies, skips = data.read_split(config(tmp_path, format="kaggle", views=3), "test")
+    assert [(s.id, len(s.images)) for s in studies] == [("7", 2), ("1000", 3), ("1001", 1)]
+    xml, _ = data.read_split(config(SHARED / "openi", format="openi"), "test")
+    assert [(s.id, s.image.name, s.report) for s in studies] == [(s.id, s.image.name, s.report) for s in xml]
+    assert len(studies) + sum(map(len, skips.values())) == 222
 
 
 @pytest.mark.skipif(not (SHARED / "openi").exists(), reason=f"no real X-rays at {SHARED}")

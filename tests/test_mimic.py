@@ -10,13 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from pydicom import dcmread
-from pydicom.uid import JPEG2000Lossless
-from test_data import config, picture, write_dicom
+from test_data import config, picture
+from test_images import write_dicom
 
 import data
-import images
 import mimic
 from config import DataConfig
 
@@ -259,7 +256,7 @@ def test_the_config_offers_every_layout():
     assert set(DataConfig.__dataclass_fields__["format"].type.__args__) == set(data.ROWS)
 
 
-# ---------------------------------------------------------------------------------------------- real files, images
+# ---------------------------------------------------------------------------------------------- --- real files
 
 
 @pytest.mark.skipif(not XRV.exists(), reason=f"no random data in MIMIC's layout at {XRV}")
@@ -280,19 +277,3 @@ def test_torchxrayvisions_random_mimic(tmp_path):
     assert {study.id for study in studies} == frontal and sum(map(len, skips.values())) == len(rows) - len(frontal)
     assert data.read_views(studies[0])[0].size == (224, 224)
     assert f"({len(studies)} of {len(studies)} studies labelled)" in mimic.chexpert_line(folder, frontal)
-
-
-def test_jpeg_2000_reads_as_the_uncompressed_file(tmp_path):
-    plain = write_dicom(tmp_path / "plain.dcm", np.linspace(0, 4095, 4096).reshape(64, 64), window=(2000, 3000))
-    dataset = dcmread(plain)
-    dataset.compress(JPEG2000Lossless)
-    dataset.save_as(tmp_path / "j2k.dcm")
-    assert dcmread(tmp_path / "j2k.dcm").file_meta.TransferSyntaxUID == JPEG2000Lossless
-    assert images.check_image(tmp_path / "j2k.dcm") == ""
-    assert np.array_equal(images.read_image(plain), images.read_image(tmp_path / "j2k.dcm"))
-
-
-def test_a_jpeg_with_bytes_after_its_end_is_read(tmp_path):
-    path = picture(tmp_path / "a.jpg")
-    path.write_bytes(path.read_bytes() + bytes(100))
-    assert images.check_image(path) == "" and isinstance(images.read_image(path), Image.Image)

@@ -107,7 +107,8 @@ def read_split(cfg, split: str) -> tuple[list[Study], dict[str, list[str]]]:
     if not folder.is_dir():
         raise ValueError(f"data.path: {folder} is no folder")
     studies, skips, seen = [], {}, set()
-    rows = tqdm(ROWS[cfg.format](folder, split), desc=f"reading {split}", unit="study", delay=5, leave=False)
+    rows = ROWS[cfg.format](folder, split)
+    rows = tqdm(rows, desc=f"reading {split}", unit="study", delay=5, mininterval=5, leave=False)
     for study_id, report, images, reason, labels in rows:
         if cfg.limit and len(studies) == cfg.limit:
             break
@@ -197,8 +198,8 @@ def load_tokenizer(path: str):
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except (ImportError, OSError, ValueError) as error:  # ImportError: sentencepiece is not there
+        reason = str(error).split("\n")[0] if Path(path).is_dir() else "no such folder, nor is it in the hub's cache"
         print(f"lengths in words only: the tokenizer of model.path {path} cannot be loaded ({reason})")
 
 

@@ -1,8 +1,9 @@
-"""The frozen text scorers: CheXbert labels and RadGraph F1 (Eq. 4) and BERTScore (Eq. 3).
+"""The frozen text scorers: CheXbert labels (Eq. 4) and BERTScore (Eq. 3).
 
-The rule-based RadGraph reader stands in `radgraph_rules.py` and is offered here beside the other two.
+RadGraph F1 (Eq. 4) stands in `radgraph_rules.py` (offered here beside the other two) and `radgraph_package.py`.
 """
 
+import csv
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -27,6 +28,21 @@ BATCH = 32  # texts per forward pass; few, so that those of like length share on
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def local_file(name: str | Path, what: str) -> Path:
+    """A file's path; `hf-hub:OWNER/REPO/FILE` is fetched into the hub's cache once. ValueError where that fails."""
+    if not str(name).startswith("hf-hub:"):
+        return Path(name)
+    from huggingface_hub import hf_hub_download
+
+    owner, repo, file = [*str(name).removeprefix("hf-hub:").split("/", 2), "", ""][:3]
+    if not file:
+        raise ValueError(f"{what}: '{name}' names no file; write hf-hub:OWNER/REPO/FILE")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what}: cannot fetch {name}: {first_line(error)}") from None
 
 
 def cached(cache: OrderedDict, texts: list[str], compute: Callable[[list[str]], list]) -> list:
@@ -69,25 +85,28 @@ def save_chexbert(model: CheXbert, path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a CheXbert checkpoint by name, without `module.`; ValueError when it is not one."""
+    """The weights of a CheXbert checkpoint (path or hf-hub: name) by name, without `module.`; ValueError otherwise."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        state = torch.load(local_file(path, "chexbert"), map_location="cpu", weights_only=True)["model_state_dict"]
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     except FileNotFoundError:
-        raise ValueError(f"chexbert: {path} does not exist; give the path of chexbert.pth") from None
+        raise ValueError(
+            f"chexbert: {path} does not exist; give the path of chexbert.pth or hf-hub:OWNER/REPO/chexbert.pth"
+        ) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"chexbert: {path} is no readable torch checkpoint: {first_line(error)}") from None
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"chexbert: {path} has no 'model_state_dict'; this is not CheXbert's format") from None
-    state = {name.removeprefix("module."): value for name, value in state.items()}
     state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
     return state
 
 
 def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str | torch.device = "cpu") -> "Labeller":
-    """The frozen labeller of a CheXbert checkpoint on the BERT (config, tokenizer) of a folder or hub name.
+    """The frozen labeller of a CheXbert checkpoint on the BERT (config, tokenizer) it sits on.
 
-    Every weight must be there and fit; ValueError (one line) names the first key that is missing, unknown or of
-    another shape.
+    checkpoint: a path or `hf-hub:OWNER/REPO/FILE` (the published one: hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth on
+    bert-base-uncased). bert_folder: a folder or hub name; its weights are not read, the checkpoint has them. Every
+    weight must be there and fit; ValueError (one line) names the first key that is missing, unknown or misshapen.
     """
     state = read_checkpoint(checkpoint)
     try:
@@ -131,14 +150,17 @@ class Labeller:
     def classify(self, texts: list[str]) -> list[bytes]:
         """Class of each label as 14 bytes per text; texts of like length share a batch."""
         device = self.model.linear_heads[0].weight.device
-        found = {"": bytes(14)}
-        ordered = sorted((text for text in texts if text), key=len)
-        for start in range(0, len(ordered), BATCH):
-            chunk = ordered[start : start + BATCH]
-            batch = self.tokenizer(chunk, truncation=True, max_length=512, padding=True, return_tensors="pt").to(device)
+        tokens = 512 if device.type == "cpu" else 16_384  # of a batch: more overflow a CPU's cache, fewer starve a GPU
+        written = [text for text in texts if text]
+        ids = self.tokenizer(written, truncation=True, max_length=512)["input_ids"] if written else []
+        rest, found = sorted(zip(ids, written, strict=True), key=lambda row: len(row[0])), {"": bytes(14)}
+        while rest:
+            n = max(1, tokens // len(rest[-1][0]))
+            chunk, rest = rest[-n:], rest[:-n]
+            batch = self.tokenizer.pad({"input_ids": [row for row, _ in chunk]}, return_tensors="pt").to(device)
             logits = self.model(batch["input_ids"], batch["attention_mask"])
             classes = torch.stack([head.argmax(dim=1) for head in logits], dim=1).cpu().numpy().astype(np.uint8)
-            found.update(zip(chunk, (row.tobytes() for row in classes), strict=True))
+            found.update(zip((text for _, text in chunk), (row.tobytes() for row in classes), strict=True))
         return [found[text] for text in texts]
 
 
@@ -178,37 +200,72 @@ def _padded(rows: list[tuple[torch.Tensor, torch.Tensor]], device) -> tuple[torc
     return hidden, mask, pad_sequence(weights, batch_first=True)
 
 
-def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = "cpu") -> Callable:
+def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
+    """BERTScore F1 of unrelated sentences at `layer`, from a baseline file of `bert-score` (columns LAYER, P, R, F).
+
+    baseline: the file's path, or `package` for the English one that bert-score ships for the model named `folder`.
+    """
+    import bert_score
+
+    path = Path(baseline)
+    if baseline == "package":
+        path = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{folder}.tsv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            value = {int(row["LAYER"]): float(row["F"]) for row in csv.DictReader(file)}[layer]
+    except OSError:
+        raise ValueError(f"bertscore: no baseline file {path}; set scorers.bertscore_baseline or empty it") from None
+    except KeyError as error:
+        raise ValueError(f"bertscore: baseline file {path} has no column or layer {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"bertscore: baseline file {path} is not LAYER,P,R,F: {first_line(error)}") from None
+    if not value < 1:
+        raise ValueError(f"bertscore: baseline file {path}: F of layer {layer} must be below 1, got {value:g}")
+    return value
+
+
+def _count_cut(texts, tokenizer) -> int:
+    """Number of texts that the tokenizer cuts at its limit."""
+    limit = tokenizer.model_max_length
+    long = [text for text in texts if len(text) > limit - 2]  # a token takes a character or more
+    return sum(len(tokenizer(text, verbose=False)["input_ids"]) > limit for text in long)
+
+
+def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = "cpu", baseline: str = "") -> Callable:
     """BERTScore F1 of pairs through the `bert-score` package: function(candidates, references) -> floats in [0, 1].
 
-    The encoder (Hugging Face layout, `folder` or hub name) is loaded once and read at `layer`; no idf, no rescaling.
-    An empty text scores 0. A text longer than the encoder's positions is cut there: `function.truncated` counts them.
+    The encoder (Hugging Face layout, `folder` or hub name) is loaded once and read at `layer`; no idf. With a
+    `baseline` (see `baseline_f1`) b, F becomes (F - b) / (1 - b) as in the package, and what falls below 0, a pair less
+    alike than unrelated sentences, scores 0. An empty text scores 0. A text longer than the encoder's positions is cut
+    there: the first is reported, `function.truncated` counts them.
     The steps of the package's `score` run here in a sorted order: its own order is that of a Python set of strings,
     which differs between processes and with it the last bits of a score, so that no run could be repeated.
     """
     from bert_score import BERTScorer
     from bert_score.utils import greedy_cos_idf
 
+    floor = baseline_f1(folder, layer, baseline) if baseline else 0.0
     try:
         scorer = BERTScorer(model_type=str(folder), num_layers=layer, device=str(device))
     except (OSError, ValueError, AssertionError) as error:
         raise ValueError(f"bertscore: cannot load {folder} at layer {layer}: {first_line(error)}") from None
-    tokenizer = scorer._tokenizer
-    # a tokenizer without a limit says 1e30, which overflows
-    limit = tokenizer.model_max_length = min(tokenizer.model_max_length, scorer._model.config.max_position_embeddings)
+    tokenizer, positions = scorer._tokenizer, getattr(scorer._model.config, "max_position_embeddings", 512)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)  # 1e30 where unset, which overflows
     weight = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
 
     def score(candidates: list[str], references: list[str]) -> list[float]:
         pairs = [(c.strip(), r.strip()) for c, r in zip(candidates, references, strict=True)]
         unique, found = sorted({pair for pair in pairs if all(pair)}), {}
         states = _token_states(scorer, [text for pair in unique for text in pair], weight, device)
-        long = [text for text in states if len(text) > limit - 2]  # a token takes a character or more
-        score.truncated += sum(len(tokenizer(text, verbose=False)["input_ids"]) > limit for text in long)
+        cut = _count_cut(states, tokenizer)
+        if cut and not score.truncated:
+            print(f"bertscore: texts longer than {tokenizer.model_max_length} tokens are cut there")
+        score.truncated += cut
         for start in range(0, len(unique), BATCH):
             chunk = unique[start : start + BATCH]
             ours, theirs = (_padded([states[pair[side]] for pair in chunk], device) for side in (0, 1))
-            f1 = greedy_cos_idf(*theirs, *ours)[2].nan_to_num().clamp(0, 1)
-            found.update(zip(chunk, f1.tolist(), strict=True))
+            f1 = (greedy_cos_idf(*theirs, *ours)[2].nan_to_num() - floor) / (1 - floor)
+            found.update(zip(chunk, f1.clamp(0, 1).tolist(), strict=True))
         return [found.get(pair, 0.0) for pair in pairs]
 
     score.truncated = 0

@@ -1,6 +1,9 @@
 """A tiny LLaVA with the phantom's own tokenizer and processor: random weights, milliseconds per forward pass."""
 
+import json
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -93,6 +96,33 @@ def images():
     """Three different grey pictures."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).convert("RGB") for _ in range(3)]
+
+
+@pytest.fixture(scope="session")
+def real_reports():
+    """40 reports of Open-i, where they are at hand beside the project."""
+    shared = Path(os.environ.get("VALOR_SHARED", Path(__file__).parents[2] / "shared" / "data"))
+    if not (shared / "openi" / "annotation.json").is_file():
+        pytest.skip(f"no real reports at {shared}")
+    splits = json.loads((shared / "openi" / "annotation.json").read_text(encoding="utf-8"))
+    return list(dict.fromkeys(row["report"] for rows in splits.values() for row in rows))[:40]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(name, {file in the repository: path}): puts a repository into an empty hub cache, as a download would."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name: str, files: dict) -> None:
+        folder, commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        for file, path in files.items():
+            copy = folder / "snapshots" / commit / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 import clinical
 import radgraph_rules
+from benchmarks import reward_pass
 
 torch.set_num_threads(1)
 WORDS = ("no there is a left right small large pleural effusion pneumothorax edema heart size normal lungs are clear "
@@ -83,6 +84,8 @@ def test_bad_checkpoints_are_one_line(folder, tmp_path):
     cases = [
         (drop, "lacks key 'linear_heads.3.weight'"), (rename, "unknown key 'extra'"),
         (shrink, r"\(4, 8\).*\(4, 32\)"), (lambda data: {"state_dict": data}, "no 'model_state_dict'"),
+        (lambda data: {"model_state_dict": [1]}, "no 'model_state_dict'"),
+        (lambda data: data | {"model": os.system}, "no readable torch checkpoint"),  # a pickle that runs code
     ]  # fmt: skip
     for change, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
@@ -100,8 +103,31 @@ def test_bad_checkpoints_are_one_line(folder, tmp_path):
         clinical.load_chexbert(folder / "chexbert.pth", tmp_path)
 
 
-def test_labels_equal_the_package(folder):
-    """Against f1chexbert's own code on the same checkpoint (its constructor downloads, so it is filled in by hand)."""
+def test_checkpoint_and_bert_by_hub_name(folder, hub):
+    hub("owner/scorers", {"chexbert.pth": folder / "chexbert.pth"})
+    hub("owner/bert", {path.name: path for path in folder.glob("*.json")})
+    got = clinical.load_chexbert("hf-hub:owner/scorers/chexbert.pth", "owner/bert").classes(sentences(20))
+    assert (got == clinical.load_chexbert(folder / "chexbert.pth", folder).classes(sentences(20))).all()
+    cases = [("hf-hub:owner/scorers/other.pth", "cannot fetch"), ("hf-hub:owner/none/f.pth", "cannot fetch"),
+             ("hf-hub:owner/scorers", "names no file")]  # fmt: skip
+    for name, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            clinical.load_chexbert(name, folder)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_reward_pass_benchmark(capsys):
+    """Both sides label alike (the benchmark checks it) and every line is there; sizes and times mean nothing here."""
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    seconds = reward_pass.measure(config, repeats=2, device="cpu")
+    assert {name: len(times) for name, times in seconds.items()} == {"pairs": 2, "kept": 2, "ours": 2}
+    reward_pass.show({"pairs": [6.0, 4.0, 9.0], "kept": [3.0, 3.0, 3.0], "ours": [1.0, 2.0, 3.0]})
+    out = capsys.readouterr().out
+    assert "6.00 s [4.00 to 9.00]" in out and "3.00 x [2.00 to 6.00]" in out and "1.50 x [1.00 to 3.00]" in out
+
+
+def package_labeller(folder):
+    """f1chexbert's own labelling on the folder's checkpoint; its constructor downloads, so it is filled in by hand."""
     package = pytest.importorskip("f1chexbert.f1chexbert")
     oracle = package.F1CheXbert.__new__(package.F1CheXbert)
     torch.nn.Module.__init__(oracle)
@@ -110,14 +136,24 @@ def test_labels_equal_the_package(folder):
     oracle.tokenizer.encode_plus = lambda tokens: {"input_ids": [2, *encode(tokens), 3]}  # gone from transformers 5
     oracle.model = package.bert_labeler(pretrain_path=str(folder)).eval()
     oracle.model.load_state_dict(clinical.read_checkpoint(folder / "chexbert.pth"), strict=True)
+    return oracle.get_label
+
+
+def test_labels_equal_the_package(folder):
+    label = package_labeller(folder)
     texts = [*sentences(45), "  small\n\n left \t effusion ", "x", *sentences(3, seed=1, most=1500)]
     assert max(len(text.split()) for text in texts) > 512
-    expected = [oracle.get_label(text) for text in texts]
-    classes = [[{"": 0, 1: 1, 0: 2, -1: 3}[v] for v in oracle.get_label(text, mode="classification")] for text in texts]
+    expected = [label(text) for text in texts]
+    classes = [[{"": 0, 1: 1, 0: 2, -1: 3}[v] for v in label(text, mode="classification")] for text in texts]
     labeller = clinical.load_chexbert(folder / "chexbert.pth", folder)
     assert labeller(texts).astype(int).tolist() == expected
     assert labeller.classes(texts).tolist() == classes
     assert {0, 1, 2, 3} <= set(np.unique(classes)) and len({tuple(row) for row in expected}) > 5
+
+
+def test_labels_of_real_reports_equal_the_package(folder, real_reports):
+    label, labels = package_labeller(folder), clinical.load_chexbert(folder / "chexbert.pth", folder)(real_reports)
+    assert labels.astype(int).tolist() == [label(text) for text in real_reports]
 
 
 def test_cache_and_duplicates_change_nothing(folder, monkeypatch):
@@ -216,7 +252,7 @@ def test_radgraph_f1_equals_the_package():
                 assert radgraph_rules.radgraph_f1(a, b, level) == pytest.approx(rewards.compute_reward(a, b, level))
 
 
-def test_bertscore(folder):
+def test_bertscore(folder, capsys):
     score = clinical.load_bertscore(folder, 1)
     texts = sentences(12)
     assert score(texts, texts) == pytest.approx([1.0] * 12, abs=1e-5)
@@ -227,6 +263,7 @@ def test_bertscore(folder):
     long = sentences(1, seed=3, most=30)[0] + " left" * 600
     assert score([long], [long]) == pytest.approx([1.0], abs=1e-5) and score.truncated == 1
     assert score([long], [long + " pneumothorax"]) == pytest.approx([1.0], abs=1e-5)  # behind the cut
+    assert score.truncated == 3 and capsys.readouterr().out.count("longer than 512 tokens") == 1
 
 
 def test_bertscore_equals_the_package(folder):
@@ -237,6 +274,54 @@ def test_bertscore_equals_the_package(folder):
     scorer._tokenizer.model_max_length = 512
     expected = scorer.score(ours, theirs)[2].clamp(0, 1).tolist()
     assert clinical.load_bertscore(folder, 2)(ours, theirs) == pytest.approx(expected, abs=1e-5)
+
+
+def baseline_file(path, rows):
+    path.write_text("LAYER,P,R,F\n" + "".join(f"{layer},.1,.2,{f}\n" for layer, f in enumerate(rows)))
+    return str(path)
+
+
+def test_bertscore_rescaled(folder, tmp_path):
+    """(F - b) / (1 - b) as the package does it; what falls below 0 is 0; an empty text stays 0."""
+    from bert_score import BERTScorer
+
+    ours, theirs = sentences(40, seed=6), sentences(40, seed=7)
+    plain = clinical.load_bertscore(folder, 2)(ours, theirs)
+    middle = float(np.median(plain))
+    path = baseline_file(tmp_path / "b.tsv", [0, 0.5, middle])
+    got = clinical.load_bertscore(folder, 2, baseline=path)([*ours, "", "left"], [*theirs, "left", "left"])
+    package = BERTScorer(model_type=str(folder), num_layers=2, device="cpu", lang="en", rescale_with_baseline=True,
+                         baseline_path=path)  # fmt: skip
+    package._tokenizer.model_max_length = 512
+    expected = package.score(ours, theirs)[2]
+    assert got == pytest.approx([*expected.clamp(0, 1).tolist(), 0, 1], abs=1e-5)
+    assert (expected < -0.01).any() and (expected > 0.01).any()
+    assert got[:40] == pytest.approx([max(0, (f - middle) / (1 - middle)) for f in plain], abs=1e-5)
+
+
+def test_bertscore_baselines_of_the_package(folder, tmp_path):
+    assert clinical.baseline_f1("roberta-large", 17, "package") == pytest.approx(0.8315, abs=1e-3)
+    assert clinical.baseline_f1("microsoft/deberta-base", 9, "package") == pytest.approx(0.62694, abs=1e-5)
+    (tmp_path / "text.tsv").write_text("LAYER,P,R,F\n2,a,b,c\n")
+    (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
+    cases = [("package", "no baseline file"), (str(tmp_path / "absent.tsv"), "no baseline file"),
+             (baseline_file(tmp_path / "short.tsv", [0, 0.5]), "no column or layer 2"),
+             (str(tmp_path / "text.tsv"), "not LAYER,P,R,F"), (str(tmp_path / "other.tsv"), "no column .* 'LAYER'"),
+             (baseline_file(tmp_path / "one.tsv", [0, 0, 1]), "must be below 1")]  # fmt: skip
+    for baseline, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            clinical.load_bertscore(folder, 2, baseline=baseline)
+        assert "\n" not in str(caught.value) and "bertscore:" in str(caught.value)
+
+
+def test_bertscore_loads_its_encoder_once(folder, monkeypatch):
+    import bert_score.scorer
+
+    calls, get_model = [], bert_score.scorer.get_model
+    monkeypatch.setattr(bert_score.scorer, "get_model", lambda *a: calls.append(a) or get_model(*a))
+    score = clinical.load_bertscore(folder, 2)
+    score(["left"], ["right"]), score(["left"], ["right"])
+    assert len(calls) == 1
 
 
 def test_bertscore_bad_folder_is_one_line(folder, tmp_path):

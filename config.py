@@ -116,15 +116,25 @@ class ScorerConfig:
     """the frozen expert of Eq. 6: folder or hf-hub: name of an open_clip model; phantom:expert_noisy learnt from
     reports as noisy as the references; `oracle` knows the exact labels (an upper bound) [paper: not named]"""
     chexbert: str = "phantom:labeller/chexbert.pth"
-    """checkpoint in CheXbert's format [Smit et al. 2020]"""
+    """checkpoint in CheXbert's format: path, or hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth [Smit et al. 2020]"""
     bert: str = "phantom:labeller"
-    """folder of the BERT (config, tokenizer) that the CheXbert checkpoint sits on [Smit et al. 2020]"""
+    """folder or hub name of the BERT (config, tokenizer) that the CheXbert checkpoint sits on; of the published one
+    bert-base-uncased [Smit et al. 2020]"""
     bertscore: str = "phantom:labeller"
-    """folder of BERTScore's encoder [ours]"""
+    """folder or hub name of BERTScore's encoder [ours]"""
     bertscore_layer: int = 2
     """encoder layer whose states BERTScore compares [ours]"""
-    radgraph: str = "rules"
-    """`rules`: the rule-based reader of clinical.py, enough for the phantom's English [ours]"""
+    bertscore_baseline: str = ""
+    """rescales BERTScore to (F - b) / (1 - b), below 0 = 0: path of a baseline file, or `package` for the one that
+    bert-score ships for a hub name; empty = no rescaling [bert-score]"""
+    radgraph: Literal["rules", "radgraph", "radgraph-xl", "modern-radgraph-xl"] = "rules"
+    """`rules`: the rule-based reader of radgraph_rules.py, enough for the phantom's English; else the model of the
+    `radgraph` package [ours]"""
+    radgraph_dir: str = ""
+    """folder with the package's unpacked archive in <model type>/ (config.json, weights.th, vocabulary/); empty = the
+    package's own cache, filled from the hub [radgraph]"""
+    radgraph_level: Literal["simple", "partial", "complete"] = "partial"
+    """what has to agree: entities, with whether they have a relation, or with the relations [ours; not in the paper]"""
 
 
 @dataclass

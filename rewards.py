@@ -130,10 +130,13 @@ def load_scorers(cfg: Config, device="cpu", with_expert: bool = True) -> Scorers
     """Load the frozen scorers that `cfg.scorers` names."""
     s = cfg.scorers
     labeller = clinical.load_chexbert(s.chexbert, s.bert, device)
-    if s.radgraph != "rules":
-        raise ValueError(f"scorers.radgraph: only 'rules' is supported, got '{s.radgraph}'")
-    radgraph = clinical.RuleRadGraph()
-    bertscore = clinical.load_bertscore(s.bertscore, s.bertscore_layer, device)
+    if s.radgraph == "rules":
+        radgraph = clinical.RuleRadGraph(s.radgraph_level)
+    else:
+        from radgraph_package import PackageRadGraph  # here, as it brings all of AllenNLP: seconds
+
+        radgraph = PackageRadGraph(s.radgraph, s.radgraph_dir, s.radgraph_level, device)
+    bertscore = clinical.load_bertscore(s.bertscore, s.bertscore_layer, device, s.bertscore_baseline)
     similarity = None
     if with_expert:
         frozen = expert_module.load_expert(s.expert, device)

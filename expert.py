@@ -6,6 +6,7 @@ than the text context is split into windows of whole sentences whose embeddings 
 """
 
 import json
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     if not hf_tower and (mask is None or pool not in ("argmax", "eos")):
         return F.normalize(model.encode_text(tokens), dim=-1)
     pad = text.config.pad_token_id if hf_tower else 0
-    length = int((tokens != pad).sum(dim=1).max())
+    length = int((tokens != pad).any(dim=0).nonzero().max()) + 1  # up to the last: byte-pair id 0 is a "!" too
     if hf_tower:
         return F.normalize(model.encode_text(tokens[:, :length]), dim=-1)
     prefix, tower = ("", model) if text is None else ("text.", text)
@@ -143,9 +144,10 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
     """Load an open_clip model from a local folder or an `hf-hub:` name, frozen and in eval mode.
 
     A Hugging Face text tower is built from the folder's own `config.json`, so that nothing is fetched; without that
-    file open_clip looks its `hf_model_name` up on the hub. Raises ValueError (one line) for what cannot be loaded.
+    file open_clip looks its `hf_model_name` up, a folder or a hub name. Raises ValueError (one line) for what cannot
+    be loaded.
     """
-    path, overrides = str(path), {}
+    path, overrides, hint = str(path), {}, ""
     name = path if path.startswith("hf-hub:") else f"local-dir:{path}"
     config_file = Path(path) / "open_clip_config.json"
     try:
@@ -153,14 +155,17 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
             text_cfg = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
             if "hf_model_name" in text_cfg and (Path(path) / "config.json").is_file():
                 overrides["text_cfg"] = {**text_cfg, "hf_model_name": path, "hf_model_pretrained": False}
+            elif "hf_model_name" in text_cfg:
+                hint = f"; offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **overrides)
         tokenizer = open_clip.get_tokenizer(name)
     except FileNotFoundError:
         raise ValueError(f"expert: {config_file} does not exist; give an open_clip folder or an hf-hub: name") from None
     except KeyError as error:
         raise ValueError(f"expert: {config_file} lacks {error}") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"expert: cannot load {path}: {' '.join(str(error).split())[:300]}") from error
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        why = " ".join(str(error).split())[:300] + (hint if isinstance(error, OSError) else "")
+        raise ValueError(f"expert: cannot load {path}: {why}") from error
     model.to(device).eval().requires_grad_(False)
     return Expert(model, preprocess, tokenizer, tokenizer.context_length, torch.device(device))
 

@@ -221,3 +221,56 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
     refused("lacks 'model_cfg'")
     (folder / "open_clip_config.json").write_text("{")
     refused("cannot load")
+
+
+def test_byte_pair_native_clip_by_hub_name(hub, tmp_path):
+    """OpenAI's own layout and tokenizer, whose id 0 is a "!" and not a padding; loaded from the hub's cache."""
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {"size": 32}}
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**config["model_cfg"]).eval()
+    expert.save_file(model.state_dict(), tmp_path / "w")
+    (tmp_path / "c").write_text(json.dumps(config))
+    hub("owner/clip", {"open_clip_config.json": tmp_path / "c", "open_clip_model.safetensors": tmp_path / "w"})
+    frozen = expert.load_expert("hf-hub:owner/clip")
+    texts = [*SENTENCES, "Effusion! Seen?", "Effusion !( seen"]
+    tokens = frozen.tokenizer(texts)
+    lengths = (tokens == 49407).int().argmax(dim=1) + 1
+    assert (tokens[-1, : lengths[-1]] == 0).any()
+    assert [expert.count_tokens(frozen.tokenizer, text) for text in texts] == lengths.tolist()
+    with torch.no_grad():
+        full = F.normalize(model.encode_text(tokens), dim=-1)
+        for i in range(len(texts)):
+            torch.testing.assert_close(expert.encode_tokens(frozen.model, tokens[i : i + 1]), full[i : i + 1])
+    with pytest.raises(ValueError, match="cannot load hf-hub:owner/none") as caught:
+        expert.load_expert("hf-hub:owner/none")
+    assert "\n" not in str(caught.value)
+
+
+def test_biomedclip_as_it_is_published(tmp_path):
+    """Weights in a .bin with BERT's old position_ids; the inner BERT's config.json here, nowhere, in its own folder."""
+    folder = tmp_path / "m"
+    model = build_biomedclip(folder)
+    (folder / "open_clip_model.safetensors").unlink()
+    old = model.state_dict() | {"text.transformer.embeddings.position_ids": torch.arange(512)[None]}
+    torch.save(old, folder / "open_clip_pytorch_model.bin")
+    embedding = expert.load_expert(folder).text_features(SENTENCES)
+    with torch.no_grad():
+        expected = F.normalize(model.encode_text(expert.load_expert(folder).tokenizer(SENTENCES)), dim=-1)
+    torch.testing.assert_close(embedding, expected, atol=1e-6, rtol=0)
+
+    (tmp_path / "bert").mkdir()
+    (folder / "config.json").rename(tmp_path / "bert" / "config.json")
+    with pytest.raises(ValueError, match=f"put the config.json of microsoft/no-such-bert into {folder}") as caught:
+        expert.load_expert(folder)
+    assert "\n" not in str(caught.value)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = str(tmp_path / "bert")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert torch.equal(expert.load_expert(folder).text_features(SENTENCES), embedding)
+    for broken in (b"not weights", b""):
+        (folder / "open_clip_pytorch_model.bin").write_bytes(broken)
+        with pytest.raises(ValueError, match="cannot load") as caught:
+            expert.load_expert(folder)
+        assert "\n" not in str(caught.value)

@@ -119,7 +119,7 @@ def estimate(shape: Shape, cfg: Config, stage: int, scorers: int, checkpointing:
     trains = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable
     group = cfg.rollout.group_size if stage else 1
     rows = min(cfg.grpo.micro_batch, cfg.grpo.batch_size) if stage else cfg.sft.batch_size  # Stage 0 takes all at once
-    prefix = getattr(cfg.data, "views", 1) * shape.image_tokens + PROMPT_TOKENS  # P
+    prefix = cfg.data.views * shape.image_tokens + PROMPT_TOKENS  # P
     length = cfg.rollout.max_new_tokens  # T
     tokens, one = rows * (prefix + group * length), 1 if checkpointing else shape.layers
     activations = one * kept_activations(shape, tokens, itemsize, "language" in trains)

@@ -166,7 +166,7 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
     if s.radgraph == "rules":
         yield "ok", "RadGraph", "the rule-based reader needs no file", ""
         return
-    up = Path(getattr(s, "radgraph_dir", "") or user_cache_dir("radgraph"))  # where the package looks
+    up = Path(s.radgraph_dir or user_cache_dir("radgraph"))  # where the package looks
     folder = up / s.radgraph
     try:
         bert = check_radgraph(folder)
@@ -188,7 +188,7 @@ def check_java(cfg: Config) -> Iterator[Item]:
 
 def policy_shape(cfg: Config) -> Shape | None:
     """The policy's shape from its files, else from its published sizes; None where neither is known."""
-    pixels = getattr(cfg.model, "max_pixels", 0)
+    pixels = cfg.model.max_pixels
     try:
         folder = locate(cfg.model.path)
         return read_shape(folder, count_weights(folder), pixels)

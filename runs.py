@@ -74,7 +74,8 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     path = folder / "config.json"
     if not path.exists():
         return write_text(path, json.dumps(to_dict(cfg), indent=2) + "\n")
-    old, new = flatten(json.loads(path.read_text())), flatten(to_dict(cfg))
+    default, new = flatten(to_dict(Config())), flatten(to_dict(cfg))
+    old = default | flatten(json.loads(path.read_text()))  # a field added since had its default's meaning
     for key in sorted(old.keys() | new.keys()):
         if key.split(".")[0] not in FREE_FIELDS and old.get(key) != new.get(key):
             raise ValueError(

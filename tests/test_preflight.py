@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import preflight
 import train
 from checkpoints import check_open_clip, check_radgraph, check_torch_file, count_weights, safetensors_header
-from config import Config, DataConfig, ModelConfig, ScorerConfig, parse
+from config import Config, DataConfig, ModelConfig, parse
 from memory import GIB, KNOWN, estimate
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +29,8 @@ READY = sorted(ROOT.glob("configs/iu_xray_*.toml")) + sorted(ROOT.glob("configs/
 
 
 def ready(path: Path, tmp_path: Path) -> Config:
-    """A ready config through the real parser, without the fields that config.py still lacks (only these two may)."""
-    absent = {"radgraph_dir": ScorerConfig(), "max_pixels": ModelConfig()}
-    absent = tuple(f"{name} " for name, owner in absent.items() if not hasattr(owner, name)) or "no such line"
-    lines = path.read_text().splitlines(keepends=True)
-    (tmp_path / path.name).write_text("".join(line for line in lines if not line.startswith(absent)))
-    return parse(argv=["--config", str(tmp_path / path.name), "--run", str(tmp_path / "run")])
+    """A ready config through the real parser."""
+    return parse(argv=["--config", str(path), "--run", str(tmp_path / "run")])
 
 
 # ---------------------------------------------------------------------------------------------------------- the files

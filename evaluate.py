@@ -299,7 +299,7 @@ def report_image(cfg: EvalRun) -> None:
     cfg = resolve(cfg, ("base",))
     model, processor = load_policy(cfg, adapter)
     stem = Path(cfg.image).stem
-    text = rewards.readable(generate_reports(model, processor, [image], cfg, ids=[stem], samples=0)[0][0])
+    text = rewards.readable(generate_reports(model, processor, [[image]], cfg, ids=[stem], samples=0)[0][0])
     path = Path(cfg.run) / "images" / f"{stem}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")

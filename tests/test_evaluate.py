@@ -43,7 +43,7 @@ def world(tmp_path, monkeypatch):
 
     def generate_reports(model, processor, images, cfg, *, ids, samples):
         assert len(images) <= cfg.eval.batch_size and model in ("base", "sft")
-        texts = [STUDIES[f"s{image.getpixel((0, 0))[0] // 10}"][0] for image in images]
+        texts = [STUDIES[f"s{views[0].getpixel((0, 0))[0] // 10}"][0] for views in images]
         if samples:
             return [[f"<report> {sections(text)} </report>", "<report> nothing"][:samples] for text in texts]
         return [[f"<report> {sections(text)} </report>"] for text in texts]

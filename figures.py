@@ -69,6 +69,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         for axis, key in panels:
             before = last(runs, "stage1", key, 100)
             curve(axis, runs, arm, key, style, label, 100, start=None if before is None else (border[-1], before))
+    axes[0, 0].margins(y=0.3)  # room for the legend
     titles = ("rewards of sampled reports, Stage 1 then Stage 2", "KL to the SFT policy, nats per token",
               "validation: hallucinated, % of stated (greedy)", "validation: BLEU-4 (greedy)")  # fmt: skip
     for axis, title in zip(axes.flat, titles, strict=True):
@@ -76,7 +77,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         axis.set_xlabel("policy update k")
         axis.spines[["top", "right"]].set_visible(False)
         if axis.has_data():
-            axis.legend(fontsize=8, frameon=False)
+            axis.legend(fontsize=8, frameon=False, ncols=3 if axis is axes[0, 0] else 1)
             axis.axvline(border[-1] + 0.5, color="black", linewidth=0.8, linestyle=":")
     figure.suptitle(f"mean of {len(runs)} seeds, band = their range; dotted: Stage 2 begins; 0 = SFT", fontsize=9)
     figure.savefig(path, dpi=130)

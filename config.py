@@ -13,6 +13,7 @@ import json
 import sys
 import tomllib
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -329,6 +330,10 @@ def check(config: Config) -> None:
         problems.append(f"rollout.top_p must be in (0, 1], got {config.rollout.top_p:g}")
     if not 0 <= config.rollout.min_new_tokens < config.rollout.max_new_tokens:
         problems.append("rollout.min_new_tokens must be at least 0 and below rollout.max_new_tokens")
+    counts = ("save_every", "sample_every", "sft.batch_size", "grpo.batch_size", "grpo.micro_batch", "eval.batch_size")
+    for name in counts:
+        if attrgetter(name)(config) < 1:
+            problems.append(f"{name} must be at least 1")
     if problems:
         sys.exit("config: " + "; ".join(problems))
 

@@ -26,7 +26,7 @@ def read_text(path: Path) -> str:
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON-lines file, blank lines left out; ValueError names file and line."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

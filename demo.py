@@ -66,9 +66,9 @@ def expected_seconds(cfg: Config) -> list[float]:
     ]
 
 
-def steps(flags: list[str]) -> list[tuple[str, list[list[list[str]]]]]:
+def steps(cfg: Config, flags: list[str]) -> list[tuple[str, list[list[list[str]]]]]:
     """(title, chains of commands to run side by side) of each step."""
-    branch = ["--stage", "2", *flags]
+    branch, gate = ["--stage", "2", *flags], ["--policy", "sft", "--split", cfg.data.val_split, "--eval.samples", "0"]
     return [
         ("phantom data set | labeller", [
             [command("assets.py", ["--build", "data", *flags])],
@@ -78,7 +78,7 @@ def steps(flags: list[str]) -> list[tuple[str, list[list[list[str]]]]]:
             [
                 command("assets.py", ["--build", "base", *flags]),
                 command("train.py", ["--stage", "0", *flags]),
-                command("evaluate.py", ["--policy", "sft", "--split", "val", "--eval.samples", "0", *flags]),
+                command("evaluate.py", [*flags, *gate]),
             ],
             [command("assets.py", ["--build", "expert", *flags])],
         ]),
@@ -96,6 +96,8 @@ def steps(flags: list[str]) -> list[tuple[str, list[list[list[str]]]]]:
 
 def check_gate(cfg: Config) -> None:
     """Stop before RL when the SFT policy's sided F1 on the validation split is below the gate."""
+    if not cfg.eval.gate:
+        return
     path = Path(cfg.run) / "eval" / cfg.data.val_split / "sft" / "results.json"
     f1 = 100 * json.loads(path.read_text())["greedy"]["sided_f1"]["value"]
     print(f"the SFT policy's sided F1 on the validation split: {f1:.1f} (gate {cfg.eval.gate:g})")
@@ -110,7 +112,7 @@ def main() -> None:
     flags = sys.argv[1:]
     cfg = parse(Config, __doc__)
     began, expected = time.time(), 0.0
-    plan = list(zip(steps(flags), expected_seconds(cfg), strict=True))
+    plan = list(zip(steps(cfg, flags), expected_seconds(cfg), strict=True))
     total = sum(seconds for _, seconds in plan)
     for number, ((title, chains), seconds) in enumerate(plan, 1):
         elapsed = time.time() - began

@@ -93,6 +93,8 @@ def find_policies(cfg: EvalRun) -> list[tuple[str, Path | None]]:
     run = Path(cfg.run)
     trained = {path.parent.name: path for path in sorted(run.glob("*/adapter"))}
     if not cfg.policy:
+        if not trained:
+            raise ValueError(f"{run} has no trained policy; for the base model alone give --policy base")
         return [("base", None), *trained.items()]
     chosen = []
     for name in filter(None, (word.strip() for word in cfg.policy.split(","))):
@@ -104,6 +106,10 @@ def find_policies(cfg: EvalRun) -> list[tuple[str, Path | None]]:
         else:
             there = ", ".join(["base", *trained])
             raise ValueError(f"policy '{name}': neither in {run} (which has {there}) nor an adapter folder")
+    names = [name for name, _ in chosen]
+    for name, adapter in chosen:
+        if names.count(name) > 1 or (name in trained and adapter.resolve() != trained[name].resolve()):
+            raise ValueError(f"--policy: two adapters are called '{name}'; evaluate the other with a --run of its own")
     return chosen
 
 
@@ -183,7 +189,7 @@ def summaries(stats: dict[str, dict], cfg: Config) -> dict[str, dict]:
 
 def describe(cfg: Config, split: str, n: int) -> dict:
     """The settings that numbers must share to stand in one table."""
-    names = ("path", "format", "target", "prompt")
+    names = ("path", "format", "target", "prompt", "views")
     plain = to_dict(cfg)
     return {
         "split": split,
@@ -192,7 +198,8 @@ def describe(cfg: Config, split: str, n: int) -> dict:
         "eval": {name: plain["eval"][name] for name in ("samples", "bootstrap", "green") if plain["eval"][name] != ""},
         "rollout": plain["rollout"],
         "data": {name: plain["data"][name] for name in names},
-        "model": plain["model"]["path"],
+        "model": {name: plain["model"][name] for name in ("path", "dtype", "max_pixels")},
+        "required_sections": plain["rewards"]["required_sections"],  # of the format rate
         "scorers": {name: value for name, value in plain["scorers"].items() if name != "expert"},  # no metric uses it
     }
 
@@ -224,7 +231,9 @@ def evaluate_run(cfg: EvalRun) -> None:
     judge, notes = make_judge(cfg, references, labels, rewards.load_scorers(cfg, pick_device(cfg), with_expert=False))
     template = judge([[normal_template(references, labels, cfg.data.target)]] * len(studies), formats=False)
     folder = Path(cfg.run) / "eval" / split
+    model = None
     for name, adapter in policies:
+        del model  # before the next one is loaded
         model, processor = load_policy(cfg, adapter)
         greedy = generate(model, processor, studies, cfg, 0, f"{name}: greedy")
         sampled = None
@@ -292,7 +301,9 @@ def report_image(cfg: EvalRun) -> None:
     image = read_image(cfg.image)
     if not cfg.policy:
         there = [name for name in ("stage2", "stage1", "sft") if (Path(cfg.run) / name / "adapter").exists()]
-        cfg.policy = there[0] if there else "base"
+        if not there:
+            raise ValueError(f"{cfg.run} has no trained policy; name one with --policy (base: the model alone)")
+        cfg.policy = there[0]
     [(name, adapter), *more] = find_policies(cfg)
     if more:
         raise ValueError("--image takes one policy")

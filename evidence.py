@@ -59,6 +59,8 @@ def by_reference(assets: Path, runs: dict, ids: list[str]) -> dict:
     exact = [set(truth[i]["stated"]) == set(truth[i]["labels"]) for i in ids]
     tables = {}
     for kind, wanted in (("reference states exactly what the image shows", exact), ("reference hallucinates", invents)):
+        if not any(wanted):
+            continue
         part = {arm: {seed: {"greedy/bleu": stats["greedy/bleu"][wanted]} for seed, stats in found.items()}
                 for arm, found in runs.items()}  # fmt: skip
         before = part["stage1_continued"]

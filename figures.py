@@ -85,9 +85,10 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
 
 def draw_arms(results: dict, path: Path) -> None:
-    """Dot and 95% interval of each arm, a small dot per seed; `results` as seeds.collect_results makes them."""
+    """Dot and 95% interval of each arm, a small dot per seed; `results` as evidence.collect_results makes them."""
     columns = (("greedy/hallucination_rate", "hallucinated, % of stated"), ("greedy/sided_f1", "sided F1, %"),
                ("greedy/bleu_4", "BLEU-4"), ("sampled/hallucination_rate", "hallucinated %, sampled"))  # fmt: skip
+    columns = [column for column in columns if column[0] in results["arms"]["sft"]]
     arms = [arm for arm in results["arms"] if arm not in ("base", "fixed_template")]
     size = (12, 0.42 * len(arms) + 1.3)
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")

@@ -5,6 +5,7 @@ Launched by `torchrun`; without it there is one process and every function here 
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,8 @@ def start(device: str) -> None:
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        # the first process builds assets and validates alone, for longer than torch's limit of 10 or 30 minutes
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=24))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 

@@ -67,7 +67,7 @@ def locate(path: str) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
     parts = path.removeprefix("hf-hub:").split("/")
-    if not Path(path).exists() and len(parts) in (2, 3) and all(part[:1].isalnum() for part in parts):
+    if not Path(path).exists() and len(parts) in (1, 2, 3) and all(part[:1].isalnum() for part in parts):
         for file in parts[2:] or ("config.json", "open_clip_config.json"):
             found = try_to_load_from_cache("/".join(parts[:2]), file)
             if isinstance(found, str):
@@ -166,7 +166,8 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
     if s.radgraph == "rules":
         yield "ok", "RadGraph", "the rule-based reader needs no file", ""
         return
-    up = Path(s.radgraph_dir or user_cache_dir("radgraph"))  # where the package looks
+    version = metadata.version("radgraph")  # of requirements.txt; its cache has a folder per version
+    up = Path(s.radgraph_dir or user_cache_dir("radgraph", version=version))
     folder = up / s.radgraph
     try:
         bert = check_radgraph(folder)

@@ -41,6 +41,8 @@ def unpack(model_type: str, home: Path) -> None:
             tar.extractall(f"{scratch}/archive", filter="data")
             Path(scratch, "archive").rename(home / model_type)
     except (OSError, EOFError, tarfile.TarError) as error:
+        if (home / model_type / ARCHIVE[0]).is_file():  # another process was faster
+            return
         raise ValueError(f"radgraph: cannot unpack {archive}: {first_line(error)}") from None
 
 

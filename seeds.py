@@ -87,10 +87,10 @@ def make_tasks(cfg: SeedsConfig, flags: list[str]) -> list[Task]:
     both = cfg.stage1.steps + cfg.stage2.steps
     for seed in cfg.seeds:
         run = root / str(seed)
-        common = ["--run", str(run), "--seed", str(seed), *flags]
+        common = [*flags, "--run", str(run), "--seed", str(seed)]
         for arm, (before, arm_flags, _) in ARMS.items():
             after = [assets / "base"] if arm == "sft" else [run / before / "adapter", *ready]
-            words = ["train.py", "--name", arm, *arm_flags, *common]
+            words = ["train.py", *common, "--name", arm, *arm_flags]  # the last flag wins: the arm stays what it says
             words += ["--val-every", "20"] if arm in WATCHED else []
             words += ["--stage1.steps", str(both)] if arm == "plain_grpo" else []
             steps = {"sft": 0.3 * cfg.sft.steps, "stage1": cfg.stage1.steps, "plain_grpo": both}.get(

@@ -292,7 +292,7 @@ def train(cfg: Config) -> None:
     for stage in range(first, last + 1):
         asked = cfg.stage == "all" or stage == last
         folder = run / (cfg.name if cfg.name and stage == last else FOLDERS[stage])
-        done = (folder / "adapter").exists()
+        done = parallel.gather((folder / "adapter").exists())[0]  # the writing process's word, for all
         if parallel.rank() == 0 and (asked or not done):
             claim_folder(folder, cfg)
         parallel.barrier()

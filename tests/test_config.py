@@ -81,3 +81,9 @@ def test_help_explains_the_fields():
     out = subprocess.run([sys.executable, "-c", "from config import parse; parse()", "--help"], cwd=ROOT,
                          capture_output=True, text=True).stdout  # fmt: skip
     assert "--grpo.lr" in out and "--config FILE.toml" in out and "DeepSeekMath" in out
+
+
+@pytest.mark.parametrize("flag", ["--save-every", "--sft.batch-size", "--grpo.micro-batch", "--eval.batch-size"])
+def test_counts_that_divide_must_not_be_zero(flag):
+    with pytest.raises(SystemExit, match=f"{flag[2:].replace('-', '_')} must be at least 1"):
+        parse(Config, argv=[flag, "0"])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import data
+import data_files
 
 SHARED = Path(os.environ.get("VALOR_SHARED", Path(__file__).parents[2] / "shared" / "data"))
 REPORT = "FINDINGS: The heart is large. IMPRESSION: Cardiomegaly."
@@ -317,3 +318,8 @@ def test_batches_run_through_the_epochs_without_dropping():
     assert len(data.batch_ids(3, 8, 0, 0)) == 8
     with pytest.raises(ValueError, match="from 0 studies"):
         data.batch_ids(0, 8, 0, 0)
+
+
+def test_a_unicode_line_break_inside_a_text_does_not_end_its_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "report": "one\u2028two"}\n\n{"id": "b"}\n', encoding="utf-8")
+    assert [row["id"] for row in data_files.read_jsonl(tmp_path / "rows.jsonl")] == ["a", "b"]

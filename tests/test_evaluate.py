@@ -334,6 +334,17 @@ def test_image_writes_the_last_stage_report(world, tmp_path, monkeypatch, capsys
     assert (tmp_path / "run/images/0.txt").read_text() == sections("The heart is enlarged.") + "\n"
 
 
+def test_two_adapters_of_one_name_and_a_run_without_policies_are_refused(world, tmp_path):
+    other = tmp_path / "elsewhere" / "sft" / "adapter"
+    other.mkdir(parents=True)
+    (other / "adapter_config.json").write_text("{}")
+    for policy in (f"sft,{other}", str(other)):
+        with pytest.raises(ValueError, match="two adapters are called 'sft'"):
+            evaluate.find_policies(dataclasses.replace(world, policy=policy))
+    with pytest.raises(ValueError, match="has no trained policy"):
+        evaluate.find_policies(dataclasses.replace(world, policy="", run=str(tmp_path / "typo")))
+
+
 def test_derangement_has_no_fixed_point():
     for n in (2, 3, 10, 101):
         for seed in range(5):

@@ -63,7 +63,9 @@ def test_rank_reward_literal_by_hand():
 
 def test_rank_reward_soft_by_hand_and_in_its_limit():
     s = torch.tensor([0.50, 0.47, 0.20])
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
     expected = [(sigmoid(1) + sigmoid(10)) / 2, (sigmoid(-1) + sigmoid(9)) / 2, (sigmoid(-10) + sigmoid(-9)) / 2]
     torch.testing.assert_close(rank_reward(s, "soft", 0.03), torch.tensor(expected))
     torch.testing.assert_close(rank_reward(s, "soft", 1e-5), rank_reward(s, "literal"))

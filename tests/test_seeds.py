@@ -48,6 +48,13 @@ def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cf
     assert plain.stage1.steps == valor.stage1.steps + valor.stage2.steps
 
 
+def test_the_users_flags_do_not_change_what_an_arm_is(cfg):
+    commands = {t.title: t.words for t in seeds.make_tasks(cfg, ["--rewards.lambda-vis", "0.4", "--seed", "3"])}
+    arms = {arm: parse(Config, argv=commands[f"seed 1: {arm}"][1:]) for arm in ("stage1_continued", "valor")}
+    assert arms["stage1_continued"].rewards.lambda_vis == 0 and arms["valor"].rewards.lambda_vis == 0.4
+    assert all(c.seed == 1 for c in arms.values())
+
+
 def test_tasks_run_after_what_they_need_and_once(tmp_path, capsys):
     tasks = [task(tmp_path, "c", "b"), task(tmp_path, "b", "a"), task(tmp_path, "a"), task(tmp_path, "d", "ac")]
     seeds.run_tasks(tasks)

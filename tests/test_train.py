@@ -1,6 +1,5 @@
 """The loop, the run folder and the two updates, on the smallest phantom."""
 
-import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,10 @@ from runs import Log, claim_folder, keep_rows, lock
 def tags():
     """Tag every output, so that the babble of an untrained policy gets rewards, and gradients, at all."""
     patch = pytest.MonkeyPatch()
-    tagged = lambda o, *a, **k: compute_rewards([list(map(wrap, g)) for g in o], *a, **k)  # noqa: E731
+
+    def tagged(outputs, *args, **kwargs):
+        return compute_rewards([list(map(wrap, group)) for group in outputs], *args, **kwargs)
+
     patch.setattr(train, "compute_rewards", tagged)
     yield
     patch.undo()
@@ -73,7 +75,7 @@ def test_a_run_leaves_everything_behind(finished):
 def test_kl_is_zero_at_the_first_update_of_stage_1_alone(finished):
     run = Path(finished.run)
     assert rows(run / "stage1")[0]["kl"] == 0.0
-    assert rows(run / "stage2")[0]["kl"] >= 0.0
+    assert rows(run / "stage2")[0]["kl"] > 0.0  # it starts from Stage 1's policy, the reference stays SFT's
     assert all(row["clipfrac"] == 0 for row in rows(run / "stage1"))  # one update per rollout: the ratio is 1
 
 
@@ -89,7 +91,7 @@ def test_each_stage_trains_what_it_says(finished):
     run = Path(finished.run)
     sft, stage1, stage2 = weights(run / "sft"), weights(run / "stage1"), weights(run / "stage2")
     moved = {name for name in sft if not torch.equal(sft[name], stage1[name])}
-    assert all("multi_modal_projector" not in name for name in moved)
+    assert moved and all("multi_modal_projector" not in name for name in moved)
     assert any("multi_modal_projector" in name for name in stage1 if not torch.equal(stage1[name], stage2[name]))
 
 
@@ -234,4 +236,3 @@ def test_scorers_of_the_phantom_load(finished):
 
     assert scorers.similarity([read_image(study.image)], [study.id], [["clear lungs", "edema"]]).shape == (1, 2)
     assert get_base(load_policy(finished)[0]).config.model_type == "llava"
-    assert dataclasses.is_dataclass(finished)

@@ -12,7 +12,7 @@ import pytest
 from images import read_image
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = Path(os.environ.get("VALOR_SHARED", ROOT.parent / "shared" / "data"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (SHARED / "openi").is_dir(), reason=f"no real X-rays at {SHARED}"),
@@ -46,7 +46,7 @@ def test_one_image_becomes_one_report(micro, tmp_path):
     base = next(Path(micro.assets_dir).glob("*/base"))
     flags = ["--run", str(tmp_path), "--model.path", str(base), "--device", "cpu"]
     dicom = next(p for p in X_RAYS if p.suffix == ".dcm")
-    run(str(ROOT / "evaluate.py"), "--image", str(dicom), *flags, cwd=tmp_path)
+    run(str(ROOT / "evaluate.py"), "--image", str(dicom), "--policy", "base", *flags, cwd=tmp_path)
     assert (tmp_path / "images" / f"{dicom.stem}.txt").exists()
 
 
@@ -59,5 +59,5 @@ def test_every_real_x_ray_is_read_and_reported_on(path, micro):
     image = read_image(path)
     assert image.mode == "RGB" and min(image.size) > 100
     cfg = replace(micro, model=replace(micro.model, path=str(asset_dir(micro) / "base")))
-    [[text]] = generate_reports(*load_policy(cfg), [image], cfg, ids=[path.name])
+    [[text]] = generate_reports(*load_policy(cfg), [[image]], cfg, ids=[path.name])
     assert isinstance(text, str)

@@ -22,6 +22,7 @@ CORES = 2  # processes side by side, one thread each: faster here than one proce
 
 def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
     """The command line of one step, through torchrun where it takes several processes."""
+    script = str(Path(__file__).parent / script)
     if processes == 1:
         return [sys.executable, script, *flags]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -149,7 +149,8 @@ def launch(task: Task, environment: dict[str, str]) -> Task:
     task.log.parent.mkdir(parents=True, exist_ok=True)
     task.began = time.time()
     with task.log.open("a", encoding="utf-8") as log:
-        task.process = subprocess.Popen([sys.executable, *task.words], stdout=log, stderr=log, env=environment)
+        words = [sys.executable, str(Path(__file__).parent / task.words[0]), *task.words[1:]]
+        task.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
     return task
 
 

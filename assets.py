@@ -54,6 +54,8 @@ def resolve(cfg: Config, needs: tuple[str, ...] = NAMES) -> Config:
         if not value.startswith("phantom:"):
             return value
         name = value.removeprefix("phantom:")
+        if name.split("/")[0] not in NAMES:
+            raise ValueError(f"{value}: unknown; known are {', '.join(f'phantom:{known}' for known in NAMES)}")
         wanted.add(name.split("/")[0])
         return str(asset_dir(cfg) / name)
 

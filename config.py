@@ -15,7 +15,7 @@ import tomllib
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -229,8 +229,9 @@ def _default_stage2() -> StageConfig:
 class Config:
     stage: Literal["0", "1", "2", "all"] = "all"
     """0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]"""
-    run: str = "runs/phantom"
-    """the run folder: config, metrics, checkpoints, adapters; an interrupted run goes on from it [ours]"""
+    run: Annotated[str, tyro.conf.arg(aliases=("--run-dir",))] = "runs/phantom"
+    """the run folder: config, metrics, checkpoints, adapters; an interrupted run goes on from it. Under torchrun write
+    --run-dir: torchrun takes --run for its own --run-path [ours]"""
     name: str = ""
     """folder of this stage inside the run; empty = sft, stage1 or stage2. For branches off one predecessor [ours]"""
     init_from: str = ""
@@ -289,7 +290,9 @@ def load_toml(path: str, default: Config) -> Config:
     try:
         return merge(default, tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        sys.exit(f"config: {path} does not exist")
+        sys.exit(f"config: {path or '--config needs a file;'} does not exist")
+    except OSError as error:
+        sys.exit(f"config: {path or '--config needs a file'}: {error.strerror}")
     except (ValueError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         sys.exit(f"config: {path}: {error}")
 
@@ -330,6 +333,10 @@ def check(config: Config) -> None:
         problems.append(f"rollout.top_p must be in (0, 1], got {config.rollout.top_p:g}")
     if not 0 <= config.rollout.min_new_tokens < config.rollout.max_new_tokens:
         problems.append("rollout.min_new_tokens must be at least 0 and below rollout.max_new_tokens")
+    none_below_0 = "sft.steps stage1.steps stage2.steps val_every data.limit rewards.k_clin eval.samples"
+    for name in none_below_0.split():
+        if attrgetter(name)(config) < 0:
+            problems.append(f"{name} must not be negative")
     counts = ("save_every", "sample_every", "sft.batch_size", "grpo.batch_size", "grpo.micro_batch", "eval.batch_size")
     for name in counts:
         if attrgetter(name)(config) < 1:

@@ -9,6 +9,7 @@ weights. Flags are passed on to every step; an interrupted demo goes on where it
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
     script = str(Path(__file__).parent / script)
     if processes == 1:
         return [sys.executable, script, *flags]
+    flags = [re.sub(r"^--run(?==|$)", "--run-dir", word) for word in flags]  # torchrun would take --run for its own
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [*torchrun, script, *flags]
 

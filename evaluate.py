@@ -70,9 +70,12 @@ class EvalRun(Config):
 
 def settings(argv: list[str]) -> EvalRun:
     """The flags over --config's file, else over the config that the run's stages were trained with."""
-    run = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--run"), EvalRun.run)
-    run = next((word.partition("=")[2] for word in argv if word.startswith("--run=")), run)
-    stages = sorted(Path(run).glob("*/config.json"))
+    names = ("--run", "--run-dir")
+    run = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word in names), "runs/phantom")
+    run = next((word.partition("=")[2] for word in argv if word.startswith(tuple(f"{n}=" for n in names))), run)
+    first = [Path(run) / name / "config.json" for name in ("sft", "stage1", "stage2")]
+    others = [path.parent / "config.json" for path in sorted(Path(run).glob("*/adapter"))]
+    stages = [path for path in (*first, *others) if path.exists() and (path.parent / "adapter").exists()]
     if not stages or any(word.split("=")[0] in ("--config", "--predictions", "--help", "-h") for word in argv):
         return parse(EvalRun, __doc__, argv)
     try:
@@ -80,6 +83,7 @@ def settings(argv: list[str]) -> EvalRun:
     except ValueError as error:
         sys.exit(f"evaluate.py: {stages[0]}: {error}")
     default.run = run
+    print(f"settings: {stages[0]}")
     cfg = tyro.cli(EvalRun, args=argv, default=default, description=__doc__)
     check(cfg)
     return cfg

@@ -17,7 +17,7 @@ def read_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"image {path}: no such file")
+        raise ValueError(f"image {path}: {'a folder, not one image file' if path.is_dir() else 'no such file'}")
     try:
         image = _read_dicom(path) if _is_dicom(path) else _read_picture(path)
     except BROKEN as error:

@@ -101,6 +101,8 @@ def lora_config(cfg: Config, model) -> LoraConfig:
 def pick_device(cfg: Config) -> torch.device:
     """cfg.device, or this process's GPU under `auto`, or the CPU."""
     if cfg.device != "auto":
+        if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {cfg.device}: torch sees no GPU; use --device cpu")
         return torch.device(cfg.device)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 

@@ -72,7 +72,8 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     """Write the resolved config, or check that the folder's earlier one agrees; ValueError naming a difference."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
-    if not path.exists():
+    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt", "adapter"))
+    if not path.exists() or not begun:  # a start that failed before its first update binds nobody
         return write_text(path, json.dumps(to_dict(cfg), indent=2) + "\n")
     default, new = flatten(to_dict(Config())), flatten(to_dict(cfg))
     old = default | flatten(json.loads(path.read_text()))  # a field added since had its default's meaning

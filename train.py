@@ -255,8 +255,8 @@ def validate(t: Trainer, studies: list[Study]) -> dict[str, float]:
 def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
     """Train one stage from adapter `init` and save `folder/adapter`; goes on from a checkpoint where there is one."""
     rank, world, cfg = parallel.rank(), parallel.world(), resolve(cfg, needs=())
-    t = load_trainer(cfg, stage, init, reference)
     studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
+    t = load_trainer(cfg, stage, init, reference)
     stage_cfg = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage]
     batch_size = cfg.sft.batch_size if stage == 0 else cfg.grpo.batch_size
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
@@ -331,8 +331,10 @@ def main() -> None:
             resolve(cfg, needs)  # builds what is missing, once
         parallel.barrier()
         train(cfg)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
     finally:
         parallel.stop()
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import demo
 from config import Config, load_toml, merge, parse, to_dict
 from runs import flatten
 
@@ -87,3 +88,22 @@ def test_help_explains_the_fields():
 def test_counts_that_divide_must_not_be_zero(flag):
     with pytest.raises(SystemExit, match=f"{flag[2:].replace('-', '_')} must be at least 1"):
         parse(Config, argv=[flag, "0"])
+
+
+def test_run_has_a_name_that_torchrun_leaves_alone():
+    """torchrun reads `--run` as its own --run-path, even behind the script's name."""
+    assert parse(Config, argv=["--run-dir", "runs/x"]).run == parse(Config, argv=["--run", "runs/x"]).run == "runs/x"
+    words = demo.command("train.py", ["--run", "a", "--run=b", "--stage", "1"], processes=2)
+    assert words[-4:] == ["--run-dir", "a", "--run-dir=b", "--stage", "1"][-4:] and "--run" not in words
+    assert demo.command("train.py", ["--run", "a"])[-2:] == ["--run", "a"]
+
+
+def test_negative_steps_are_refused():
+    with pytest.raises(SystemExit, match="stage2.steps must not be negative"):
+        parse(Config, argv=["--stage2.steps", "-1"])
+
+
+@pytest.mark.parametrize("argv", [["--config"], ["--config", "configs"], ["--config", "nowhere.toml"]])
+def test_a_config_that_is_no_file_is_one_line(argv):
+    with pytest.raises(SystemExit, match="^config: "):
+        parse(Config, argv=argv)

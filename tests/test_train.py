@@ -167,6 +167,14 @@ def test_a_run_folder_refuses_other_settings(finished, tmp_path):
     claim_folder(Path(finished.run) / "stage1", replace(finished, stage="0", save_every=9))  # free fields
 
 
+def test_a_start_that_failed_before_its_first_update_does_not_bind_the_folder(finished, cfg):
+    wrong = replace(cfg, stage="1", init_from=str(Path(cfg.run) / "nowhere" / "adapter"))
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        train.train(wrong)
+    train.train(replace(wrong, init_from=str(Path(finished.run) / "sft" / "adapter")))
+    assert (Path(cfg.run) / "stage1" / "adapter").exists()
+
+
 def test_two_runs_in_one_folder_are_refused(cfg):
     with lock(Path(cfg.run) / "sft" / ".lock", wait=False), pytest.raises(ValueError, match="another process"):
         train.train(replace(cfg, stage="0"))

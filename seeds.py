@@ -13,7 +13,6 @@ thread each. What is finished is not done again: killed and started again, the s
 arm from its checkpoint. Settings come from config.py; they were chosen on the validation split.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from config import Config, parse
 from evidence import collect_results, markdown
 from figures import draw_arms, draw_curves
 from runs import write_text
+from tables import write_json
 
 BRANCH = ["--stage", "2"]
 # name: (stage's predecessor, flags of train.py, what it is). Fair means: same data, same seeds, as many updates.
@@ -173,7 +173,7 @@ def main() -> None:
         sys.exit(f"seeds.py: {error}")
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "phantom.json", json.dumps(results, indent=1) + "\n")
+    write_json(out / "phantom.json", results)
     write_text(out / "phantom.md", markdown(results))
     draw_curves([Path(cfg.root) / str(seed) for seed in cfg.seeds], out / "curves.png")
     draw_arms(results, out / "arms.png")

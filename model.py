@@ -14,6 +14,7 @@ holding the SFT policy: `disable_adapter()` would give the base model instead, w
 import contextlib
 import copy
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from transformers import DynamicCache
 
 from config import Config
 from families import PARTS, load_family, placeholder_ids, prompt_positions
+
+# PEFT asks transformers for it at every load; nothing a user could do about it
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 @dataclass

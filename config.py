@@ -59,6 +59,9 @@ class ModelConfig:
     usually 12.8 million, so 401408 (512 tokens) is a better start for radiographs [ours]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the frozen base; LoRA weights and log-probs are always float32 [ours]"""
+    gradient_checkpointing: bool = False
+    """keep one hidden state per layer and compute the rest again in the backward pass: a third more time, a fraction of
+    the memory, the same gradient [TRL's flag]"""
     lora_r: int = 16
     """LoRA rank [ours; not in the paper]"""
     lora_alpha: int = 32
@@ -160,6 +163,8 @@ class GRPOConfig:
     """studies per update, over all processes; each has G candidates [paper: 8]"""
     micro_batch: int = 8
     """studies per forward/backward pass: lower it when memory runs out, the gradient stays the same [ours]"""
+    micro_group: int = 0
+    """candidates of a study per forward/backward pass, 0 = all of them: when one study is still too much [ours]"""
     lr: float = 1.5e-3
     """constant learning rate of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]"""
     beta: float = 0.04
@@ -244,6 +249,8 @@ class Config:
     """cache of the phantom's data set and models, one folder per setting [ours]"""
     device: str = "auto"
     """auto = cuda where there is one, else cpu [ours]"""
+    fsdp: bool = False
+    """spread the frozen base over the GPUs of torchrun (PyTorch's FSDP2), for one that does not fit on each [ours]"""
     threads: int = 1
     """CPU threads per process, 0 = torch's choice; for small models one thread and two processes win [ours]"""
     save_every: int = 20
@@ -334,7 +341,7 @@ def check(config: Config) -> None:
     if not 0 <= config.rollout.min_new_tokens < config.rollout.max_new_tokens:
         problems.append("rollout.min_new_tokens must be at least 0 and below rollout.max_new_tokens")
     none_below_0 = "sft.steps stage1.steps stage2.steps val_every data.limit rewards.k_clin eval.samples"
-    for name in none_below_0.split():
+    for name in (*none_below_0.split(), "grpo.micro_group"):
         if attrgetter(name)(config) < 0:
             problems.append(f"{name} must not be negative")
     counts = ("save_every", "sample_every", "sft.batch_size", "grpo.batch_size", "grpo.micro_batch", "eval.batch_size")

@@ -5,6 +5,7 @@
     python evaluate.py --predictions P.jsonl --references R.jsonl      # rows {"id", "report"}; no model needed
     python evaluate.py --compare R/stage1 R/stage2                     # paired differences; several seeds: compare.py
     python evaluate.py --image X.png --run R                           # one report (PNG, JPG or DICOM)
+    torchrun --nproc-per-node 8 evaluate.py --run-dir R                # studies shared out over the GPUs
 
 A policy writes greedy reports and `eval.samples` sampled ones. Always beside it stand two rows that need no eyes: the
 fixed normal template, and the policy with its images shuffled among the studies (does it look?). What is scored is the
@@ -26,9 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 import metrics
+import parallel
 import phantom
 import reader
 import rewards
@@ -36,11 +37,11 @@ from assets import resolve
 from clinical import CHEXPERT_LABELS
 from compare import compare
 from config import Config, check, merge, parse, to_dict
-from data import Study, load_studies, read_image, read_jsonl, read_views, target_text
+from data import load_studies, read_image, read_jsonl, target_text
 from green import load_green
 from model import load_policy, pick_device
 from ratescore_runner import load_ratescore
-from rollout import generate_reports
+from rollout import generate_reports, generate_split
 from runs import write_text
 from tables import finish, save
 
@@ -115,16 +116,6 @@ def find_policies(cfg: EvalRun) -> list[tuple[str, Path | None]]:
         if names.count(name) > 1 or (name in trained and adapter.resolve() != trained[name].resolve()):
             raise ValueError(f"--policy: two adapters are called '{name}'; evaluate the other with a --run of its own")
     return chosen
-
-
-def generate(model, processor, studies: list[Study], cfg: Config, samples: int, what: str) -> list[list[str]]:
-    """Raw outputs [study][1] (greedy, samples = 0) or [study][samples], `eval.batch_size` studies at a time."""
-    outputs, size = [], cfg.eval.batch_size
-    for start in tqdm(range(0, len(studies), size), desc=f"{what:<28}", unit="batch", mininterval=1):
-        batch = studies[start : start + size]
-        views = [read_views(study) for study in batch]
-        outputs += generate_reports(model, processor, views, cfg, ids=[study.id for study in batch], samples=samples)
-    return outputs
 
 
 def derangement(n: int, seed: int) -> list[int]:
@@ -232,22 +223,29 @@ def evaluate_run(cfg: EvalRun) -> None:
     studies = load_studies(cfg.data, split)
     ids, references = [s.id for s in studies], [s.report for s in studies]
     labels = None if studies[0].labels is None else [s.labels for s in studies]
-    judge, notes = make_judge(cfg, references, labels, rewards.load_scorers(cfg, pick_device(cfg), with_expert=False))
-    template = judge([[normal_template(references, labels, cfg.data.target)]] * len(studies), formats=False)
+    if parallel.rank() == 0:  # the one that scores and writes
+        scorers = rewards.load_scorers(cfg, pick_device(cfg), with_expert=False)
+        judge, notes = make_judge(cfg, references, labels, scorers)
+        template = judge([[normal_template(references, labels, cfg.data.target)]] * len(studies), formats=False)
     folder = Path(cfg.run) / "eval" / split
     model = None
     for name, adapter in policies:
         del model  # before the next one is loaded
         model, processor = load_policy(cfg, adapter)
-        greedy = generate(model, processor, studies, cfg, 0, f"{name}: greedy")
+        greedy = generate_split(model, processor, studies, cfg, what=f"{name}: greedy")
         sampled = None
         if cfg.eval.samples:
-            sampled = generate(model, processor, studies, cfg, cfg.eval.samples, f"{name}: {cfg.eval.samples} samples")
+            what = f"{name}: {cfg.eval.samples} samples"
+            sampled = generate_split(model, processor, studies, cfg, cfg.eval.samples, what)
+        if parallel.rank() > 0:
+            continue
         result = {"policy": name, "adapter": str(adapter or ""), "settings": describe(cfg, split, len(studies))}
         stats = score(judge, greedy, sampled, cfg.seed) | {"template": template}
         result |= {"shuffled_as": "image shuffled", "notes": notes} | summaries(stats, cfg)
         save(folder / name, result, report_rows(ids, references, labels, greedy, sampled), stats)
-    finish(folder, describe(cfg, split, len(studies)))
+    if parallel.rank() == 0:
+        finish(folder, describe(cfg, split, len(studies)))
+    parallel.barrier()
 
 
 def evaluate_predictions(cfg: EvalRun) -> None:
@@ -325,7 +323,10 @@ def main() -> None:
     cfg = settings(sys.argv[1:])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    parallel.start(cfg.device)
     try:
+        if parallel.world() > 1 and (cfg.compare or cfg.image or cfg.predictions):
+            raise ValueError("several processes are for --run; start this without torchrun")
         if cfg.compare:
             print(compare(cfg.compare, cfg.split or cfg.data.test_split))
         elif cfg.image:
@@ -336,6 +337,8 @@ def main() -> None:
             evaluate_run(cfg)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
+    finally:
+        parallel.stop()
 
 
 if __name__ == "__main__":

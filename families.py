@@ -27,6 +27,7 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
 )
+from transformers.vision_utils import get_vision_window_index
 
 # What the two parts of a stage are called inside each family's module tree. Regexes, not lists of suffixes:
 # "q_proj" alone would also match the vision tower, which stays frozen.
@@ -219,6 +220,42 @@ def placeholder_ids(config, tokenizer) -> set[int]:
     ids = {getattr(config, name, None) for name in names} - {None}
     ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if re.search("image|video|vision", token.content)}
     return ids | set(range(len(tokenizer), config.get_text_config().vocab_size))
+
+
+def encode_images(base, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`inputs` and `vision`, what the frozen tower makes of the images.
+
+    Sampling, the reference's pass and the loss share it: nothing in front of the projection is ever trained. LLaVA:
+    (images, tokens, Dv); Qwen: (patches, Dv), in the order of its attention windows.
+    """
+    if "vision" in inputs:
+        return inputs
+    pixels = inputs["pixel_values"].to(base.dtype)
+    with torch.no_grad():
+        if base.config.model_type == "qwen2_5_vl":
+            vision = base.model.visual(pixels, grid_thw=inputs["image_grid_thw"]).last_hidden_state
+        else:
+            layers = base.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+            skip = base.config.vision_feature_select_strategy == "default"  # the class token, CLIP's first
+            vision = layers[base.config.vision_feature_layer][:, int(skip) :]
+    return inputs | {"vision": vision}
+
+
+def embed_prompt(base, inputs: dict[str, Tensor]) -> Tensor:
+    """Embeddings (B, P, D) of the prompts' tokens, the projected image features in the image tokens' places."""
+    vision, ids = encode_images(base, inputs)["vision"], inputs["input_ids"]
+    if base.config.model_type == "qwen2_5_vl":
+        visual = base.model.visual
+        window = get_vision_window_index(
+            inputs["image_grid_thw"], visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )[0]
+        features = visual.merger(vision)[window.argsort()]
+    else:
+        features = base.model.multi_modal_projector(vision).flatten(0, 1)  # (image tokens, D)
+    embeds, places = base.get_input_embeddings()(ids), ids == base.config.image_token_id
+    if int(places.sum()) != len(features):
+        raise ValueError(f"{int(places.sum())} image tokens in the prompts, but {len(features)} image features")
+    return embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
 
 
 def prompt_positions(base, inputs: dict[str, Tensor]) -> Tensor:

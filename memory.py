@@ -3,8 +3,8 @@
     weights      every parameter of the frozen base, in model.dtype
     lora         the float32 adapter, in RL that of the reference too; gradient and AdamW's two moments of what trains
     scorers      the frozen scorers, as large as their files
-    sampling     keys, values and logits of the B * G reports being written
-    loss         activations, keys, values and logits that one micro-batch keeps for its backward pass
+    sampling     reading the B prompts, or keys, values and logits of the B * G reports being written
+    loss         activations, keys, values, masks and logits that one micro-batch keeps for its backward pass
     margin       CUDA context, vision tower, fragmentation: a flat guess
 
 Sampling and loss never overlap, so a stage needs the larger of the two beside the rest. The activations' formula is
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config
+from model import LOGITS
 
 GIB = 2**30
 PROMPT_TOKENS = 64  # of the chat template and the prompt, about: no tokenizer is loaded to count them
-COPIES = 3  # of the sampler's keys and values: the caller's, the current ones, and the next while a report leaves
 MARGIN = 2 * GIB
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -109,33 +110,48 @@ def kept_activations(shape: Shape, tokens: int, itemsize: int, language_trains: 
     return tokens * (2 * 4 * h + itemsize * (2 * q + 3 * f) + copies)
 
 
-def estimate(shape: Shape, cfg: Config, stage: int, scorers: int, checkpointing: bool = False) -> dict[str, float]:
+def sampling_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int, itemsize: int) -> int:
+    """The sampler's peak: the prompts in one layer's MLP, or the keys and values of all layers with a row's logits."""
+    reading = studies * prefix * (3 * shape.inner + 4 * shape.hidden) * itemsize
+    writing = 6 * 4 * shape.vocabulary * studies * group
+    return shape.layers * 2 * shape.key * itemsize * studies * (prefix + group * length) + max(reading, writing)
+
+
+def loss_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int, trains: str, cfg: Config) -> int:
+    """What a micro-batch of `studies` x `group` candidates keeps for its backward pass, and the backward's own needs.
+
+    With gradient checkpointing one hidden state per layer and token stays, and one layer in full.
+    """
+    itemsize = ITEMSIZE[cfg.model.dtype]
+    row = prefix + group * length  # a study's image, prompt and reports
+    tokens, full = studies * row, 1 if cfg.model.gradient_checkpointing else shape.layers
+    kept = full * kept_activations(shape, tokens, itemsize, "language" in trains)
+    kept += shape.layers * tokens * shape.hidden * itemsize if cfg.model.gradient_checkpointing else 0
+    keys = full * tokens * 2 * itemsize * shape.query  # repeated for every query head
+    mask = studies * group * length * row * itemsize
+    # float32: kept, and two copies while the gradient is made; beyond LOGITS made in parts
+    return kept + keys + mask + 3 * 4 * min(LOGITS, shape.vocabulary * studies * group * length)
+
+
+def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, float]:
     """Bytes of each part of a stage on one GPU (one process), and their `total`; see the head of this file.
 
-    scorers: bytes of the frozen scorers' files. checkpointing: what gradient checkpointing would leave of the
-    activations: one hidden state per layer and token, and one layer in full.
+    scorers: bytes of the frozen scorers' files.
     """
-    itemsize = {"float32": 4, "bfloat16": 2}[cfg.model.dtype]
+    itemsize = ITEMSIZE[cfg.model.dtype]
     trains = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable
-    group = cfg.rollout.group_size if stage else 1
-    rows = min(cfg.grpo.micro_batch, cfg.grpo.batch_size) if stage else cfg.sft.batch_size  # Stage 0 takes all at once
     prefix = cfg.data.views * shape.image_tokens + PROMPT_TOKENS  # P
-    length = cfg.rollout.max_new_tokens  # T
-    tokens, one = rows * (prefix + group * length), 1 if checkpointing else shape.layers
-    activations = one * kept_activations(shape, tokens, itemsize, "language" in trains)
-    activations += shape.layers * tokens * shape.hidden * itemsize if checkpointing else 0
-    # the suffix's attention gets the prefix's keys repeated for every candidate and every query head
-    keys = one * rows * 2 * itemsize * (prefix * shape.key + group * (prefix + length) * shape.query)
-    logits = 3 * 4 * shape.vocabulary * rows * group * length  # kept, and two copies while the gradient is made
-    sampled = cfg.grpo.batch_size * group if stage else 0  # N = B * G
-    sampling = COPIES * sampled * (prefix + length) * shape.layers * 2 * shape.key * itemsize
+    length, group = cfg.rollout.max_new_tokens, cfg.rollout.group_size  # T, G
+    studies = min(cfg.grpo.micro_batch, cfg.grpo.batch_size) if stage else cfg.sft.batch_size  # Stage 0: all at once
+    together = (cfg.grpo.micro_group or group) if stage else 1
+    sampling = sampling_bytes(shape, prefix, length, cfg.grpo.batch_size, group, itemsize) if stage else 0
     parts = {
         "weights": shape.parameters * itemsize,
         "lora": 4 * (2 if stage else 1) * lora_parameters(shape, cfg.model.lora_r)
         + 12 * lora_parameters(shape, cfg.model.lora_r, trains),
         "scorers": scorers if stage else 0,
-        "sampling": sampling + 6 * 4 * shape.vocabulary * sampled,
-        "loss": activations + keys + logits,
+        "sampling": sampling,
+        "loss": loss_bytes(shape, prefix, length, studies, together, trains, cfg),
         "margin": MARGIN,
     }
     rest = sum(value for name, value in parts.items() if name not in ("sampling", "loss"))

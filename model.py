@@ -1,10 +1,11 @@
 """The policy: a Hugging Face vision-language model, its LoRA adapter, its frozen reference, its log-probs.
 
-    image + prompt ──prefill once per study──▶ keys/values ──repeat G times──▶ G candidate reports
+    image ──frozen tower, once per study──▶ features ─┐
+    prompt ────────────────────────────────────────────┴──▶ image + prompt, once per study ──▶ G candidate reports
 
-Every candidate of a study shares the image and the prompt, so both the sampler (rollout.py) and the loss encode
-them once (`encode_prefix`) and run only the reports' own tokens G times (`completion_logps`). Gradients flow
-through the shared prefix, so the result is that of G full forwards, at a fraction of the cost.
+Every candidate of a study shares the image and the prompt, so both the sampler (`prefill`, `next_hidden`) and the loss
+(`completion_logps`) read them once and run only the reports' own tokens G times: attention.py. Gradients flow through
+the shared part, so the result is that of G full forwards, at a fraction of the cost.
 
 The policy of a stage is always "base + one LoRA adapter". The adapter covers the language model and the vision
 projection; `set_trainable` picks what a stage trains. The reference (Eq. 10) is a second, frozen adapter `ref`
@@ -12,7 +13,6 @@ holding the SFT policy: `disable_adapter()` would give the base model instead, w
 """
 
 import contextlib
-import copy
 import re
 import warnings
 from dataclasses import dataclass
@@ -21,13 +21,18 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import DynamicCache
+from torch.utils.checkpoint import checkpoint
 
+import attention
+import parallel
+from attention import Decoding, pack, run_layers
 from config import Config
-from families import PARTS, load_family, placeholder_ids, prompt_positions
+from families import PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
 
-# PEFT asks transformers for it at every load; nothing a user could do about it
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
+
+# PEFT asks for the first at every load, the second has a new name from 5.2x on; nothing a user could do about them
+warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
 
 
 @dataclass
@@ -54,10 +59,10 @@ def sampling_rules(model, processor, cfg: Config) -> SamplingRules:
 def policy_logits(logits: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
     """Logits (n, V) of the tokens at report positions (n,) -> float32 logits of the policy's distribution."""
     logits = logits.float() / rules.temperature  # float32 first: log_softmax in bf16 loses digits
-    banned = torch.zeros_like(logits, dtype=torch.bool)
-    banned[:, rules.banned_ids] = True
-    banned[:, rules.eos_ids] |= (positions < rules.min_new_tokens)[:, None]
-    return logits.masked_fill(banned, float("-inf"))
+    logits[:, rules.banned_ids] = float("-inf")
+    too_early = (positions < rules.min_new_tokens)[:, None]  # (n, 1)
+    logits[:, rules.eos_ids] = logits[:, rules.eos_ids].masked_fill(too_early, float("-inf"))
+    return logits
 
 
 def get_base(model):
@@ -88,7 +93,18 @@ def load_policy(cfg: Config, adapter: str | Path | None = None, new_lora: bool =
         model = get_peft_model(model, lora_config(cfg, model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    prepare(model, cfg)
+    if cfg.fsdp:
+        parallel.shard(get_base(model))
     return model.to(pick_device(cfg)).eval(), processor
+
+
+def prepare(model, cfg: Config) -> None:
+    """Let the language model's layers attend as attention.py says, and be made again in the backward pass if wanted."""
+    language_model = get_base(model).model.language_model
+    language_model.set_attn_implementation(attention.NAME)
+    if cfg.model.gradient_checkpointing:  # acts in train mode only
+        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def lora_config(cfg: Config, model) -> LoraConfig:
@@ -184,90 +200,75 @@ def select_studies(inputs: dict[str, Tensor], first: int, last: int) -> dict[str
     """Inputs of studies first .. last - 1. Images lie one after the other, Qwen's as patches, not one row per study."""
     counts = inputs["image_counts"]
     image = slice(int(counts[:first].sum()), int(counts[:last].sum()))
-    rows = {name: slice(first, last) for name in inputs} | {"pixel_values": image}
+    rows = {name: slice(first, last) for name in inputs} | {"pixel_values": image, "vision": image}
     if "image_grid_thw" in inputs:
         patches = inputs["image_grid_thw"].prod(dim=-1)  # (images,)
         rows["image_grid_thw"] = image
         rows["pixel_values"] = slice(int(patches[: image.start].sum()), int(patches[: image.stop].sum()))
+        rows["vision"] = rows["pixel_values"]
     return {name: x[rows[name]] for name, x in inputs.items()}
 
 
-@dataclass
-class Prefix:
-    """Keys and values of image + prompt, all but the prompt's last token (whose output predicts token 1)."""
-
-    cache: DynamicCache
-    last_token: Tensor  # (B, 1)
-    mask: Tensor  # (B, P) 1 = real token, P counts the last token too
-    length: Tensor  # (B, 1) position of the report's first token: the number of real tokens, less under mRoPE
-
-    def select(self, rows: Tensor) -> "Prefix":
-        """The prefixes of studies `rows` (N,), repeats allowed: (B, ...) -> (N, ...). This one stays as it is."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(rows)
-        return Prefix(cache, self.last_token[rows], self.mask[rows], self.length[rows])
-
-    def repeat(self, times: int) -> "Prefix":
-        """Each study's row `times` times in a row: (B, ...) -> (B * times, ...)."""
-        return self.select(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(times))
-
-
-def encode_prefix(model, inputs: dict[str, Tensor]) -> Prefix:
-    """Run image + prompt through the model once. Differentiable: gradients of all G candidates add up in it."""
+def prefill(model, inputs: dict[str, Tensor]) -> tuple[Decoding, Tensor]:
+    """Read image and prompt once per study: (their keys and values, hidden states (B, D) that predict token 0)."""
     base = get_base(model)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    extra = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
-    cache = DynamicCache(config=base.config.get_text_config())
-    positions = prompt_positions(base, inputs)  # (B, P) or (3, B, P)
-    out = base.model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[..., :-1],
-        past_key_values=cache,
-        use_cache=True,
-        **extra,
-    )
-    if out.past_key_values is None or out.past_key_values.get_seq_length() != ids.shape[1] - 1:
-        raise RuntimeError("the model returned no key/value cache for the prefix (gradient checkpointing on?)")
+    cache = Decoding(inputs["attention_mask"], base.dtype)
+    hidden = run_layers(base, embed_prompt(base, inputs), prompt_positions(base, inputs), cache)
+    return cache, hidden[:, -1]
+
+
+def next_hidden(model, cache: Decoding, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states (N, D) after one more token (N,) of each report, at positions (N,)."""
+    base = get_base(model)
+    hidden = run_layers(base, base.get_input_embeddings()(tokens[:, None]), positions[:, None], cache)
+    cache.t += 1
+    return hidden[:, -1]
+
+
+def report_start(base, inputs: dict[str, Tensor]) -> Tensor:
+    """Position (B,) of a report's first token: the number of prompt tokens, less under mRoPE."""
     # the prompt ends in text, whose three mRoPE positions are one number; from there on they count up by 1
-    return Prefix(out.past_key_values, ids[:, -1:], mask, positions.view(-1, *mask.shape)[0, :, -1:] + 1)
-
-
-def run_suffix(model, prefix: Prefix, tokens: Tensor, mask: Tensor, start: int) -> Tensor:
-    """Hidden states (N, t, D) of `tokens` (N, t), the report positions from `start` on, after a repeated prefix.
-
-    mask: (N, P + start + t), 1 = attend. Position ids are explicit, so padding never shifts a position.
-    """
-    positions = prefix.length - 1 + start + torch.arange(tokens.shape[1], device=tokens.device)  # (N, t)
-    out = get_base(model).model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=prefix.cache, use_cache=True
-    )
-    return out.last_hidden_state
+    return prompt_positions(base, inputs).view(-1, *inputs["input_ids"].shape)[0, :, -1] + 1
 
 
 def completion_logps(
-    model, prefix: Prefix, completions: Tensor, completion_mask: Tensor, rules: SamplingRules
+    model, inputs: dict[str, Tensor], completions: Tensor, completion_mask: Tensor, rules: SamplingRules
 ) -> Tensor:
     """log pi(o_t | image, prompt, o_<t) of every report token, Eq. 1's factors: (N, T) float32, 0 where masked.
 
-    prefix: B studies; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids, right-padded.
-    completion_mask: (N, T), 1 up to and including the first EOS, by position. Rows run in parts of similar length: that
-    changes nothing but the padding. Only real tokens meet the vocabulary matrix.
+    inputs: B encoded prompts; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids,
+    right-padded. completion_mask: (N, T), 1 up to and including the first EOS, by position. A study's reports lie in
+    one row behind its image and prompt (attention.py); the result is that of N forwards of their own.
     """
-    group_size, logps = len(completions) // len(prefix.mask), torch.zeros(completions.shape, device=completions.device)
-    by_length = completion_mask.sum(dim=1).argsort(stable=True)
-    for rows in by_length.tensor_split(max(1, len(by_length) // 16)):
-        mask = completion_mask[rows]  # (n, T)
-        mask = mask[:, : int(mask.sum(dim=1).max())]  # (n, t)
-        some, tokens = prefix.select(rows // group_size), completions[rows, : mask.shape[1]]
-        inputs = torch.cat([some.last_token, tokens[:, :-1]], dim=1)  # (n, t): input i predicts output i
-        hidden = run_suffix(model, some, inputs, torch.cat([some.mask, mask[:, :-1]], dim=1), start=0)
-        row, position = mask.nonzero(as_tuple=True)  # one entry per real token
-        logits = policy_logits(get_base(model).lm_head(hidden[row, position]), position, rules)  # (tokens, V)
-        chosen = logits.gather(1, tokens[row, position][:, None])[:, 0] - logits.logsumexp(dim=-1)
-        logps = logps.index_put((rows[row], position), chosen)
-    return logps
+    base, mask, group = get_base(model), inputs["attention_mask"], len(completions) // len(inputs["input_ids"])
+    packing = pack(mask, completion_mask, base.dtype)
+    tokens = completions[:, :-1].reshape(len(mask), -1).gather(1, packing.order)  # (B, S)
+    embeds = torch.cat([embed_prompt(base, inputs), base.get_input_embeddings()(tokens)], dim=1)  # (B, P + S, D)
+    positions = prompt_positions(base, inputs)  # (B, P) or (3, B, P)
+    after = (report_start(base, inputs)[:, None] + packing.positions).expand(*positions.shape[:-1], -1)
+    hidden = run_layers(base, embeds, torch.cat([positions, after], dim=-1), packing)  # (B, P + S, D)
+    row, position = completion_mask.nonzero(as_tuple=True)  # one entry per real token
+    places = packing.outputs.flatten(0, 1)[row, position]
+    chosen = token_logps(base.lm_head, hidden[row // group, places], completions[row, position], position, rules)
+    return torch.zeros(completions.shape, device=hidden.device).index_put((row, position), chosen)
+
+
+def token_logps(lm_head, hidden: Tensor, tokens: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
+    """Log-probs (n,) of tokens (n,) at report positions (n,), predicted from hidden states (n, D).
+
+    Logits are the largest tensor of a loss pass: beyond LOGITS of them they are made in parts, which are made again in
+    the backward pass instead of being kept.
+    """
+
+    def part(hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        logits = policy_logits(lm_head(hidden), positions, rules)  # (n, V)
+        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+    size = max(1, LOGITS // lm_head.weight.shape[0])
+    if len(tokens) <= size:
+        return part(hidden, tokens, positions)
+    parts = zip(hidden.split(size), tokens.split(size), positions.split(size), strict=True)
+    return torch.cat([checkpoint(part, *some, use_reentrant=False) for some in parts])
 
 
 def tokenize_reports(processor, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor, int]:

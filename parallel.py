@@ -1,6 +1,7 @@
 """Data parallelism by hand: each process takes every world-th study, gradients are summed, one process writes.
 
-Launched by `torchrun`; without it there is one process and every function here does nothing.
+Launched by `torchrun`; without it there is one process and every function here does nothing. A base too large for one
+GPU is spread over all of them by PyTorch's FSDP2 (`shard`): then every process must run the same forward passes.
 """
 
 import os
@@ -52,6 +53,30 @@ def gather(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` holds on at least one process."""
+    return any(gather(flag))
+
+
+def shard(base) -> None:
+    """Keep only 1/world of each decoder layer's weights in a process; a layer is put together while it computes.
+
+    LoRA weights stay whole everywhere, as they are small and train: gradients, optimizer and checkpoints are those of
+    plain data parallelism. Embeddings, vision tower and the output layer stay whole too. Call before `base.to(device)`:
+    layers go to the GPU one by one.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    language_model = base.model.language_model
+    inside = {p for layer in language_model.layers for name, p in layer.named_parameters() if "lora_" not in name}
+    whole = set(language_model.parameters()) - inside
+    for layer in language_model.layers:
+        fully_shard(layer, ignored_params=whole)
+    fully_shard(language_model, ignored_params=whole)  # the root, which fetches the next layer ahead of time
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:

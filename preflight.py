@@ -208,13 +208,14 @@ def check_memory(cfg: Config, shape: Shape | None) -> Iterator[Item]:
     rows, need = [], 0.0
     for stage in range(3):
         parts = estimate(shape, cfg, stage, SCORERS)
-        parts["checkpointed"] = estimate(shape, cfg, stage, SCORERS, checkpointing=True)["total"]
+        checkpointed = replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
+        parts["checkpointed"] = estimate(shape, checkpointed, stage, SCORERS)["total"]
         rows.append(f"Stage {stage}" + "".join(f"{value / GIB:>{len(name) + 2}.1f}" for name, value in parts.items()))
         need = max(need, parts["total"])
     rows.insert(0, " " * 7 + "".join(f"  {name}" for name in parts))
     setting = f"{cfg.grpo.batch_size} studies x {cfg.rollout.group_size} candidates, micro_batch {cfg.grpo.micro_batch}"
-    text = f"GiB on one GPU, an estimate: {setting}; sampling and loss take turns; the last column is the total if "
-    yield "ok", "memory", "\n".join([f"{text}gradient checkpointing were built in", *(" " * 20 + r for r in rows)]), ""
+    text = f"GiB on one GPU, an estimate: {setting}; sampling and loss take turns; the last column is the total with "
+    yield "ok", "memory", "\n".join([f"{text}model.gradient_checkpointing", *(" " * 20 + r for r in rows)]), ""
     if shape.image_tokens > MAX_IMAGE_TOKENS:
         text = f"an image may take {shape.image_tokens} tokens: set model.max_pixels = 401408 for at most 512"
         yield "to do", "memory", text, ""
@@ -223,7 +224,7 @@ def check_memory(cfg: Config, shape: Shape | None) -> Iterator[Item]:
         return
     have = torch.cuda.get_device_properties(0).total_memory
     text = f"the GPU has {have / GIB:.0f} GiB, the largest stage needs about {need / GIB:.0f} GiB"
-    advice = ": lower grpo.micro_batch, sft.batch_size, rollout.max_new_tokens or rollout.group_size"
+    advice = ": set model.gradient_checkpointing, or lower grpo.micro_batch, grpo.micro_group or sft.batch_size"
     yield ("ok", "memory", text, "") if need <= have else ("to do", "memory", text + advice, "")
 
 

@@ -1,8 +1,7 @@
 """Hand-written group sampling: G candidate reports per study, with the log-prob of every token.
 
-    encode_prefix(image + prompt)   once per study                      (B rows)
-    repeat its keys and values      G times                             (B * G rows)
-    loop: one token per row         logits -> temperature -> top-k/top-p -> inverse-CDF draw, until EOS by position
+    prefill(image + prompt)    once per study: keys and values (B, ...), never copied G times
+    loop: one token per row    logits -> temperature -> top-k/top-p -> inverse-CDF draw, until EOS by position (N rows)
 
 The draw uses uniform numbers made from (seed, update, study id) alone, so a study's candidates do not depend on its
 batch mates, on the number of processes or on what ran before.
@@ -13,18 +12,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+import parallel
 from config import Config
+from data import Study, read_views
+from families import encode_images
 from model import (
-    Prefix,
     SamplingRules,
-    encode_prefix,
     encode_prompts,
     get_base,
+    next_hidden,
     policy_logits,
-    run_suffix,
+    prefill,
+    report_start,
     sampling_rules,
 )
+
+SHRINK = 0.8  # finished reports leave the batch when fewer than this share of it are still being written
 
 
 @dataclass
@@ -72,39 +77,52 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 @torch.no_grad()
 def sample(
     model,
-    prefix: Prefix,
+    inputs: dict[str, Tensor],
     rules: SamplingRules,
     u: Tensor | None,
     max_new_tokens: int,
+    group_size: int = 1,
     top_p: float = 1.0,
     top_k: int = 0,
+    together: bool = False,
 ) -> Rollout:
-    """Decode one report per row of an already repeated prefix. u: (N, T) uniforms, or None for greedy decoding."""
-    base, n, device = get_base(model), len(prefix.mask), prefix.mask.device
+    """Write `group_size` reports for each of the B encoded prompts. u: (N, T) uniforms, or None for greedy decoding.
+
+    together: go on until every process is done, as a base that is spread over them needs them all (config `fsdp`).
+    """
+    base = get_base(model)
+    cache, hidden = prefill(model, inputs)
+    cache.start(group_size, max_new_tokens - 1)  # the last token is never read
+    hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)
+    first = report_start(base, inputs).repeat_interleave(group_size)  # (N,)
+    n, device = len(hidden), hidden.device
     eos = torch.tensor(rules.eos_ids, device=device)
     completions = torch.full((n, max_new_tokens), rules.eos_ids[0], device=device)
-    mask = torch.zeros_like(completions)
-    logps = torch.zeros(n, max_new_tokens, device=device)
-    rows = torch.arange(n, device=device)  # those still being written; finished ones leave the batch
-    token, attend = prefix.last_token, prefix.mask  # (rows, 1), (rows, P + t)
+    mask, logps = torch.zeros_like(completions), torch.zeros(n, max_new_tokens, device=device)
+    u = u if u is None else u.to(device)
+    rows = torch.arange(n, device=device)  # those in the batch; the finished ones leave it now and then
+    writing = torch.ones(n, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        hidden = run_suffix(model, prefix, token, attend, start=t)[:, -1]  # (rows, D)
         logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # (rows, V)
         all_logps = logits.log_softmax(dim=-1)
         if u is None:
-            token = logits.argmax(dim=-1, keepdim=True)
+            token = logits.argmax(dim=-1)
         else:
-            token = draw(truncate(all_logps.exp(), top_k, top_p), u[rows.cpu(), t].to(device))[:, None]
-        mask[rows, t] = 1  # an EOS drawn now is still part of the report
-        completions[rows, t] = token[:, 0]
-        logps[rows, t] = all_logps.gather(1, token)[:, 0]
-        attend = torch.cat([attend, torch.ones_like(token)], dim=1)
-        going = (~torch.isin(token[:, 0], eos)).nonzero()[:, 0]
-        if len(going) < len(rows):
-            rows, token, attend, prefix = rows[going], token[going], attend[going], prefix.select(going)
-        if len(rows) == 0:
+            token = draw(truncate(all_logps.exp(), top_k, top_p), u[rows, t])
+        live = rows[writing]
+        mask[live, t] = 1  # an EOS drawn now is still part of the report
+        completions[live, t] = token[writing]
+        logps[live, t] = all_logps.gather(1, token[:, None])[writing, 0]
+        writing &= ~torch.isin(token, eos)
+        left = int(writing.sum())
+        if t == max_new_tokens - 1 or not (parallel.any_process(left > 0) if together else left):
             break
-    finished = torch.ones(n, dtype=torch.bool, device=device).index_fill(0, rows, False)
+        if 0 < left < SHRINK * len(rows):  # a copy of what the others have written so far: not at every token
+            stay = writing.nonzero()[:, 0]
+            cache.keep(stay)
+            rows, token, writing = rows[stay], token[stay], writing[stay]
+        hidden = next_hidden(model, cache, token, first[rows] + t)
+    finished = torch.ones(n, dtype=torch.bool, device=device).index_fill(0, rows[writing], False)
     return Rollout(completions[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1], finished)
 
 
@@ -115,13 +133,11 @@ def rollout(
 
     Returns (Rollout with N = B * G rows, texts [B][G], the encoded prompts, which the loss pass uses again).
     """
-    r, device = cfg.rollout, get_base(model).device
-    inputs = encode_prompts(processor, images, cfg.data.prompt, device)
+    r, base = cfg.rollout, get_base(model)
+    inputs = encode_images(base, encode_prompts(processor, images, cfg.data.prompt, base.device))
     rules = sampling_rules(model, processor, cfg)
     u = uniforms(ids, cfg.seed, step, r.group_size, r.max_new_tokens)
-    with torch.no_grad():
-        prefix = encode_prefix(model, inputs).repeat(r.group_size)
-    out = sample(model, prefix, rules, u, r.max_new_tokens, r.top_p, r.top_k)
+    out = sample(model, inputs, rules, u, r.max_new_tokens, r.group_size, r.top_p, r.top_k, cfg.fsdp)
     texts = decode(processor, out)
     groups = [texts[i : i + r.group_size] for i in range(0, len(texts), r.group_size)]
     return out, groups, inputs
@@ -140,11 +156,28 @@ def generate_reports(
     model, processor, images: list, cfg: Config, *, ids: list[str], samples: int = 0
 ) -> list[list[str]]:
     """Reports of any number of studies for evaluation: [study][1] greedy (samples = 0) or [study][samples] sampled."""
-    rules, device = sampling_rules(model, processor, cfg), get_base(model).device
-    inputs = encode_prompts(processor, images, cfg.data.prompt, device)
-    u = uniforms(ids, cfg.seed, -1, samples, cfg.rollout.max_new_tokens) if samples else None
-    with torch.no_grad():
-        prefix = encode_prefix(model, inputs).repeat(max(samples, 1))
-    out = sample(model, prefix, rules, u, cfg.rollout.max_new_tokens, cfg.rollout.top_p, cfg.rollout.top_k)
-    texts, per = decode(processor, out), max(samples, 1)
+    r, per = cfg.rollout, max(samples, 1)
+    inputs = encode_prompts(processor, images, cfg.data.prompt, get_base(model).device)
+    u = uniforms(ids, cfg.seed, -1, samples, r.max_new_tokens) if samples else None
+    rules = sampling_rules(model, processor, cfg)
+    texts = decode(processor, sample(model, inputs, rules, u, r.max_new_tokens, per, r.top_p, r.top_k, cfg.fsdp))
     return [texts[i : i + per] for i in range(0, len(texts), per)]
+
+
+def generate_split(
+    model, processor, studies: list[Study], cfg: Config, samples: int = 0, what: str = ""
+) -> list[list[str]]:
+    """`generate_reports` of all studies, shared out over the processes; every process gets all of them.
+
+    `eval.batch_size` studies are decoded together. Each process has equally many: the tail begins again at the first
+    study, and what is written twice is dropped. what: the progress bar's text; without it there is none.
+    """
+    world, rank, size, outputs = parallel.world(), parallel.rank(), cfg.eval.batch_size, []
+    mine = [studies[i % len(studies)] for i in range(rank, -(-len(studies) // world) * world, world)]
+    starts = range(0, len(mine), size)
+    for start in tqdm(starts, desc=f"{what:<28}", unit="batch", mininterval=1, disable=not what or rank > 0):
+        batch = mine[start : start + size]
+        views = [read_views(study) for study in batch]
+        outputs += generate_reports(model, processor, views, cfg, ids=[study.id for study in batch], samples=samples)
+    shares = parallel.gather(outputs)
+    return [shares[i % world][i // world] for i in range(len(studies))]

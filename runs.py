@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from config import Config, to_dict
 
 # fields that may change between a run's start and its continuation: they do not touch the weights
-FREE_FIELDS = ("stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval")
+FREE_FIELDS = ("stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ gradient does not depend on how long the reports are.
 from torch import Tensor
 
 from config import Config
-from model import completion_logps, encode_prefix, sampling_rules, tokenize_reports
+from model import completion_logps, sampling_rules, tokenize_reports
 
 
 def sft_loss(logps: Tensor, completion_mask: Tensor, total_tokens: int | Tensor | None = None) -> Tensor:
@@ -27,4 +27,4 @@ def text_logps(
     rules = sampling_rules(model, processor, cfg)
     rules.temperature, rules.min_new_tokens = 1.0, 0  # Eq. 2 is about the model itself, not about how it is sampled
     tokens, mask, cut = tokenize_reports(processor, texts, cfg.rollout.max_new_tokens, inputs["input_ids"].device)
-    return completion_logps(model, encode_prefix(model, inputs), tokens, mask, rules), mask, cut
+    return completion_logps(model, inputs, tokens, mask, rules), mask, cut

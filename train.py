@@ -31,7 +31,6 @@ from model import (
     add_reference,
     completion_logps,
     disable_dropout,
-    encode_prefix,
     encode_prompts,
     load_policy,
     sampling_rules,
@@ -40,7 +39,7 @@ from model import (
     use_reference,
 )
 from rewards import Scorers, compute_rewards, format_reward, load_scorers, readable, wrap
-from rollout import Rollout, generate_reports, rollout
+from rollout import Rollout, generate_split, rollout
 from runs import Log, adapter_state, claim_folder, load_checkpoint, lock, save_adapter, save_checkpoint
 from sft import sft_loss, text_logps
 
@@ -123,20 +122,23 @@ def grpo_update(t: Trainer, batch: list[Study], k: int) -> tuple[dict[str, float
 def loss_passes(
     t: Trainer, inputs: dict[str, Tensor], out: Rollout, advantages: Tensor, batch: list[Study]
 ) -> list[Callable]:
-    """Eq. 10 over micro-batches of studies: functions that add their share of the gradient and return its statistics.
+    """Eq. 10 over micro-batches: functions that add their share of the gradient and return it with its statistics.
 
-    Each is weighted so that the gradient is the mean over the global batch, however that is split over micro-batches
-    and processes. The reference's log-probs are computed here, once per batch of rollouts.
+    A micro-batch is some studies, and of these all candidates or some. Each is weighted so that the gradient is the
+    mean over the global batch, however that is split over micro-batches and processes. The reference's log-probs are
+    computed here, once per batch of rollouts.
     """
     cfg, group, rules = t.cfg.grpo, t.cfg.rollout.group_size, sampling_rules(t.model, t.processor, t.cfg)
+    t.model.train(t.cfg.model.gradient_checkpointing)  # it acts in train mode only; dropout is off
 
-    def one_pass(first: int, last: int) -> Callable:  # studies first .. last - 1
-        rows, old_logps = slice(first * group, last * group), None
-        mask = out.completion_mask[rows]  # (n, T)
+    def one_pass(studies: range, candidates: range) -> Callable:
+        some = select_studies(inputs, studies.start, studies.stop)
+        rows = torch.tensor([study * group + i for study in studies for i in candidates], device=advantages.device)
+        mask, old_logps = out.completion_mask[rows], None  # (n, T)
+        share = len(rows) / (cfg.batch_size * group)  # of the global batch
 
         def logps_now() -> Tensor:  # (n, T)
-            prefix = encode_prefix(t.model, select_studies(inputs, first, last))
-            return completion_logps(t.model, prefix, out.completions[rows], mask, rules)
+            return completion_logps(t.model, some, out.completions[rows], mask, rules)
 
         with torch.no_grad(), use_reference(t.model):
             ref_logps = logps_now()
@@ -144,20 +146,28 @@ def loss_passes(
         def backward() -> list[dict[str, float]]:
             nonlocal old_logps
             logps = logps_now()
-            require_finite(logps, batch[first:last])
+            require_finite(logps, batch[studies.start : studies.stop])
             if old_logps is None:  # the first pass is by the policy that sampled: its ratio is 1 exactly
                 old_logps = logps.detach()
             loss, stats = grpo_loss(
                 logps, old_logps, ref_logps, advantages[rows], mask,
                 eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.beta,
             )  # fmt: skip
-            (loss * (last - first) / cfg.batch_size).backward()
-            return [{"loss": loss.item()} | stats] * (last - first)
+            (loss * share).backward()
+            return [{"loss": loss.item()} | stats] * len(rows)
 
         return backward
 
-    starts = range(0, len(batch), cfg.micro_batch)
-    return [one_pass(first, min(first + cfg.micro_batch, len(batch))) for first in starts]
+    return [
+        one_pass(studies, candidates)
+        for studies in blocks(len(batch), cfg.micro_batch)
+        for candidates in blocks(group, cfg.micro_group or group)
+    ]
+
+
+def blocks(n: int, size: int) -> list[range]:
+    """0 .. n - 1 in runs of `size`; the last may be shorter."""
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def group_metrics(out: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -232,11 +242,7 @@ def exact_labels(cfg: Config) -> dict[str, list[str]]:
 def validate(t: Trainer, studies: list[Study]) -> dict[str, float]:
     """Greedy BLEU-4, format rate and, with exact labels, sided F1 and hallucination rate of the policy as it is now."""
     t.model.eval()
-    outputs = []
-    for start in range(0, len(studies), t.cfg.eval.batch_size):
-        batch = studies[start : start + t.cfg.eval.batch_size]
-        views = [read_views(s) for s in batch]
-        outputs += generate_reports(t.model, t.processor, views, t.cfg, ids=[s.id for s in batch])
+    outputs = generate_split(t.model, t.processor, studies, t.cfg)
     stats = metrics.collect(
         [[readable(output) for output in group] for group in outputs],
         [s.report for s in studies],
@@ -259,11 +265,13 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
     t = load_trainer(cfg, stage, init, reference)
     stage_cfg = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage]
     batch_size = cfg.sft.batch_size if stage == 0 else cfg.grpo.batch_size
+    if cfg.fsdp and batch_size % world:
+        raise ValueError(f"fsdp: the batch of {batch_size} studies must be a multiple of the {world} processes")
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
     k0 = adapter_state(init).get("k", 0) if stage > 0 else 0  # k counts policy updates over both RL stages
     done = load_checkpoint(folder, t.model, t.optimizer)
     log = Log(folder, k0 + done, active=rank == 0)
-    held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every and not rank else []
+    held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every else []
     bar = tqdm(range(done, steps), initial=done, total=steps, desc=f"{folder.name:<18}", disable=rank > 0)
     for step in bar:
         k, began = k0 + step + 1, time.perf_counter()

@@ -91,11 +91,16 @@ def randomise(model, scale: float = 0.3, seed: int = 1) -> None:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def make_images(n: int) -> list[Image.Image]:
+    """n different grey pictures."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).convert("RGB") for _ in range(n)]
+
+
 @pytest.fixture
 def images():
     """Three different grey pictures."""
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).convert("RGB") for _ in range(3)]
+    return make_images(3)
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ def world(tmp_path, monkeypatch):
         radgraph=lambda c, r: [0.5] * len(c),
     )
     monkeypatch.setattr(evaluate, "load_policy", lambda cfg, adapter: ("sft" if adapter else "base", None))
+    monkeypatch.setattr("rollout.generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
     monkeypatch.setattr(evaluate.rewards, "load_scorers", lambda cfg, device, with_expert: scorers)

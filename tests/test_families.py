@@ -18,11 +18,11 @@ from images import read_image
 from model import (
     add_reference,
     completion_logps,
-    encode_prefix,
     encode_prompts,
     get_base,
     load_policy,
     policy_logits,
+    report_start,
     sampling_rules,
     select_studies,
     set_trainable,
@@ -94,7 +94,7 @@ def test_sampler_shared_prefix_and_plain_forwards_agree(family, views):
     advantages, found = noise[:, 0], []
 
     def shared():
-        return completion_logps(model, encode_prefix(model, inputs), out.completions, out.completion_mask, rules)
+        return completion_logps(model, inputs, out.completions, out.completion_mask, rules)
 
     for logps in (shared(), plain_logps(model, inputs, out.completions, out.completion_mask, rules, 4)):
         loss, _ = grpo_loss(
@@ -207,9 +207,9 @@ def test_qwen_positions_by_hand(folders, views):
     assert row[:, at : at + 4].tolist() == [[at] * 4, [at, at, at + 1, at + 1], [at, at + 1, at, at + 1]]
     rest = row.shape[1] - at - 4
     assert row[:, at + 4 :].tolist() == [list(range(at + 2, at + 2 + rest))] * 3  # 4 tokens took 2 positions
-    prefix = encode_prefix(model, inputs)
-    assert prefix.length[0].item() == at + 2 + rest
-    assert (prefix.length[:, 0] < inputs["attention_mask"].sum(1)).all()
+    first = report_start(model, inputs)
+    assert first[0].item() == at + 2 + rest
+    assert (first < inputs["attention_mask"].sum(1)).all()
 
 
 def test_qwen_scales_large_images_down_to_max_pixels(folders, cfg):

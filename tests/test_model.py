@@ -14,7 +14,6 @@ from model import (
     add_reference,
     completion_logps,
     disable_dropout,
-    encode_prefix,
     encode_prompts,
     get_base,
     load_policy,
@@ -56,8 +55,7 @@ def test_sampler_logps_equal_training_logps_equal_plain_logps(policy, images, cf
     cfg = replace(cfg, rollout=replace(cfg.rollout, temperature=temperature, top_p=0.9, top_k=20))
     rules = sampling_rules(model, processor, cfg)
     out, texts, inputs = rollout(model, processor, images, ["a", "b", "c"], cfg, step=1)
-    prefix = encode_prefix(model, inputs).repeat(4)
-    trained = completion_logps(model, prefix, out.completions, out.completion_mask, rules)
+    trained = completion_logps(model, inputs, out.completions, out.completion_mask, rules)
     torch.testing.assert_close(out.logps, trained, atol=1e-5, rtol=0)
     plain = plain_logps(model, repeat_inputs(inputs, 4), out.completions, out.completion_mask, rules)
     torch.testing.assert_close(trained, plain, atol=1e-5, rtol=0)
@@ -71,7 +69,7 @@ def test_shared_prefix_gives_the_gradients_of_full_forwards(policy, images, cfg)
     out, _, inputs = rollout(model, processor, images[:2], ["a", "b"], cfg, step=1)
     weights = torch.randn(out.logps.shape, generator=torch.Generator().manual_seed(0))
     (
-        completion_logps(model, encode_prefix(model, inputs).repeat(4), out.completions, out.completion_mask, rules)
+        completion_logps(model, inputs, out.completions, out.completion_mask, rules)
         * weights
     ).sum().backward()
     shared = grads_of(model)
@@ -109,7 +107,7 @@ def test_padding_left_and_right_changes_nothing(kind, images, cfg, request):
     rules = sampling_rules(model, processor, cfg)
     inputs = encode_prompts(processor, images[:1], "Write", "cpu")
     tokens, mask, _ = tokenize_reports(processor, ["The lungs are clear."], 50, "cpu")
-    alone = completion_logps(model, encode_prefix(model, inputs), tokens, mask, rules)
+    alone = completion_logps(model, inputs, tokens, mask, rules)
     pad = torch.nn.functional.pad
     left = {
         "input_ids": pad(inputs["input_ids"], (3, 0), value=0),
@@ -117,11 +115,11 @@ def test_padding_left_and_right_changes_nothing(kind, images, cfg, request):
         "pixel_values": inputs["pixel_values"],
     }
     wide, wide_mask = pad(tokens, (0, 5), value=2), pad(mask, (0, 5))
-    padded = completion_logps(model, encode_prefix(model, left), wide, wide_mask, rules)
+    padded = completion_logps(model, left, wide, wide_mask, rules)
     torch.testing.assert_close(padded[:, :-5], alone, atol=1e-5, rtol=0)
     assert (padded[:, -5:] == 0).all()
-    sampled = sample(model, encode_prefix(model, left), rules, torch.full((1, 12), 0.5), 12)
-    again = sample(model, encode_prefix(model, inputs), rules, torch.full((1, 12), 0.5), 12)
+    sampled = sample(model, left, rules, torch.full((1, 12), 0.5), 12)
+    again = sample(model, inputs, rules, torch.full((1, 12), 0.5), 12)
     assert torch.equal(sampled.completions, again.completions)
     torch.testing.assert_close(sampled.logps, again.logps, atol=1e-5, rtol=0)
 
@@ -135,13 +133,13 @@ def test_log_probs_follow_their_rows(policy, images, cfg):
 
     def logps(order):
         inputs = encode_prompts(processor, [images[i] for i in order], "Write", "cpu")
-        return completion_logps(model, encode_prefix(model, inputs), tokens[order], mask[order], rules)
+        return completion_logps(model, inputs, tokens[order], mask[order], rules)
 
     together = logps([0, 1, 2])
     torch.testing.assert_close(logps([2, 0, 1]), together[[2, 0, 1]], atol=1e-5, rtol=0)
     torch.testing.assert_close(logps([1]), together[[1]], atol=1e-5, rtol=0)
     inputs = encode_prompts(processor, [images[1]] * 3, "Write", "cpu")
-    other = completion_logps(model, encode_prefix(model, inputs), tokens, mask, rules)
+    other = completion_logps(model, inputs, tokens, mask, rules)
     assert not torch.allclose(other[0], together[0])  # the image matters at all
 
 
@@ -171,7 +169,7 @@ def test_sampled_reports_stop_at_the_first_eos(policy, images, cfg):
         assert finished or n == cfg.rollout.max_new_tokens
         assert n > 2  # min_new_tokens = 2: EOS is impossible at positions 0 and 1
     rules = sampling_rules(model, processor, cfg)
-    trained = completion_logps(model, encode_prefix(model, inputs), out.completions, out.completion_mask, rules)
+    trained = completion_logps(model, inputs, out.completions, out.completion_mask, rules)
     torch.testing.assert_close(out.logps, trained, atol=1e-5, rtol=0)  # rows that left the batch early included
 
 
@@ -254,7 +252,7 @@ def test_reference_is_the_adapter_given_and_stays_frozen(cfg, images, tmp_path):
     inputs = encode_prompts(processor, images[:1], "Write", "cpu")
 
     def logps():
-        return completion_logps(model, encode_prefix(model, inputs), tokens, mask, rules)
+        return completion_logps(model, inputs, tokens, mask, rules)
 
     def ref_logps():
         with torch.no_grad(), use_reference(model):
@@ -270,7 +268,7 @@ def test_reference_is_the_adapter_given_and_stays_frozen(cfg, images, tmp_path):
     assert not torch.allclose(logps(), reference) and torch.equal(ref_logps(), reference)
     base = get_base(model)
     with model.disable_adapter():
-        assert not torch.allclose(completion_logps(base, encode_prefix(base, inputs), tokens, mask, rules), reference)
+        assert not torch.allclose(completion_logps(base, inputs, tokens, mask, rules), reference)
 
 
 @pytest.mark.parametrize("part", ["language", "projector"])
@@ -295,7 +293,7 @@ def test_dropout_is_off_in_rl_even_in_train_mode(cfg, images):
     inputs = encode_prompts(processor, images[:1], "Write", "cpu")
 
     def logps():
-        return completion_logps(model, encode_prefix(model, inputs), tokens, mask, rules)
+        return completion_logps(model, inputs, tokens, mask, rules)
 
     assert not torch.equal(logps(), logps())
     disable_dropout(model)
@@ -308,7 +306,7 @@ def test_log_probs_are_float32_even_for_a_bf16_base(cfg, images):
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
     inputs = encode_prompts(processor, images[:1], "Write", "cpu")
     tokens, mask, _ = tokenize_reports(processor, ["The lungs are clear."], 50, "cpu")
-    assert completion_logps(model, encode_prefix(model, inputs), tokens, mask, rules).dtype == torch.float32
+    assert completion_logps(model, inputs, tokens, mask, rules).dtype == torch.float32
     assert policy_logits(torch.zeros(1, 400, dtype=torch.bfloat16), torch.zeros(1), rules).dtype == torch.float32
 
 

@@ -1,0 +1,204 @@
+r"""Shared-prefix attention: the image and the prompt of a study stand once, beside the G reports that follow them.
+
+In training all reports of a study lie in one row, one after the other, without padding between them:
+
+        keys      image + prompt      o_1      o_2      o_3
+      queries  +----------------+-------+-------+-------+
+        image  |  \             |       |       |       |
+          +    |      causal    |       |       |       |
+       prompt  |             \  |       |       |       |
+               +----------------+-------+-------+-------+
+         o_1   |  every key     |causal |       |       |      o_2 never sees o_1: each report is written
+         o_2   |  every key     |       |causal |       |      as if it were the only one
+         o_3   |  every key     |       |       |causal |
+               +----------------+-------+-------+-------+
+
+In sampling each report is a row of its own with one new token, its own keys and values in a buffer that is allocated
+once, and the prefix's keys and values stay one copy per study. One softmax runs over both parts of the scores:
+
+        softmax([ q @ prefix_keys.T | q @ own_keys.T ])
+
+The cost of the prefix therefore does not grow with G, and the result is that of G separate forwards, up to float
+rounding. `attend` is registered as an attention function of transformers: the models' own layers call it, and no
+layer is rewritten. Called without a plan (`generate`, a plain forward) it is transformers' `sdpa`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "shared_prefix"
+
+
+def attend(module, query, key, value, attention_mask, *, plan=None, scaling=None, **options):
+    """transformers' attention function: query (rows, H, t, d), key and value (rows, Hkv, t, d) -> (rows, t, H, d)."""
+    if plan is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    return plan.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def run_layers(base, embeds: Tensor, positions: Tensor, plan) -> Tensor:
+    """Hidden states (rows, t, D) of the language model for token embeddings (rows, t, D), attending as `plan` says.
+
+    positions: (rows, t), or (3, rows, t) under mRoPE. The 4-D mask only keeps transformers from making one of its own.
+    """
+    unused = embeds.new_zeros(1, 1, 1, 1)
+    return base.model.language_model(
+        inputs_embeds=embeds, position_ids=positions, attention_mask=unused, use_cache=False, plan=plan
+    ).last_hidden_state
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass
+class Packing:
+    """Where the tokens of a study's G reports lie in its row, after the prefix (P tokens)."""
+
+    order: Tensor  # (B, S) index of each slot's token in the study's own (G, T - 1) grid of input tokens
+    positions: Tensor  # (B, S) how many report tokens stand before it
+    prefix_mask: Tensor | None  # (B, 1, P, P) who sees whom in the prefix; None = plain causal
+    report_mask: Tensor  # (B, 1, S, P + S) what each report token sees; both masks are added to the scores
+    outputs: Tensor  # (B, G, T) index in the row of the token whose output predicts report token t
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Packed rows (B, H, P + S, d) -> (B, H, P + S, d)."""
+        groups, prefix = query.shape[1] // key.shape[1], query.shape[2] - self.order.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        front = scaled_dot_product_attention(
+            query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix],
+            self.prefix_mask, is_causal=self.prefix_mask is None, scale=scaling,
+        )  # fmt: skip
+        if not self.order.shape[1]:
+            return front
+        reports = scaled_dot_product_attention(query[:, :, prefix:], key, value, self.report_mask, scale=scaling)
+        return torch.cat([front, reports], dim=2)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """True = 0, False = -inf. Made once: from a mask of truth values each layer would make and keep its own."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def causal_mask(prompt_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(B, P), 1 = real -> what the prefix's tokens see, (B, 1, P, P) to add; None where there is no padding."""
+    if bool(prompt_mask.all()):
+        return None
+    length = prompt_mask.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=prompt_mask.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=prompt_mask.device)
+    return additive((causal & prompt_mask.bool()[:, None, :] | itself)[:, None], dtype)  # padding sees itself, not NaN
+
+
+def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torch.float32) -> Packing:
+    """Plan for prompts (B, P), left-padded, and their reports (B * G, T), right-padded; 1 = real. dtype: the model's.
+
+    A report's last token is no input: nothing is predicted from it. Its first is predicted by the prompt's last.
+    """
+    b, prefix = prompt_mask.shape
+    group, length = len(completion_mask) // b, completion_mask.shape[1]
+    is_input = completion_mask[:, 1:].reshape(b, -1).bool()  # (B, G * (T - 1))
+    slots = int(is_input.sum(dim=1).max()) if length > 1 else 0
+    order = (~is_input).byte().argsort(dim=1, stable=True)[:, :slots]  # real tokens first, in their order
+    real = is_input.gather(1, order)  # (B, S)
+    owner, step = order // max(length - 1, 1), order % max(length - 1, 1)  # (B, S) which report, which token of it
+    mine = (owner[:, :, None] == owner[:, None, :]) & (step[:, :, None] >= step[:, None, :]) & real[:, None, :]
+    seen = prompt_mask.bool()[:, None, :].expand(b, slots, prefix)
+    places = torch.arange(slots, device=order.device).expand_as(order) + prefix
+    after_first = torch.zeros_like(is_input, dtype=torch.long).scatter(1, order, places).view(b, group, -1)
+    first = torch.full((b, group, 1), prefix - 1, device=order.device)
+    report_mask = additive(torch.cat([seen, mine], dim=2)[:, None], dtype)
+    outputs = torch.cat([first, after_first], dim=2)
+    return Packing(order, step, causal_mask(prompt_mask, dtype), report_mask, outputs)
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+
+@dataclass
+class Decoding:
+    """Keys and values while N reports of B studies are written, one token a forward pass.
+
+    Rows of one study stand together. `prefill` fills the prefix; then `start` says how many reports each study has.
+    """
+
+    prompt_mask: Tensor  # (B, P) 1 = real
+    dtype: torch.dtype
+    length: int = 0  # T, most tokens of a report
+    t: int = -1  # own tokens that are in the buffers; -1 = the prefix is being read
+    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (B, Hkv, P, d) twice
+    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (N, Hkv, T, d) twice
+
+    def __post_init__(self):
+        self.causal = causal_mask(self.prompt_mask, self.dtype)
+
+    def start(self, reports: int, length: int) -> None:
+        """G = `reports` rows for each study, of at most `length` tokens."""
+        device = self.prompt_mask.device
+        self.length, self.t = length, 0
+        self.own = [
+            tuple(x.new_empty(len(x) * reports, x.shape[1], length, x.shape[3]) for x in layer) for layer in self.prefix
+        ]
+        self.arrange(torch.arange(len(self.prompt_mask), device=device).repeat_interleave(reports))
+
+    def arrange(self, study: Tensor) -> None:
+        """Lay rows (N,), whose studies ascend, out as a grid of B studies x W rows, W = the most that a study has."""
+        counts = torch.bincount(study, minlength=len(self.prompt_mask))  # (B,)
+        self.study, self.width = study, int(counts.max())
+        rank = torch.arange(len(study), device=study.device) - (counts.cumsum(0) - counts)[study]
+        self.slot = study * self.width + rank  # (N,) a row's place in the grid
+        self.grid = torch.zeros(len(counts) * self.width, dtype=torch.long, device=study.device)
+        self.grid[self.slot] = torch.arange(len(study), device=study.device)  # places without a row repeat row 0
+        padding = self.prompt_mask.logical_not()[:, None, None, :]  # (B, 1, 1, P)
+        self.padding = padding if bool(padding.any()) else None
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all reports but `rows` (ascending), and the studies that have none left."""
+        left, study = self.study[rows].unique_consecutive(return_inverse=True)
+        for i, layer in enumerate(self.own):  # one by one: never two copies of them all
+            self.own[i] = tuple(x[rows] for x in layer)
+        if len(left) < len(self.prompt_mask):
+            self.prompt_mask = self.prompt_mask[left]
+            for i, layer in enumerate(self.prefix):
+                self.prefix[i] = tuple(x[left] for x in layer)
+        self.arrange(study)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """The prefix itself: (B, H, P, d) -> (B, H, P, d). One new token per row: (N, H, 1, d) -> (N, H, 1, d)."""
+        groups = query.shape[1] // key.shape[1]
+        if self.t < 0:
+            self.prefix.append((key.contiguous(), value.contiguous()))
+            key, value, causal = repeat_kv(key, groups), repeat_kv(value, groups), self.causal is None
+            return scaled_dot_product_attention(query, key, value, self.causal, is_causal=causal, scale=scaling)
+        (prefix_keys, prefix_values), (own_keys, own_values) = self.prefix[layer], self.own[layer]
+        own_keys[:, :, self.t], own_values[:, :, self.t] = key[:, :, 0], value[:, :, 0]
+        own_keys, own_values = own_keys[:, :, : self.t + 1], own_values[:, :, : self.t + 1]
+        n, heads = key.shape[:2]
+        query = query.view(n, heads, groups, -1) * scaling  # query heads that share a key head side by side
+        scores = self.to_grid(query) @ prefix_keys.transpose(2, 3)  # (B, Hkv, W * groups, P)
+        if self.padding is not None:
+            scores = scores.masked_fill(self.padding, float("-inf"))
+        own_scores = self.to_grid(query @ own_keys.transpose(2, 3))  # (B, Hkv, W * groups, t + 1)
+        weights = torch.cat([scores, own_scores], dim=3).softmax(dim=3, dtype=torch.float32).to(value.dtype)
+        weights, own_weights = weights.split([scores.shape[3], own_scores.shape[3]], dim=3)
+        output = self.to_rows(weights @ prefix_values) + self.to_rows(own_weights) @ own_values  # (N, Hkv, groups, d)
+        return output.reshape(n, heads * groups, 1, -1)
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """Rows (N, Hkv, groups, c) -> (B, Hkv, W * groups, c)."""
+        x = x[self.grid].view(-1, self.width, *x.shape[1:]).transpose(1, 2)  # (B, Hkv, W, groups, c)
+        return x.flatten(2, 3)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """The way back: (B, Hkv, W * groups, c) -> (N, Hkv, groups, c)."""
+        x = x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)  # (B * W, Hkv, groups, c)
+        return x[self.slot]

@@ -1,0 +1,154 @@
+"""Ours against TRL, `generate` and plain forwards on the same work, in turn, in one run: `make bench`.
+
+    python benchmarks/bench.py                     LLaVA-mini on the CPU (35 minutes on two cores)
+    python benchmarks/bench.py --size 7b           LLaVA-Med's geometry on a GPU
+    python benchmarks/bench.py --cases step --repeats 3
+
+Each side of a case is a process of its own (sides.py) that is told when to run, so both are measured under the same
+load of the machine: one repeat here, one there. A ratio is of such neighbours; the table shows the median of the
+ratios and their range, and each side's peak memory beside the loaded model. Written to benchmarks/results/.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import tyro
+from sides import Case
+
+HERE = Path(__file__).parent
+PAIRS = {  # case -> peer, ours, what it is
+    "step": ("trl_step", "our_step", "GRPO step: TRL GRPOTrainer / ours"),
+    "sampling": ("generate", "our_sampling", "group sampling: generate(num_return_sequences=G) / ours"),
+    "loss": ("plain_loss", "our_loss", "loss pass, forward + backward: B x G plain forwards / ours"),
+}
+
+
+@dataclass
+class Bench:
+    size: str = "mini"
+    """mini or 7b (sides.py)"""
+    cases: tuple[str, ...] = ("step", "sampling", "loss", "group", "prompt")
+    """step, sampling, loss: the standard case; group, prompt: how step time grows with G and with the image tokens"""
+    repeats: int = 5
+    """timed repeats of each side"""
+
+
+class Side:
+    """A process that runs one side of a case when it is told to."""
+
+    def __init__(self, name: str, case: Case):
+        flags = [word for key, value in asdict(case).items() for word in flag(key, value)]
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "sides.py"), name, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"},
+        )  # fmt: skip
+        self.read("ready")
+
+    def read(self, expect: str = "") -> str:
+        line = self.process.stdout.readline().strip()
+        if not line or expect and line != expect:
+            sys.exit(f"{' '.join(self.process.args[1:])} failed:\n{self.process.communicate()[1][-3000:]}")
+        return line
+
+    def run(self) -> float:
+        """Seconds of one repeat."""
+        self.tell("go")
+        return float(self.read())
+
+    def end(self) -> int:
+        """Stop it; its peak memory in bytes."""
+        self.tell("stop")
+        peak = int(self.read())
+        self.process.communicate()
+        return peak
+
+    def tell(self, word: str) -> None:
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+
+def flag(key: str, value) -> list[str]:
+    name = key.replace("_", "-")
+    return [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+
+
+def compare(peer: str, ours: str, case: Case, repeats: int) -> dict:
+    """Seconds of both sides, repeat by repeat in turn, and their peaks."""
+    sides = {"peer": Side(peer, case), "ours": Side(ours, case)}
+    seconds = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            seconds[name].append(side.run())
+    return {"case": asdict(case), "seconds": seconds, "peak": {name: side.end() for name, side in sides.items()}}
+
+
+def cases_of(bench: Bench) -> list[tuple[str, str, str, Case]]:
+    """(label, peer, ours, case) of everything to be measured."""
+    standard = Case(bench.size) if bench.size == "mini" else Case("7b", studies=8, tokens=128, checkpointing=True)
+    rows = []
+    for name in bench.cases:
+        if name in PAIRS:
+            peer, ours, label = PAIRS[name]
+            rows.append((label, peer, ours, standard))
+        if name == "step" and bench.size == "mini":
+            label = "the same, gradient checkpointing on both sides"
+            rows.append((label, peer, ours, replace(standard, checkpointing=True)))
+        if name == "group":
+            rows += [(f"GRPO step, G = {g}", *PAIRS["step"][:2], replace(standard, group=g)) for g in (2, 4, 8, 16)]
+        if name == "prompt":
+            lengths = ((64, 1), (576, 1), (576, 2))
+            rows += [(f"GRPO step, {tokens * views} image tokens", *PAIRS["step"][:2],
+                      replace(standard, image_tokens=tokens, views=views)) for tokens, views in lengths]  # fmt: skip
+    return rows
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f} to {max(values):.{digits}f}]"
+
+
+def row_of(label: str, result: dict) -> str:
+    seconds, peak = result["seconds"], result["peak"]
+    ratios = [a / b for a, b in zip(seconds["peer"], seconds["ours"], strict=True)]
+    cells = [label, spread(seconds["peer"]), spread(seconds["ours"]), f"**{spread(ratios)}**"]
+    cells += [f"{peak[name] / 2**20:,.0f}" for name in ("peer", "ours")] + [f"{peak['ours'] / peak['peer']:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+
+
+def main(bench: Bench) -> None:
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    title = {"mini": "LLaVA-mini", "7b": "LLaVA-Med-7B geometry, random weights"}[bench.size]
+    head = [f"# {title}: speed and memory", "",
+            f"{machine()}; {versions}; {bench.repeats} repeats of each side, in turn, after a warm-up of each.", "",
+            "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    print("\n".join(head), flush=True)
+    lines, results = head, []
+    for label, peer, ours, case in cases_of(bench):
+        results.append({"label": label, "peer": peer} | compare(peer, ours, case, bench.repeats))
+        lines.append(row_of(label, results[-1]))
+        print(lines[-1], flush=True)
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{bench.size}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / f"{bench.size}.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    print(f"\nwritten: {folder / bench.size}.md and .json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

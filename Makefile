@@ -1,4 +1,4 @@
-# make demo | smoke | seeds | test | test-slow | lint. Everything is set up in .venv from nothing but Python >= 3.11.
+# make demo | smoke | seeds | bench | test | test-slow | lint. Everything is set up in .venv from nothing but Python >= 3.11.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 SEEDS ?= 0 1 2 3 4
 
-.PHONY: demo smoke seeds test test-slow lint clean
+# the benchmark's peer, in an environment of its own
+BENCH := .venv-bench
+
+.PHONY: demo smoke seeds bench test test-slow lint clean
 
 demo: $(READY)
 	$(PY) demo.py $(FLAGS)
@@ -18,6 +21,16 @@ smoke: $(READY)
 
 seeds: $(READY)
 	$(PY) seeds.py --seeds $(SEEDS) $(FLAGS)
+
+bench: $(BENCH)/.ready
+	$(BENCH)/bin/python benchmarks/bench.py $(FLAGS)
+
+$(BENCH)/.ready: requirements.txt constraints.txt benchmarks/requirements.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install -q uv && $(BENCH)/bin/python -m uv pip install -q -p $(BENCH)/bin/python \
+	  -r requirements.txt -r benchmarks/requirements.txt -c constraints.txt \
+	  || $(BENCH)/bin/python -m pip install -q -r requirements.txt -r benchmarks/requirements.txt -c constraints.txt
+	touch $@
 
 test: $(READY) lint
 	$(PY) -m pytest -q -m "not slow" tests
@@ -37,4 +50,4 @@ $(READY): requirements.txt constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) assets runs
+	rm -rf $(VENV) $(BENCH) assets runs

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 import tomllib
+import typing
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -240,7 +241,7 @@ class Config:
     name: str = ""
     """folder of this stage inside the run; empty = sft, stage1 or stage2. For branches off one predecessor [ours]"""
     init_from: str = ""
-    """start this stage from this adapter folder instead of the predecessor's [ours]"""
+    """start this stage from this adapter (or stage) folder instead of the predecessor's [ours]"""
     seed: int = 0
     """seed of everything: data order, sampling, initial LoRA weights [ours]"""
     assets_seed: int = 0
@@ -288,8 +289,28 @@ def merge(default, values: dict, where: str = ""):
             raise ValueError(f"'{where}{key}' must be {'a table' if dataclasses.is_dataclass(old) else 'a value'}")
         if isinstance(value, dict):
             value = merge(old, value, f"{where}{key}.")
-        changes[key] = tuple(value) if isinstance(value, list) else value
+        changes[key] = fitting(value, names[key].type, f"{where}{key}")
     return dataclasses.replace(default, **changes)
+
+
+def fitting(value, kind, name: str):
+    """`value` as a field of type `kind` takes it; ValueError naming the field where it is of another type."""
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        value = str(value) if type(value) is int else value  # `stage = 2` means "2"
+        if value not in options:
+            raise ValueError(f"'{name}' must be one of {', '.join(map(str, options))}, not {value!r}")
+    elif typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, options[0]) for item in value):
+            raise ValueError(f"'{name}' must be a list of {options[0].__name__}, not {value!r}")
+        return tuple(value)
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif not dataclasses.is_dataclass(kind) and type(value) is not kind:
+        raise ValueError(f"'{name}' must be {kind.__name__}, not {value!r}")
+    return value
 
 
 def load_toml(path: str, default: Config) -> Config:

@@ -91,6 +91,9 @@ def load_auto(path: str, **options):
 
 def read_config(path: str) -> dict:
     """The folder's or hub model's config.json; ValueError when there is none or it is no JSON."""
+    up = Path(path).parent
+    if not Path(path).is_dir() and (Path(path).is_absolute() or (str(up) != "." and up.is_dir())):
+        raise ValueError(f"{path}: no such folder")  # asking the hub for it would take half a minute
     try:
         config = PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
     except OSError as error:

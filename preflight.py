@@ -163,6 +163,8 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
     yield look("BERTScore", s.bertscore, lambda folder: check_bert(folder, weights=True))
     if s.expert != "oracle":
         yield look("expert", s.expert, check_open_clip)
+    if cfg.eval.green:
+        yield look("GREEN", cfg.eval.green, lambda folder: check_bert(folder, weights=True))
     if s.radgraph == "rules":
         yield "ok", "RadGraph", "the rule-based reader needs no file", ""
         return

@@ -292,6 +292,12 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
     parallel.barrier()
 
 
+def adapter_folder(path: str) -> Path:
+    """The adapter folder that `init_from` names, itself or the stage folder around it."""
+    inside = Path(path) / "adapter"
+    return inside if inside.is_dir() else Path(path)
+
+
 def train(cfg: Config) -> None:
     """Run the stages that `cfg.stage` asks for, the missing ones before them first."""
     run = Path(cfg.run)
@@ -309,7 +315,7 @@ def train(cfg: Config) -> None:
             continue
         if not asked:
             print(f"stage {last} needs {folder / 'adapter'}, which is missing: training it first")
-        init = Path(cfg.init_from) if cfg.init_from else run / FOLDERS[stage - 1] / "adapter" if stage > 0 else None
+        init = adapter_folder(cfg.init_from) if cfg.init_from else run / FOLDERS[stage - 1] / "adapter" if stage > 0 else None
         reference = run / FOLDERS[0] / "adapter"
         if stage > 0 and not reference.exists():
             print(f"{reference} is missing: the KL reference is {init} instead")

@@ -25,6 +25,12 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         ("grpo = 1\n", "'grpo' must be a table"),
         ("seed = {a = 1}\n", "'seed' must be a value"),
         ("seed = \n", "Invalid value"),
+        ("[rewards]\nlambda_vis = 'half'\n", "'rewards.lambda_vis' must be float, not 'half'"),
+        ("seed = 1.5\n", "'seed' must be int, not 1.5"),
+        ("[data]\nstrict = 1\n", "'data.strict' must be bool, not 1"),
+        ("run = 3\n", "'run' must be str, not 3"),
+        ("[rewards]\nrank = 'hard'\n", "'rewards.rank' must be one of soft, literal, not 'hard'"),
+        ("[rewards]\nrequired_sections = [1]\n", "'rewards.required_sections' must be a list of str, not [1]"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, text, message):
@@ -32,6 +38,12 @@ def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, text, message):
     with pytest.raises(SystemExit) as error:
         load_toml(str(tmp_path / "c.toml"), Config())
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_whole_numbers_stand_for_floats_and_stages(tmp_path):
+    (tmp_path / "c.toml").write_text("stage = 2\n[grpo]\nbeta = 1\n")
+    cfg = parse(argv=["--config", str(tmp_path / "c.toml")])
+    assert cfg.stage == "2" and cfg.grpo.beta == 1.0 and isinstance(cfg.grpo.beta, float)
 
 
 def test_a_missing_file_is_named():

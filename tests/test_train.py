@@ -154,7 +154,7 @@ def test_the_oracle_takes_the_experts_place(finished):
 
 def test_init_from_skips_the_earlier_stages(finished, cfg, capsys):
     adapter = Path(finished.run) / "sft" / "adapter"
-    train.train(replace(cfg, stage="1", init_from=str(adapter)))
+    train.train(replace(cfg, stage="1", init_from=str(adapter.parent)))
     assert not (Path(cfg.run) / "sft").exists()
     assert same(weights(Path(cfg.run) / "stage1"), weights(Path(finished.run) / "stage1"))
     assert "the KL reference is" in capsys.readouterr().out

@@ -315,7 +315,8 @@ def train(cfg: Config) -> None:
             continue
         if not asked:
             print(f"stage {last} needs {folder / 'adapter'}, which is missing: training it first")
-        init = adapter_folder(cfg.init_from) if cfg.init_from else run / FOLDERS[stage - 1] / "adapter" if stage > 0 else None
+        init = run / FOLDERS[stage - 1] / "adapter" if stage > 0 else None
+        init = adapter_folder(cfg.init_from) if cfg.init_from else init
         reference = run / FOLDERS[0] / "adapter"
         if stage > 0 and not reference.exists():
             print(f"{reference} is missing: the KL reference is {init} instead")

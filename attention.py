@@ -33,6 +33,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
+STRIP = 64  # report tokens that attend in one call, at least; half the prefix where that is more
 
 
 def attend(module, query, key, value, attention_mask, *, plan=None, scaling=None, **options):
@@ -66,22 +67,26 @@ class Packing:
 
     order: Tensor  # (B, S) index of each slot's token in the study's own (G, T - 1) grid of input tokens
     positions: Tensor  # (B, S) how many report tokens stand before it
-    prefix_mask: Tensor | None  # (B, 1, P, P) who sees whom in the prefix; None = plain causal
-    report_mask: Tensor  # (B, 1, S, P + S) what each report token sees; both masks are added to the scores
     outputs: Tensor  # (B, G, T) index in the row of the token whose output predicts report token t
+    prefix_mask: Tensor | None  # (B, 1, P, P) who sees whom in the prefix; None = plain causal
+    # Slots [first, last) see the prefix and slots [start, last), with a mask (B, 1, last - first, P + last - start).
+    # A report sees no other one, so most of (S, S) is empty: strips of a few reports leave out most of that.
+    strips: list[tuple[int, int, int, Tensor]]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Packed rows (B, H, P + S, d) -> (B, H, P + S, d)."""
-        groups, prefix = query.shape[1] // key.shape[1], query.shape[2] - self.order.shape[1]
+        groups, slots = query.shape[1] // key.shape[1], self.order.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-        front = scaled_dot_product_attention(
-            query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix],
-            self.prefix_mask, is_causal=self.prefix_mask is None, scale=scaling,
-        )  # fmt: skip
-        if not self.order.shape[1]:
-            return front
-        reports = scaled_dot_product_attention(query[:, :, prefix:], key, value, self.report_mask, scale=scaling)
-        return torch.cat([front, reports], dim=2)
+        sizes = [query.shape[2] - slots, slots]
+        (query, queries), (key, keys), (value, values) = (x.split(sizes, dim=2) for x in (query, key, value))
+        causal = self.prefix_mask is None
+        outputs = [scaled_dot_product_attention(query, key, value, self.prefix_mask, is_causal=causal, scale=scaling)]
+        for first, last, start, mask in self.strips:
+            seen_keys = torch.cat([key, keys[:, :, start:last]], dim=2)
+            seen_values = torch.cat([value, values[:, :, start:last]], dim=2)
+            strip = queries[:, :, first:last]
+            outputs.append(scaled_dot_product_attention(strip, seen_keys, seen_values, mask, scale=scaling))
+        return torch.cat(outputs, dim=2)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,15 +115,26 @@ def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torc
     slots = int(is_input.sum(dim=1).max()) if length > 1 else 0
     order = (~is_input).byte().argsort(dim=1, stable=True)[:, :slots]  # real tokens first, in their order
     real = is_input.gather(1, order)  # (B, S)
-    owner, step = order // max(length - 1, 1), order % max(length - 1, 1)  # (B, S) which report, which token of it
-    mine = (owner[:, :, None] == owner[:, None, :]) & (step[:, :, None] >= step[:, None, :]) & real[:, None, :]
-    seen = prompt_mask.bool()[:, None, :].expand(b, slots, prefix)
+    step = order % max(length - 1, 1)  # (B, S) which token of its report
     places = torch.arange(slots, device=order.device).expand_as(order) + prefix
     after_first = torch.zeros_like(is_input, dtype=torch.long).scatter(1, order, places).view(b, group, -1)
     first = torch.full((b, group, 1), prefix - 1, device=order.device)
-    report_mask = additive(torch.cat([seen, mine], dim=2)[:, None], dtype)
     outputs = torch.cat([first, after_first], dim=2)
-    return Packing(order, step, causal_mask(prompt_mask, dtype), report_mask, outputs)
+    strips = list(strips_of(prompt_mask.bool(), order // max(length - 1, 1), real, dtype))
+    return Packing(order, step, outputs, causal_mask(prompt_mask, dtype), strips)
+
+
+def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dtype):
+    """The strips of `Packing`. prompt_mask (B, P); owner (B, S): the report a slot belongs to; real (B, S)."""
+    (b, prefix), slots = prompt_mask.shape, owner.shape[1]
+    size, slot = max(STRIP, prefix // 2), torch.arange(slots, device=owner.device)
+    for first in range(0, slots, size):
+        last = min(first + size, slots)
+        start = int((owner < owner[:, first : first + 1]).sum(dim=1).min())  # where the first slot's report begins
+        mine = owner[:, first:last, None] == owner[:, None, start:last]
+        mine &= (slot[first:last, None] >= slot[start:last]) & real[:, None, start:last]
+        seen = prompt_mask[:, None, :].expand(b, last - first, prefix)
+        yield first, last, start, additive(torch.cat([seen, mine], dim=2)[:, None], dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ sampling
@@ -155,6 +171,7 @@ class Decoding:
         counts = torch.bincount(study, minlength=len(self.prompt_mask))  # (B,)
         self.study, self.width = study, int(counts.max())
         rank = torch.arange(len(study), device=study.device) - (counts.cumsum(0) - counts)[study]
+        self.full = len(study) == len(counts) * self.width  # then rows and grid are the same thing
         self.slot = study * self.width + rank  # (N,) a row's place in the grid
         self.grid = torch.zeros(len(counts) * self.width, dtype=torch.long, device=study.device)
         self.grid[self.slot] = torch.arange(len(study), device=study.device)  # places without a row repeat row 0
@@ -195,10 +212,10 @@ class Decoding:
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Rows (N, Hkv, groups, c) -> (B, Hkv, W * groups, c)."""
-        x = x[self.grid].view(-1, self.width, *x.shape[1:]).transpose(1, 2)  # (B, Hkv, W, groups, c)
-        return x.flatten(2, 3)
+        x = x if self.full else x[self.grid]
+        return x.unflatten(0, (-1, self.width)).transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """The way back: (B, Hkv, W * groups, c) -> (N, Hkv, groups, c)."""
         x = x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)  # (B * W, Hkv, groups, c)
-        return x[self.slot]
+        return x if self.full else x[self.slot]

@@ -162,8 +162,9 @@ class SFTConfig:
 class GRPOConfig:
     batch_size: int = 8
     """studies per update, over all processes; each has G candidates [paper: 8]"""
-    micro_batch: int = 8
-    """studies per forward/backward pass: lower it when memory runs out, the gradient stays the same [ours]"""
+    micro_batch: int = 2
+    """studies per forward/backward pass: the gradient stays the same; fewer need less memory, and on a CPU stay in its
+    cache [ours]"""
     micro_group: int = 0
     """candidates of a study per forward/backward pass, 0 = all of them: when one study is still too much [ours]"""
     lr: float = 1.5e-3

@@ -17,6 +17,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention import STRIP
 from config import Config
 from model import LOGITS
 
@@ -127,8 +128,11 @@ def loss_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int,
     tokens, full = studies * row, 1 if cfg.model.gradient_checkpointing else shape.layers
     kept = full * kept_activations(shape, tokens, itemsize, "language" in trains)
     kept += shape.layers * tokens * shape.hidden * itemsize if cfg.model.gradient_checkpointing else 0
-    keys = full * tokens * 2 * itemsize * shape.query  # repeated for every query head
-    mask = studies * group * length * row * itemsize
+    size = max(STRIP, prefix // 2)
+    strips = -(-group * length // size)  # each has the prefix's keys and values beside its own (attention.py)
+    seen = row + strips * (prefix + length // 2) + group * length
+    keys = full * studies * seen * 2 * itemsize * shape.query  # repeated for every query head
+    mask = studies * group * length * (prefix + min(size, group * length) + length // 2) * itemsize
     # float32: kept, and two copies while the gradient is made; beyond LOGITS made in parts
     return kept + keys + mask + 3 * 4 * min(LOGITS, shape.vocabulary * studies * group * length)
 

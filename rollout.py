@@ -18,6 +18,7 @@ import parallel
 from config import Config
 from data import Study, read_views
 from families import encode_images
+from lean import lean_layers
 from model import (
     SamplingRules,
     encode_prompts,
@@ -40,6 +41,15 @@ class Rollout:
     completion_mask: Tensor  # (N, T) 1 up to and including the first EOS, by position, never by token value
     logps: Tensor  # (N, T) log-probs under the tempered, untruncated policy; 0 where masked
     finished: Tensor  # (N,) bool: ended by EOS, not cut off at the length limit
+
+    def record(self, rows: Tensor, t: int, token: Tensor, logps: Tensor, eos: Tensor) -> None:
+        """Token t (n,) of reports `rows` (n,) with log-probs (n, V); what comes after a report's EOS is dropped."""
+        live = ~self.finished[rows]
+        rows, token = rows[live], token[live]
+        self.completions[rows, t] = token
+        self.completion_mask[rows, t] = 1  # an EOS drawn now is still part of the report
+        self.logps[rows, t] = logps[live].gather(1, token[:, None])[:, 0]
+        self.finished[rows] = torch.isin(token, eos)
 
 
 def uniforms(ids: list[str], seed: int, step: int, group_size: int, length: int) -> Tensor:
@@ -94,36 +104,37 @@ def sample(
     cache, hidden = prefill(model, inputs)
     cache.start(group_size, max_new_tokens - 1)  # the last token is never read
     hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)
-    first = report_start(base, inputs).repeat_interleave(group_size)  # (N,)
-    n, device = len(hidden), hidden.device
-    eos = torch.tensor(rules.eos_ids, device=device)
-    completions = torch.full((n, max_new_tokens), rules.eos_ids[0], device=device)
-    mask, logps = torch.zeros_like(completions), torch.zeros(n, max_new_tokens, device=device)
-    u = u if u is None else u.to(device)
-    rows = torch.arange(n, device=device)  # those in the batch; the finished ones leave it now and then
-    writing = torch.ones(n, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # (rows, V)
-        all_logps = logits.log_softmax(dim=-1)
-        if u is None:
-            token = logits.argmax(dim=-1)
-        else:
-            token = draw(truncate(all_logps.exp(), top_k, top_p), u[rows, t])
-        live = rows[writing]
-        mask[live, t] = 1  # an EOS drawn now is still part of the report
-        completions[live, t] = token[writing]
-        logps[live, t] = all_logps.gather(1, token[:, None])[writing, 0]
-        writing &= ~torch.isin(token, eos)
-        left = int(writing.sum())
-        if t == max_new_tokens - 1 or not (parallel.any_process(left > 0) if together else left):
-            break
-        if 0 < left < SHRINK * len(rows):  # a copy of what the others have written so far: not at every token
-            stay = writing.nonzero()[:, 0]
-            cache.keep(stay)
-            rows, token, writing = rows[stay], token[stay], writing[stay]
-        hidden = next_hidden(model, cache, token, first[rows] + t)
-    finished = torch.ones(n, dtype=torch.bool, device=device).index_fill(0, rows[writing], False)
-    return Rollout(completions[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1], finished)
+    first = report_start(base, inputs).repeat_interleave(group_size)  # (N,) position of token 0
+    u = u if u is None else u.to(hidden.device)
+    out = empty_rollout(len(hidden), max_new_tokens, rules.eos_ids[0], hidden.device)
+    eos = torch.tensor(rules.eos_ids, device=hidden.device)
+    rows = torch.arange(len(hidden), device=hidden.device)  # those in the batch; the finished ones leave now and then
+    with lean_layers(base.model.language_model.layers, base.lm_head):
+        for t in range(max_new_tokens):
+            logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # (rows, V)
+            logps = logits.log_softmax(dim=-1)
+            if u is None:
+                token = logits.argmax(dim=-1)
+            else:
+                token = draw(truncate(logps.exp(), top_k, top_p), u[rows, t])
+            out.record(rows, t, token, logps, eos)
+            writing = ~out.finished[rows]
+            left = int(writing.sum())
+            if t == max_new_tokens - 1 or not (parallel.any_process(left > 0) if together else left):
+                break
+            if 0 < left < SHRINK * len(rows):  # a copy of what the others have written so far: not at every token
+                stay = writing.nonzero()[:, 0]
+                cache.keep(stay)
+                rows, token = rows[stay], token[stay]
+            hidden = next_hidden(model, cache, token, first[rows] + t)
+    return Rollout(out.completions[:, : t + 1], out.completion_mask[:, : t + 1], out.logps[:, : t + 1], out.finished)
+
+
+def empty_rollout(n: int, length: int, fill: int, device) -> Rollout:
+    """Nothing written yet: N = n rows of `fill`, T = length."""
+    completions = torch.full((n, length), fill, device=device)
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
+    return Rollout(completions, torch.zeros_like(completions), torch.zeros(n, length, device=device), finished)
 
 
 def rollout(

@@ -22,8 +22,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from config import Config, to_dict
 
-# fields that may change between a run's start and its continuation: they do not touch the weights
-FREE_FIELDS = ("stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp")
+# fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
+FREE_FIELDS = ("stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp",
+               "grpo.micro_batch", "grpo.micro_group", "model.gradient_checkpointing")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -78,7 +79,7 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     default, new = flatten(to_dict(Config())), flatten(to_dict(cfg))
     old = default | flatten(json.loads(path.read_text()))  # a field added since had its default's meaning
     for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] not in FREE_FIELDS and old.get(key) != new.get(key):
+        if not {key, key.split(".")[0]} & set(FREE_FIELDS) and old.get(key) != new.get(key):
             raise ValueError(
                 f"{folder} was started with {key} = {old.get(key)}, now it is {new.get(key)}: "
                 f"give the old value, choose another --run or --name, or delete the folder"

@@ -82,6 +82,20 @@ def loss_of(logps, mask):
     )[0]
 
 
+@pytest.mark.parametrize("strip", [2, 5])
+def test_strips_change_nothing(family, strip, monkeypatch):
+    model, *given = load(*family, "language")
+    whole = completion_logps(model, *given)
+    whole.sum().backward()
+    expected = grads_of(model)
+    model.zero_grad()
+    monkeypatch.setattr(attention, "STRIP", strip)
+    narrow = completion_logps(model, *given)
+    narrow.sum().backward()
+    torch.testing.assert_close(narrow, whole, atol=1e-5, rtol=0)
+    assert_same_gradients(grads_of(model), expected)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("parts", ["language", "projector", "language+projector"])
 def test_loss_pass_equals_plain_forwards(family, parts, checkpointing):
@@ -185,7 +199,8 @@ def test_pack_by_hand():
     packing = pack(torch.tensor([[0, 1, 1]]), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]))
     assert packing.order.tolist() == [[0, 1, 4]]  # o_1's tokens 0 and 1, o_3's token 0; the last ones are no input
     assert packing.positions.tolist() == [[0, 1, 0]]
-    assert (packing.report_mask[0, 0] == 0).int().tolist() == [
+    [(first, last, start, mask)] = packing.strips
+    assert (first, last, start) == (0, 3, 0) and (mask[0, 0] == 0).int().tolist() == [
         [0, 1, 1, 1, 0, 0],
         [0, 1, 1, 1, 1, 0],
         [0, 1, 1, 0, 0, 1],
@@ -193,6 +208,17 @@ def test_pack_by_hand():
     assert packing.outputs[0].tolist() == [[2, 3, 4], [2, 0, 0], [2, 5, 0]]  # 0: nothing is predicted there
     assert (packing.prefix_mask[0, 0] == 0).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert causal_mask(torch.ones(2, 4), torch.float32) is None
+
+
+def test_strips_by_hand(monkeypatch):
+    """Strips of two slots: the second begins inside o_1, so it goes back to where o_1 begins."""
+    monkeypatch.setattr(attention, "STRIP", 2)
+    packing = pack(torch.ones(1, 1), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))  # inputs: 3 of o_1, 2 of o_2
+    (*_, one), (first, last, start, two), (*last_strip, three) = packing.strips
+    assert (one[0, 0] == 0).int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert (first, last, start) == (2, 4, 0)
+    assert (two[0, 0] == 0).int().tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 0, 1]]
+    assert last_strip == [4, 5, 3] and (three[0, 0] == 0).int().tolist() == [[1, 1, 1]]
 
 
 def test_reports_of_one_token_need_no_input():

@@ -60,8 +60,9 @@ def test_every_part_of_stage_2_by_hand():
     assert parts["sampling"] == caches + 2 * prefix * (3 * 16 + 4 * 8) * 2  # more than the 6 * 4 * 10 * 6 of the logits
     tokens = prefix + group * length  # of the one study in the micro-batch
     kept = 2 * tokens * (8 * 8 + 2 * (2 * 8 + 3 * 16))  # two layers; the language model's LoRA does not train
-    keys = 2 * tokens * 2 * 2 * 8  # layers, keys + values, bf16, as wide as the queries
-    mask = group * length * tokens * 2
+    seen = tokens + (prefix + length // 2) + group * length  # the row, and the one strip's prefix and reports
+    keys = 2 * seen * 2 * 2 * 8  # layers, keys + values, bf16, as wide as the queries
+    mask = group * length * (prefix + group * length + length // 2) * 2
     assert parts["loss"] == kept + keys + mask + 12 * 10 * group * length
     rest = parts["weights"] + parts["lora"] + 77 + 2 * GIB
     assert parts["total"] == rest + max(parts["sampling"], parts["loss"])

@@ -17,11 +17,13 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import tyro
-from sides import Case
+from llava_mini import shape_of
+from sides import DEVICE, Case, clock
 
 HERE = Path(__file__).parent
 PAIRS = {  # case -> peer, ours, what it is
@@ -29,6 +31,13 @@ PAIRS = {  # case -> peer, ours, what it is
     "sampling": ("generate", "our_sampling", "group sampling: generate(num_return_sequences=G) / ours"),
     "loss": ("plain_loss", "our_loss", "loss pass, forward + backward: B x G plain forwards / ours"),
 }
+SETTINGS = """\
+Both sides: the same random weights, images, prompt and reward function; LoRA r 16 on q, k, v, o; KL on; AdamW,
+learning rate 1e-6; one update per rollout; exactly T new tokens (EOS is barred until then); temperature 1, no
+truncation. TRL: per_device_train_batch_size = B x G, num_generations = G, beta 0.04, gradient_checkpointing off
+unless said (faster; its default is on), bf16 for 7b, transformers' generation, everything else its default. Ours:
+micro_batch = B. Peak memory: on the CPU the highest resident size less the size after loading, on a GPU all that was
+allocated."""
 
 
 @dataclass
@@ -130,22 +139,56 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
+def bandwidth() -> float:
+    """Bytes a second that copying a large tensor reads and writes, on the GPU or with two CPU threads."""
+    torch.set_num_threads(2)
+    source = torch.ones(2**28 if DEVICE == "cuda" else 2**26, device=DEVICE)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(5):
+        start = clock()
+        target.copy_(source)
+        best = min(best, clock() - start)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def sampling_bound(case: Case, seconds: float) -> str:
+    """Our sampling beside the least it could take: weights and caches read once for each token of a row."""
+    shape, itemsize = shape_of(case.size), 4 if case.size == "mini" else 2
+    h, f, k = shape.hidden, shape.inner, shape.key
+    weights = (shape.layers * (2 * h * h + 2 * h * k + 3 * h * f) + h * shape.vocabulary) * itemsize
+    cached = case.studies * (case.image_tokens * case.views + case.group * case.tokens / 2)  # tokens, half-way through
+    speed, tokens = bandwidth(), case.studies * case.group * case.tokens
+    least = case.tokens * (weights + cached * shape.layers * 2 * k * itemsize) / speed
+    share = f"{100 * least / seconds:.0f}% of the bound set by reading weights and caches once a step"
+    speed = f"at {speed / 1e9:.0f} GB/s (a large copy's speed)"
+    return f"our sampling: {tokens / seconds:,.0f} tokens/s, prefill included, {share} {speed}"
+
+
 def main(bench: Bench) -> None:
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    names = ("torch", "transformers", "peft", *(("trl",) if find_spec("trl") else ()))
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     title = {"mini": "LLaVA-mini", "7b": "LLaVA-Med-7B geometry, random weights"}[bench.size]
     head = [f"# {title}: speed and memory", "",
             f"{machine()}; {versions}; {bench.repeats} repeats of each side, in turn, after a warm-up of each.", "",
             "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer |",
             "|---|---|---|---|---|---|---|"]  # fmt: skip
     print("\n".join(head), flush=True)
-    lines, results = head, []
+    lines, results, notes = head, [], []
     for label, peer, ours, case in cases_of(bench):
+        if peer == "trl_step" and not find_spec("trl"):
+            lines.append(f"| {label} | TRL is not installed here |" + " |" * 5)
+            print(lines[-1], flush=True)
+            continue
         results.append({"label": label, "peer": peer} | compare(peer, ours, case, bench.repeats))
         lines.append(row_of(label, results[-1]))
         print(lines[-1], flush=True)
+        if ours == "our_sampling":
+            notes.append(sampling_bound(case, statistics.median(results[-1]["seconds"]["ours"])))
+    print("\n".join(["", *notes]))
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{bench.size}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join([*lines, "", *notes, "", f"The standard case: {asdict(cases_of(bench)[0][3])}", "", SETTINGS])
+    (folder / f"{bench.size}.md").write_text(text + "\n", encoding="utf-8")
     (folder / f"{bench.size}.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     print(f"\nwritten: {folder / bench.size}.md and .json")
 

@@ -4,6 +4,9 @@
     7b     LLaVA-Med v1.5's geometry: CLIP ViT-L/14-336 and Mistral-7B, vocabulary 32,000; bfloat16, for one large GPU
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,6 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from memory import Shape  # noqa: E402
+
 PROMPT = "USER: describe the chest radiograph in a report with findings and impression ASSISTANT:"
 CHAT = "<s>{% for m in messages %}{% for c in m['content'] %}"
 CHAT += "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -34,6 +41,15 @@ TEXT = {
            "num_key_value_heads": 8, "sliding_window": None, "rope_theta": 1e6},
 }  # fmt: skip
 VOCABULARY = {"mini": 2000, "7b": 32000}
+
+
+def shape_of(size: str) -> Shape:
+    """The language model as memory.py describes it; the whole model's parameters are not counted."""
+    text, vision = TEXT[size], VISION[size]["hidden_size"]
+    h = text["hidden_size"]
+    key = h // text["num_attention_heads"] * text.get("num_key_value_heads", text["num_attention_heads"])
+    layers, inner = text["num_hidden_layers"], text["intermediate_size"]
+    return Shape(0, layers, h, inner, h, key, VOCABULARY[size], 576, ((vision, h), (h, h)))
 
 
 def tokenizer_of(size: int) -> PreTrainedTokenizerFast:

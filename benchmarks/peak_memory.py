@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import sides  # noqa: E402
-from llava_mini import TEXT, VISION, VOCABULARY, build, lora_config, pictures  # noqa: E402
+from llava_mini import build, lora_config, pictures, shape_of  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 
 import memory  # noqa: E402
@@ -39,15 +39,6 @@ ROWS = [  # what, studies, candidates, tokens, image tokens, part that trains, g
 ]
 
 
-def shape() -> memory.Shape:
-    """LLaVA-mini as memory.py sees it."""
-    text, vision = TEXT["mini"], VISION["mini"]["hidden_size"]
-    width = text["hidden_size"]
-    projector = ((vision, width), (width, width))
-    inner = text["intermediate_size"]
-    return memory.Shape(0, text["num_hidden_layers"], width, inner, width, width, VOCABULARY["mini"], 576, projector)
-
-
 def measure(what: str, studies: int, group: int, length: int, image_tokens: int, trains: str, checkpointing: bool):
     """(predicted, measured) bytes."""
     torch.set_num_threads(2)
@@ -64,13 +55,13 @@ def measure(what: str, studies: int, group: int, length: int, image_tokens: int,
         u = uniforms([str(i) for i in range(studies)], 0, 0, group, length)
         sides.mark_memory()
         sample(model.eval(), inputs, rules, u, length, group)
-        return memory.sampling_bytes(shape(), prefix, length, studies, group, 4), sides.peak_memory()
+        return memory.sampling_bytes(shape_of("mini"), prefix, length, studies, group, 4), sides.peak_memory()
     policy.set_trainable(model, trains)
     completions = torch.randint(20, 2000, (studies * group, length))
     model.train(checkpointing)
     sides.mark_memory()
     policy.completion_logps(model, inputs, completions, torch.ones_like(completions), rules).sum().backward()
-    return memory.loss_bytes(shape(), prefix, length, studies, group, trains, cfg), sides.peak_memory()
+    return memory.loss_bytes(shape_of("mini"), prefix, length, studies, group, trains, cfg), sides.peak_memory()
 
 
 def rows() -> list[dict]:

@@ -138,6 +138,20 @@ def test_two_processes_train_as_one(whole, tmp_path):
             assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-3), name
 
 
+def test_two_processes_evaluate_as_one(whole):
+    flags = ["--run-dir", "runs/phantom", "--policy", "sft", "--eval.samples", "1", "--eval.bootstrap", "20"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    folder, results = whole / "runs" / "phantom" / "eval" / "test", []
+    for launcher in ([], torchrun):
+        words = [sys.executable, *launcher, str(ROOT / "evaluate.py"), *flags]
+        done = subprocess.run(words, cwd=whole, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        texts = [json.loads(line) for line in (folder / "sft" / "reports.jsonl").read_text().splitlines()]
+        results.append((json.loads((folder / "results.json").read_text()), texts))
+        shutil.rmtree(folder)
+    assert len(results[0][1]) == 8 and results[0] == results[1]
+
+
 def test_the_sweep_over_seeds_ends_in_tables_and_figures(whole, tmp_path):
     """Every arm for two seeds, killed on the way and started again."""
     cwd = new_folder(tmp_path, "sweep")

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomise
-from PIL import Image
 from test_model import grads_of
 from tiny_families import write_qwen
 
@@ -36,7 +35,8 @@ def family(request, cfg, images, tmp_path):
     if request.param == "llava":
         return cfg, images[:2]
     write_qwen(tmp_path)
-    pictures = [Image.new("RGB", size, (90, 60, 30)) for size in ((60, 60), (120, 90))]
+    sizes = ((60, 60), (250, 190))  # the second takes several attention windows
+    pictures = [image.resize(size) for image, size in zip(images, sizes, strict=False)]
     return replace(cfg, model=replace(cfg.model, path=str(tmp_path))), pictures
 
 

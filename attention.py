@@ -130,7 +130,8 @@ def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dty
     size, slot = max(STRIP, prefix // 2), torch.arange(slots, device=owner.device)
     for first in range(0, slots, size):
         last = min(first + size, slots)
-        start = int((owner < owner[:, first : first + 1]).sum(dim=1).min())  # where the first slot's report begins
+        before = (owner < owner[:, first : first + 1]) & real  # padding has owners too
+        start = int(before.sum(dim=1).min())  # where the first slot's report begins
         mine = owner[:, first:last, None] == owner[:, None, start:last]
         mine &= (slot[first:last, None] >= slot[start:last]) & real[:, None, start:last]
         seen = prompt_mask[:, None, :].expand(b, last - first, prefix)

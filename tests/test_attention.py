@@ -221,6 +221,24 @@ def test_strips_by_hand(monkeypatch):
     assert last_strip == [4, 5, 3] and (three[0, 0] == 0).int().tolist() == [[1, 1, 1]]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_every_report_token_sees_its_prompt_and_its_own_past(seed, monkeypatch):
+    """Whatever the lengths: studies of one batch begin their reports at different slots, and some are padded."""
+    monkeypatch.setattr(attention, "STRIP", 3)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 8, (3 * 4,), generator=generator)
+    lengths[4:8] //= 3  # a short study among long ones: most of its slots are padding
+    lengths.clamp_(min=1)
+    packing = pack(torch.ones(3, 2), (torch.arange(8) < lengths[:, None]).long())
+    for study, own in enumerate(lengths.view(3, 4)):
+        slots = [(report, step) for report, n in enumerate(own.tolist()) for step in range(n - 1)]
+        for first, last, start, mask in packing.strips:
+            for i in range(first, min(last, len(slots))):
+                seen = {start + int(j) for j in (mask[study, 0, i - first, 2:] == 0).nonzero()}
+                assert seen == {j for j, (report, _) in enumerate(slots[: i + 1]) if report == slots[i][0]}
+                assert (mask[study, 0, i - first, :2] == 0).all()
+
+
 def test_reports_of_one_token_need_no_input():
     packing = pack(torch.ones(2, 3), torch.ones(4, 1))
     assert packing.order.shape == (2, 0) and packing.outputs.tolist() == [[[2], [2]], [[2], [2]]]

@@ -1,12 +1,12 @@
-"""Linear layers for the sampler: the same numbers in fewer, cheaper operations while one token a row is computed.
+"""Linear layers for passes without a gradient, sampling and the reference's: the same numbers in fewer operations.
 
 In a decoding step each layer sees a few dozen rows, so what surrounds the arithmetic costs as much as it does:
 
-    PEFT's LoRA      y = W x;  y + B(dropout(A(cast(x)))) * s         ten operations, some of them in Python
-    here             y = W x;  addmm(y, x A^T, s B^T)                 three
-    on the CPU       W is laid out once per rollout as oneDNN's kernels want it, not again in every call
-
-No gradients and no dropout: `lean_layers` is for sampling alone. What it replaces it puts back.
+    PEFT's LoRA              y = W x;  y + B(dropout(A(cast(x)))) * s      ten operations, some of them in Python
+    here                     y = W x;  addmm(y, x A^T, s B^T)              three
+    on the CPU in float32    y = (W + s B A) x                             one: W is copied anyway, once per block,
+                                                                           to lie as oneDNN's kernels want it
+No dropout. What `lean_layers` replaces it puts back.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import Linear, Parameter
 
 
-def packed_linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x (..., in) -> (..., out) with a weight in oneDNN's own layout."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def packed(weight: Tensor, bias: Tensor | None):
+    """x (..., in) -> (..., out) with a copy of weight (out, in) in oneDNN's own layout."""
+    own = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, own, bias, "none", [], "")
 
 
 def lora_linear(base, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
@@ -39,22 +40,23 @@ def can_be_packed(layer: Linear) -> bool:
 
 @contextlib.contextmanager
 @torch.no_grad()
-def lean_layers(*modules: torch.nn.Module):
-    """Within this block the linear layers inside `modules` run as said above, LoRA with its active adapter."""
-    inside = [layer for module in modules for layer in module.modules()]
-    lora = [layer for layer in inside if isinstance(layer, LoraLinear)]
-    small = {id(part) for layer in lora for part in layer.modules() if part is not layer.base_layer}
-    changed = []
-    for layer in inside:
-        if isinstance(layer, Linear) and id(layer) not in small and can_be_packed(layer):
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-            layer.forward = partial(packed_linear, packed, layer.bias)
+def lean_layers(base):
+    """Within this block `base`'s decoder layers and output layer run as said above, LoRA with its active adapter."""
+    changed, small = [], set()
+    for layer in [*base.model.language_model.layers.modules(), base.lm_head]:
+        if isinstance(layer, LoraLinear):
+            [name] = layer.active_adapters
+            small |= {id(part) for part in layer.modules()}  # they come after it
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+            base = layer.base_layer
+            if can_be_packed(base):
+                layer.forward = packed(torch.addmm(base.weight, b, a), base.bias)
+            else:
+                layer.forward = partial(lora_linear, base, a.T, b.T)
             changed.append(layer)
-    for layer in lora:
-        [name] = layer.active_adapters
-        a, b = layer.lora_A[name].weight.T, layer.lora_B[name].weight.T * layer.scaling[name]
-        layer.forward = partial(lora_linear, layer.base_layer, a, b)
-        changed.append(layer)
+        elif isinstance(layer, Linear) and id(layer) not in small and can_be_packed(layer):
+            layer.forward = packed(layer.weight, layer.bias)
+            changed.append(layer)
     try:
         yield
     finally:

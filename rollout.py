@@ -101,22 +101,18 @@ def sample(
     together: go on until every process is done, as a base that is spread over them needs them all (config `fsdp`).
     """
     base = get_base(model)
-    cache, hidden = prefill(model, inputs)
-    cache.start(group_size, max_new_tokens - 1)  # the last token is never read
-    hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)
-    first = report_start(base, inputs).repeat_interleave(group_size)  # (N,) position of token 0
-    u = u if u is None else u.to(hidden.device)
-    out = empty_rollout(len(hidden), max_new_tokens, rules.eos_ids[0], hidden.device)
-    eos = torch.tensor(rules.eos_ids, device=hidden.device)
-    rows = torch.arange(len(hidden), device=hidden.device)  # those in the batch; the finished ones leave now and then
-    with lean_layers(base.model.language_model.layers, base.lm_head):
+    with lean_layers(base):
+        cache, hidden = prefill(model, inputs)
+        cache.start(group_size, max_new_tokens - 1)  # the last token is never read
+        hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)
+        first = report_start(base, inputs).repeat_interleave(group_size)  # (N,) position of token 0
+        out = empty_rollout(len(hidden), max_new_tokens, rules.eos_ids[0], hidden.device)
+        eos, u = torch.tensor(rules.eos_ids, device=hidden.device), u if u is None else u.to(hidden.device)
+        rows = torch.arange(len(hidden), device=hidden.device)  # those in the batch; finished ones leave now and then
         for t in range(max_new_tokens):
             logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # (rows, V)
             logps = logits.log_softmax(dim=-1)
-            if u is None:
-                token = logits.argmax(dim=-1)
-            else:
-                token = draw(truncate(logps.exp(), top_k, top_p), u[rows, t])
+            token = logits.argmax(dim=-1) if u is None else draw(truncate(logps.exp(), top_k, top_p), u[rows, t])
             out.record(rows, t, token, logps, eos)
             writing = ~out.finished[rows]
             left = int(writing.sum())

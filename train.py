@@ -27,11 +27,13 @@ from assets import NAMES, resolve
 from config import Config, parse
 from data import Study, batch_ids, load_studies, read_views
 from grpo import group_advantages, grpo_loss
+from lean import lean_layers
 from model import (
     add_reference,
     completion_logps,
     disable_dropout,
     encode_prompts,
+    get_base,
     load_policy,
     sampling_rules,
     select_studies,
@@ -140,8 +142,7 @@ def loss_passes(
         def logps_now() -> Tensor:  # (n, T)
             return completion_logps(t.model, some, out.completions[rows], mask, rules)
 
-        with torch.no_grad(), use_reference(t.model):
-            ref_logps = logps_now()
+        ref_logps = logps_now()  # within use_reference, below
 
         def backward() -> list[dict[str, float]]:
             nonlocal old_logps
@@ -158,11 +159,12 @@ def loss_passes(
 
         return backward
 
-    return [
-        one_pass(studies, candidates)
-        for studies in blocks(len(batch), cfg.micro_batch)
-        for candidates in blocks(group, cfg.micro_group or group)
-    ]
+    with torch.no_grad(), use_reference(t.model), lean_layers(get_base(t.model)):
+        return [
+            one_pass(studies, candidates)
+            for studies in blocks(len(batch), cfg.micro_batch)
+            for candidates in blocks(group, cfg.micro_group or group)
+        ]
 
 
 def blocks(n: int, size: int) -> list[range]:

@@ -1,9 +1,8 @@
-"""The sampler's lean linear layers compute what PEFT's do, and leave no trace."""
+"""The lean linear layers compute what PEFT's do, and leave no trace."""
 
 import pytest
 import torch
 from conftest import randomise
-from torch.nn import Linear
 
 from lean import lean_layers
 from model import add_reference, get_base, load_policy, use_reference
@@ -27,17 +26,19 @@ def outputs(model):
     return base.lm_head(base.model.language_model(input_ids=ids, use_cache=False).last_hidden_state)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @torch.no_grad()
-def test_the_active_adapter_counts(two_adapters):
+def test_the_active_adapter_counts(two_adapters, packed, monkeypatch):
+    if not packed:  # as on a GPU
+        monkeypatch.setattr("lean.can_be_packed", lambda layer: False)
     model, base = two_adapters, get_base(two_adapters)
-    parts = (base.model.language_model.layers, base.lm_head)
     plain = outputs(model)
-    with lean_layers(*parts):
+    with lean_layers(base):
         lean = outputs(model)
     torch.testing.assert_close(lean, plain, atol=1e-5, rtol=1e-5)
     with use_reference(model):
         reference = outputs(model)
-        with lean_layers(*parts):
+        with lean_layers(base):
             torch.testing.assert_close(outputs(model), reference, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plain, reference, atol=1e-3)
 
@@ -45,9 +46,9 @@ def test_the_active_adapter_counts(two_adapters):
 def test_nothing_is_left_behind(two_adapters):
     model, base = two_adapters, get_base(two_adapters)
     before = outputs(model)
-    with pytest.raises(KeyError), lean_layers(base.model.language_model.layers, base.lm_head):
-        changed = sum("forward" in vars(layer) for layer in model.modules() if isinstance(layer, Linear))
-        assert changed == 2 * 7 + 1  # the base's own linear layers, not LoRA's
+    with pytest.raises(KeyError), lean_layers(base):
+        changed = [layer for layer in model.modules() if "forward" in vars(layer)]
+        assert len(changed) == 2 * 7 + 1  # seven with LoRA in each layer, and the output layer
         raise KeyError
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(outputs(model), before)
@@ -61,7 +62,7 @@ def test_bfloat16_keeps_lora_in_float32(cfg):
     randomise(model)
     base = get_base(model)
     plain = outputs(model)
-    with lean_layers(base.model.language_model.layers, base.lm_head):
+    with lean_layers(base):
         lean = outputs(model)
     assert lean.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(lean, plain, atol=0.05, rtol=0.02)

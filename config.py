@@ -150,6 +150,8 @@ class SFTConfig:
     """passes over the split when steps = 0 [paper: 3]"""
     batch_size: int = 32
     """studies per update, over all processes [ours]"""
+    micro_batch: int = 8
+    """studies per forward/backward pass: the gradient stays the same; fewer need less memory [ours]"""
     lr: float = 4e-3
     """peak learning rate of AdamW; 3% warm-up, then linear decay to 0 [ours]"""
     max_grad_norm: float = 1.0
@@ -366,7 +368,8 @@ def check(config: Config) -> None:
     for name in (*none_below_0.split(), "grpo.micro_group"):
         if attrgetter(name)(config) < 0:
             problems.append(f"{name} must not be negative")
-    counts = ("save_every", "sample_every", "sft.batch_size", "grpo.batch_size", "grpo.micro_batch", "eval.batch_size")
+    counts = ("save_every", "sample_every", "sft.batch_size", "sft.micro_batch", "grpo.batch_size", "grpo.micro_batch",
+              "eval.batch_size")  # fmt: skip
     for name in counts:
         if attrgetter(name)(config) < 1:
             problems.append(f"{name} must be at least 1")

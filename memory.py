@@ -146,7 +146,8 @@ def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, f
     trains = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable
     prefix = cfg.data.views * shape.image_tokens + PROMPT_TOKENS  # P
     length, group = cfg.rollout.max_new_tokens, cfg.rollout.group_size  # T, G
-    studies = min(cfg.grpo.micro_batch, cfg.grpo.batch_size) if stage else cfg.sft.batch_size  # Stage 0: all at once
+    settings = cfg.grpo if stage else cfg.sft
+    studies = min(settings.micro_batch, settings.batch_size)
     together = (cfg.grpo.micro_group or group) if stage else 1
     sampling = sampling_bytes(shape, prefix, length, cfg.grpo.batch_size, group, itemsize) if stage else 0
     parts = {

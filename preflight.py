@@ -226,7 +226,7 @@ def check_memory(cfg: Config, shape: Shape | None) -> Iterator[Item]:
         return
     have = torch.cuda.get_device_properties(0).total_memory
     text = f"the GPU has {have / GIB:.0f} GiB, the largest stage needs about {need / GIB:.0f} GiB"
-    advice = ": set model.gradient_checkpointing, or lower grpo.micro_batch, grpo.micro_group or sft.batch_size"
+    advice = ": set model.gradient_checkpointing, or lower grpo.micro_batch, grpo.micro_group or sft.micro_batch"
     yield ("ok", "memory", text, "") if need <= have else ("to do", "memory", text + advice, "")
 
 

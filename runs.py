@@ -24,7 +24,7 @@ from config import Config, to_dict
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = ("stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp",
-               "grpo.micro_batch", "grpo.micro_group", "model.gradient_checkpointing")  # fmt: skip
+               "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "model.gradient_checkpointing")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -77,14 +77,15 @@ def sft_update(t: Trainer, batch: list[Study], step: int, steps: int) -> dict[st
     cfg, lr = t.cfg, t.cfg.sft.lr * min(1.0, (step + 1) / max(1.0, 0.03 * steps)) * (1 - step / steps)
     t.optimizer.param_groups[0]["lr"] = lr
     part = {"nll": 0.0, "tokens": 0, "cut": 0}
-    if batch:
-        t.model.train()  # dropout, if any, belongs to Stage 0 alone
-        inputs = encode_prompts(t.processor, [read_views(s) for s in batch], cfg.data.prompt, t.model.device)
-        logps, mask, cut = text_logps(t.model, t.processor, inputs, [wrap(s.report) for s in batch], cfg)
-        require_finite(logps, batch)
+    t.model.train()  # dropout, if any, belongs to Stage 0 alone
+    for block in blocks(len(batch), cfg.sft.micro_batch):
+        some = batch[block.start : block.stop]
+        inputs = encode_prompts(t.processor, [read_views(s) for s in some], cfg.data.prompt, t.model.device)
+        logps, mask, cut = text_logps(t.model, t.processor, inputs, [wrap(s.report) for s in some], cfg)
+        require_finite(logps, some)
         loss = sft_loss(logps, mask, total_tokens=1)  # the sum: divided by the global token count below
         loss.backward()
-        part = {"nll": loss.item(), "tokens": int(mask.sum()), "cut": cut}
+        part = {"nll": part["nll"] + loss.item(), "tokens": part["tokens"] + int(mask.sum()), "cut": part["cut"] + cut}
     total = {name: sum(p[name] for p in parallel.gather(part)) for name in part}
     norm = t.step(cfg.sft.max_grad_norm, divide_by=total["tokens"])
     return {"loss": total["nll"] / total["tokens"], "grad_norm": norm, "lr": lr, "cut_reports": total["cut"]}

@@ -96,7 +96,7 @@ def test_help_explains_the_fields():
     assert "--grpo.lr" in out and "--config FILE.toml" in out and "DeepSeekMath" in out
 
 
-@pytest.mark.parametrize("flag", ["--save-every", "--sft.batch-size", "--grpo.micro-batch", "--eval.batch-size"])
+@pytest.mark.parametrize("flag", ["--save-every", "--sft.micro-batch", "--grpo.micro-batch", "--eval.batch-size"])
 def test_counts_that_divide_must_not_be_zero(flag):
     with pytest.raises(SystemExit, match=f"{flag[2:].replace('-', '_')} must be at least 1"):
         parse(Config, argv=[flag, "0"])

@@ -80,6 +80,8 @@ def test_what_changes_with_the_stage_and_with_checkpointing():
     assert one < first["loss"] == estimate(TINY, replace(cfg, grpo=replace(cfg.grpo, micro_group=3)), 1, 0)["loss"]
     twice = replace(cfg, grpo=replace(cfg.grpo, micro_batch=2))
     assert estimate(TINY, twice, 1, 0)["loss"] == 2 * first["loss"]
+    half = replace(cfg, sft=replace(cfg.sft, micro_batch=2))
+    assert estimate(TINY, half, 0, 0)["loss"] == sft["loss"] / 2
     assert estimate(TINY, replace(cfg, model=replace(cfg.model, dtype="float32")), 1, 0)["weights"] == 4000
 
 

@@ -222,6 +222,22 @@ def test_a_non_finite_loss_names_the_study(finished):
         train.sft_update(t, batch, 0, 4)
 
 
+def test_micro_batches_of_sft_add_up(finished):
+    adapter = Path(finished.run) / "sft" / "adapter"
+    batch, results = load_studies(finished.data, "train")[:5], []
+    for size in (5, 2, 1):
+        t = train.load_trainer(replace(finished, sft=replace(finished.sft, micro_batch=size)), 0, adapter, None)
+        t.optimizer = torch.optim.SGD(t.parameters)  # the weights then move by the gradient, by sft_update's own rate
+        before = [p.detach().clone() for p in t.parameters]
+        row = train.sft_update(t, batch, 1, 4)
+        moves = [(p.detach() - b).flatten() for p, b in zip(t.parameters, before, strict=True)]
+        results.append((row["loss"], torch.cat(moves)))
+    (loss, move), *others = results
+    for other_loss, other_move in others:
+        assert other_loss == pytest.approx(loss, abs=1e-6)
+        assert 0 < move.norm() and (other_move - move).norm() < 1e-5 * move.norm()
+
+
 def test_sft_lowers_the_loss(finished, cfg):
     long = replace(cfg, stage="0", sft=replace(cfg.sft, steps=30, batch_size=12, lr=1e-2))
     train.train(long)

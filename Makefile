@@ -24,7 +24,6 @@ seeds: $(READY)
 
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/bench.py $(FLAGS)
-	$(BENCH)/bin/python benchmarks/reward_pass.py
 	$(BENCH)/bin/python benchmarks/peak_memory.py
 
 $(BENCH)/.ready: requirements.txt constraints.txt benchmarks/requirements.txt

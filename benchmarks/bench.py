@@ -1,6 +1,6 @@
 """Ours against TRL, `generate` and plain forwards on the same work, in turn, in one run: `make bench`.
 
-    python benchmarks/bench.py                     LLaVA-mini on the CPU (35 minutes on two cores)
+    python benchmarks/bench.py                     LLaVA-mini on the CPU (50 minutes on two cores)
     python benchmarks/bench.py --size 7b           LLaVA-Med's geometry on a GPU
     python benchmarks/bench.py --cases step --repeats 3
 
@@ -24,6 +24,7 @@ import torch
 import tyro
 from llava_mini import shape_of
 from sides import DEVICE, Case, clock
+from transformers import BertConfig
 
 HERE = Path(__file__).parent
 PAIRS = {  # case -> peer, ours, what it is
@@ -31,23 +32,30 @@ PAIRS = {  # case -> peer, ours, what it is
     "sampling": ("generate", "our_sampling", "group sampling: generate(num_return_sequences=G) / ours"),
     "loss": ("plain_loss", "our_loss", "loss pass, forward + backward: B x G plain forwards / ours"),
 }
+SHORT = {"step": "GRPO step", "sampling": "group sampling", "loss": "loss pass"}
+GROWTH = [
+    *(("group", {"group": g}, f"G = {g}") for g in (2, 4, 16)),  # G = 8 and 576 tokens are the standard case
+    ("prompt", {"image_tokens": 64}, "64 image tokens"),
+    ("prompt", {"views": 2}, "1152 image tokens"),
+]
 SETTINGS = """\
 Both sides: the same random weights, images, prompt and reward function; LoRA r 16 on q, k, v, o; KL on; AdamW,
 learning rate 1e-6; one update per rollout; exactly T new tokens (EOS is barred until then); temperature 1, no
 truncation. TRL: per_device_train_batch_size = B x G, num_generations = G, beta 0.04, gradient_checkpointing off
 unless said (faster; its default is on), bf16 for 7b, transformers' generation, everything else its default. Ours:
 micro_batch = B. Peak memory: on the CPU the highest resident size less the size after loading, on a GPU all that was
-allocated."""
+allocated. Reward pass: as many pairs, random weights of BERT-base size, both sides in one process; the
+packages have their models loaded and get one pair a call; ours knows the references from earlier updates."""
 
 
 @dataclass
 class Bench:
     size: str = "mini"
     """mini or 7b (sides.py)"""
-    cases: tuple[str, ...] = ("step", "sampling", "loss", "group", "prompt")
-    """step, sampling, loss: the standard case; group, prompt: how step time grows with G and with the image tokens"""
+    cases: tuple[str, ...] = ("step", "sampling", "loss", "rewards", "group", "prompt")
+    """step, sampling, loss: the standard case; group, prompt: how each grows with G and with the image tokens"""
     repeats: int = 5
-    """timed repeats of each side"""
+    """timed repeats of each side; where growth is shown, and of the rewards, 3 at most"""
 
 
 class Side:
@@ -90,32 +98,39 @@ def flag(key: str, value) -> list[str]:
 
 
 def compare(peer: str, ours: str, case: Case, repeats: int) -> dict:
-    """Seconds of both sides, repeat by repeat in turn, and their peaks."""
-    sides = {"peer": Side(peer, case), "ours": Side(ours, case)}
-    seconds = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, side in sides.items():
-            seconds[name].append(side.run())
-    return {"case": asdict(case), "seconds": seconds, "peak": {name: side.end() for name, side in sides.items()}}
+    """Seconds of both sides, repeat by repeat, and their peaks: in turn, but two 7B models would not fit at once."""
+    names, seconds, peak = {"peer": peer, "ours": ours}, {"peer": [], "ours": []}, {}
+    for together in [["peer", "ours"]] if case.size == "mini" else [["peer"], ["ours"]]:
+        sides = {name: Side(names[name], case) for name in together}
+        for _ in range(repeats):
+            for name, side in sides.items():
+                seconds[name].append(side.run())
+        peak |= {name: side.end() for name, side in sides.items()}
+    return {"case": asdict(case), "seconds": seconds, "peak": peak}
+
+
+def standard_of(bench: Bench) -> Case:
+    """The case that all others differ from in one thing."""
+    return Case(bench.size) if bench.size == "mini" else Case("7b", studies=8, tokens=128, checkpointing=True)
+
+
+def short(bench: Bench) -> int:
+    """Repeats of what stands beside the standard case."""
+    return min(bench.repeats, 3)
 
 
 def cases_of(bench: Bench) -> list[tuple[str, str, str, Case]]:
-    """(label, peer, ours, case) of everything to be measured."""
-    standard = Case(bench.size) if bench.size == "mini" else Case("7b", studies=8, tokens=128, checkpointing=True)
-    rows = []
-    for name in bench.cases:
-        if name in PAIRS:
-            peer, ours, label = PAIRS[name]
+    """(label, peer, ours, case) of everything that runs as sides.py's processes; the standard case first."""
+    standard, rows = standard_of(bench), []
+    for name, (peer, ours, label) in PAIRS.items():
+        if name in bench.cases:
             rows.append((label, peer, ours, standard))
-        if name == "step" and bench.size == "mini":
+        if name == "step" and name in bench.cases and bench.size == "mini":
             label = "the same, gradient checkpointing on both sides"
             rows.append((label, peer, ours, replace(standard, checkpointing=True)))
-        if name == "group":
-            rows += [(f"GRPO step, G = {g}", *PAIRS["step"][:2], replace(standard, group=g)) for g in (2, 4, 8, 16)]
-        if name == "prompt":
-            lengths = ((64, 1), (576, 1), (576, 2))
-            rows += [(f"GRPO step, {tokens * views} image tokens", *PAIRS["step"][:2],
-                      replace(standard, image_tokens=tokens, views=views)) for tokens, views in lengths]  # fmt: skip
+    for what, change, label in GROWTH:
+        if what in bench.cases:
+            rows += [(f"{SHORT[name]}, {label}", *PAIRS[name][:2], replace(standard, **change)) for name in PAIRS]
     return rows
 
 
@@ -123,11 +138,15 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f} to {max(values):.{digits}f}]"
 
 
-def row_of(label: str, result: dict) -> str:
-    seconds, peak = result["seconds"], result["peak"]
+def row_of(label: str, result: dict | None, missing: str = "") -> str:
+    """A line of the table: {"seconds": ..., "peak": ...}, the peak where it was measured; None = not installed."""
+    if result is None:
+        return f"| {label} | {missing} is not installed here |" + " |" * 5
+    seconds, peak = result["seconds"], result.get("peak")
     ratios = [a / b for a, b in zip(seconds["peer"], seconds["ours"], strict=True)]
-    cells = [label, spread(seconds["peer"]), spread(seconds["ours"]), f"**{spread(ratios)}**"]
-    cells += [f"{peak[name] / 2**20:,.0f}" for name in ("peer", "ours")] + [f"{peak['ours'] / peak['peer']:.2f}"]
+    cells = [label, spread(seconds["peer"]), spread(seconds["ours"]), f"**{spread(ratios)}**", "", "", ""]
+    if peak:
+        cells[4:] = [f"{peak[name] / 2**20:,.0f}" for name in ("peer", "ours")] + [f"{peak['ours'] / peak['peer']:.2f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -140,8 +159,7 @@ def machine() -> str:
 
 
 def bandwidth() -> float:
-    """Bytes a second that copying a large tensor reads and writes, on the GPU or with two CPU threads."""
-    torch.set_num_threads(2)
+    """Bytes a second that copying a large tensor reads and writes, on the GPU or with the sides' CPU threads."""
     source = torch.ones(2**28 if DEVICE == "cuda" else 2**26, device=DEVICE)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
@@ -164,33 +182,45 @@ def sampling_bound(case: Case, seconds: float) -> str:
     return f"our sampling: {tokens / seconds:,.0f} tokens/s, prefill included, {share} {speed}"
 
 
+def rows(bench: Bench):
+    """Yields (label, result of both sides or None, what is missing then), in the table's order."""
+    for label, peer, ours, case in cases_of(bench):
+        if peer == "trl_step" and not find_spec("trl"):
+            yield label, None, "TRL"
+        else:
+            yield label, compare(peer, ours, case, bench.repeats if case == standard_of(bench) else short(bench)), ""
+    if "rewards" in bench.cases:
+        import reward_pass  # here, as it needs the packages
+
+        for label, seconds in reward_pass.results(BertConfig(), short(bench), DEVICE):
+            yield label, seconds and {"seconds": seconds}, "the package"
+
+
 def main(bench: Bench) -> None:
+    torch.set_num_threads(Case.threads)
     names = ("torch", "transformers", "peft", *(("trl",) if find_spec("trl") else ()))
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     title = {"mini": "LLaVA-mini", "7b": "LLaVA-Med-7B geometry, random weights"}[bench.size]
-    head = [f"# {title}: speed and memory", "",
-            f"{machine()}; {versions}; {bench.repeats} repeats of each side, in turn, after a warm-up of each.", "",
-            "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
-    print("\n".join(head), flush=True)
-    lines, results, notes = head, [], []
-    for label, peer, ours, case in cases_of(bench):
-        if peer == "trl_step" and not find_spec("trl"):
-            lines.append(f"| {label} | TRL is not installed here |" + " |" * 5)
-            print(lines[-1], flush=True)
-            continue
-        results.append({"label": label, "peer": peer} | compare(peer, ours, case, bench.repeats))
-        lines.append(row_of(label, results[-1]))
+    lines = [f"# {title}: speed and memory", "",
+             f"{machine()}; {versions}; {bench.repeats} repeats of each side, in turn, after a warm-up of each; "
+             f"rewards and rows with another G or length: {short(bench)}. Median and range.", "",
+             "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    print("\n".join(lines), flush=True)
+    results, notes, path = [], [], HERE / "results" / bench.size
+    path.parent.mkdir(exist_ok=True)
+    for label, result, missing in rows(bench):
+        lines.append(row_of(label, result, missing))
         print(lines[-1], flush=True)
-        if ours == "our_sampling":
-            notes.append(sampling_bound(case, statistics.median(results[-1]["seconds"]["ours"])))
-    print("\n".join(["", *notes]))
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    text = "\n".join([*lines, "", *notes, "", f"The standard case: {asdict(cases_of(bench)[0][3])}", "", SETTINGS])
-    (folder / f"{bench.size}.md").write_text(text + "\n", encoding="utf-8")
-    (folder / f"{bench.size}.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-    print(f"\nwritten: {folder / bench.size}.md and .json")
+        if result:
+            results.append({"label": label} | result)
+        if label == PAIRS["sampling"][2]:
+            notes.append(sampling_bound(standard_of(bench), statistics.median(result["seconds"]["ours"])))
+        # after every row: what has been measured survives a time limit
+        text = "\n".join([*lines, "", *notes, "", f"The standard case: {asdict(standard_of(bench))}", "", SETTINGS])
+        path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    print("\n".join(["", *notes, "", f"written: {path}.md and .json"]))
 
 
 if __name__ == "__main__":

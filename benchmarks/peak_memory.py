@@ -3,7 +3,8 @@
     python benchmarks/peak_memory.py
 
 Each row is a process of its own: the model is loaded, then one loss pass (forward and backward) or one sampling runs;
-its highest resident size less the size after loading is compared with `loss_bytes` or `sampling_bytes`.
+its highest resident size less the size after loading is compared with `loss_bytes` or `sampling_bytes`; to the latter
+comes the copy of the weights that the sampler makes on a CPU (lean.py).
 """
 
 import json
@@ -55,7 +56,9 @@ def measure(what: str, studies: int, group: int, length: int, image_tokens: int,
         u = uniforms([str(i) for i in range(studies)], 0, 0, group, length)
         sides.mark_memory()
         sample(model.eval(), inputs, rules, u, length, group)
-        return memory.sampling_bytes(shape_of("mini"), prefix, length, studies, group, 4), sides.peak_memory()
+        kept = [*base.model.language_model.layers.parameters(), *base.lm_head.parameters()]
+        copy = sum(p.numel() * p.element_size() for p in kept)  # lean.py's, on the CPU alone
+        return copy + memory.sampling_bytes(shape_of("mini"), prefix, length, studies, group, 4), sides.peak_memory()
     policy.set_trainable(model, trains)
     completions = torch.randint(20, 2000, (studies * group, length))
     model.train(checkpointing)

@@ -117,13 +117,19 @@ def test_checkpoint_and_bert_by_hub_name(folder, hub):
 
 
 def test_reward_pass_benchmark():
-    """Both sides agree (the benchmark checks it) and every row is there; sizes and times mean nothing here."""
+    """Both sides of every part agree (the benchmark stops where they do not); sizes and times mean nothing here."""
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    labels = reward_pass.chexbert_seconds(config, repeats=2, device="cpu")
-    assert [len(times) for times in labels.values()] == [2, 2, 2] and list(labels)[-1] == "CheXbert, ours"
-    assert [len(times) for times in reward_pass.bertscore_seconds(config, repeats=2, device="cpu").values()] == [2, 2]
-    rows = reward_pass.table({"package": [6.0, 4.0, 9.0], "ours": [1.0, 2.0, 3.0]})
-    assert rows == ["| package | 6.00 [4.00 to 9.00] | 3.00 [2.00 to 6.00] |", "| ours | 2.00 [1.00 to 3.00] |  |"]
+    rows = dict(reward_pass.results(config, repeats=1, device="cpu"))
+    assert len(rows) == 5 and all(len(rows[label]["peer"]) == len(rows[label]["ours"]) == 1 for label in rows)
+    *parts, together = rows.values()
+    assert together["ours"] == [pytest.approx(sum(part["ours"][0] for part in parts))]
+    with pytest.raises(SystemExit, match="wrong: the package and ours do not agree"):
+        reward_pass.measure(wrong, config, 1, "cpu")
+
+
+def wrong(*_):
+    """Two sides of a part that differ."""
+    return lambda c, r: [0.5] * len(c), lambda c, r: [0.6] * len(c)
 
 
 def package_labeller(folder):

@@ -1,6 +1,5 @@
 """RadGraph through the `radgraph` package, on tiny random archives in its real on-disk layout."""
 
-import json
 import os
 import shutil
 import tarfile
@@ -9,17 +8,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertTokenizer, ModernBertConfig, PreTrainedTokenizerFast
 
 import radgraph_package
 import rewards
+from benchmarks import radgraph_archive
 from config import Config, ScorerConfig
 from radgraph_package import PackageRadGraph
 
 torch.set_num_threads(1)
 package = pytest.importorskip("radgraph.radgraph")
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 REPORTS = [
     "Small left pleural effusion. The heart is enlarged.", "No pleural effusion or pneumothorax is seen.",
     "Opacity in the left base may represent pneumonia, 5% (new).", "Lungs are clear.", "Effusion",
@@ -27,63 +24,12 @@ REPORTS = [
     "Small right effusion with opacity. Left base is clear. The heart is enlarged. " * 4,
 ]  # fmt: skip
 WORDS = sorted({"a", "b"} | {word for text in REPORTS for word in text.lower().replace(".", " .").split()})
-NER = ["", *(f"Observation::{s}" for s in ("definitely present", "definitely absent", "uncertain")),
-       "Anatomy::definitely present"]  # fmt: skip
-
-
-def write_encoder(folder, modern: bool) -> None:
-    """Config and tokenizer of a tiny BERT or ModernBERT; its weights are in the archive."""
-    folder.mkdir()
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    if not modern:
-        (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
-        BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-        BertConfig(vocab_size=len(SPECIAL) + len(WORDS), initializer_range=0.5, **sizes).save_pretrained(folder)
-        return
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *letters])}, [], unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
-                            unk_token="[UNK]", mask_token="[MASK]").save_pretrained(folder)  # fmt: skip
-    ModernBertConfig(vocab_size=tokenizer.get_vocab_size(), pad_token_id=0, cls_token_id=2, sep_token_id=3,
-                     bos_token_id=2, eos_token_id=3, **sizes).save_pretrained(folder)  # fmt: skip
 
 
 def write_archive(home, model_type: str) -> None:
-    """`home`/<model type>/ with config.json, weights.th and vocabulary/, and its encoder in `home`/encoder."""
-    write_encoder(home / "encoder", model_type.startswith("modern"))
-    bert = {"type": "pretrained_transformer_mismatched", "model_name": str(home / "encoder"), "max_length": 24}
-    modules = {
-        "coref": {"spans_per_word": 0.3, "max_antecedents": 100, "coref_prop": 0},
-        "events": {"trigger_spans_per_word": 0.3, "argument_spans_per_word": 0.8,
-                   "loss_weights": {"trigger": 0.2, "arguments": 1.0}},
-        "ner": {}, "relation": {"spans_per_word": 0.5}}  # fmt: skip
-    model = {
-        "type": "dygie", "embedder": {"token_embedders": {"bert": bert}}, "initializer": {}, "module_initializer": {},
-        "modules": modules, "feature_size": 4, "max_span_width": 3, "target_task": "relation",
-        "feedforward_params": {"num_layers": 2, "hidden_dims": 16, "dropout": 0.4},
-        "loss_weights": {"ner": 0.2, "relation": 1.0, "coref": 0.0, "events": 0.0}}  # fmt: skip
-    reader = {"type": "dygie", "token_indexers": {"bert": bert}, "max_span_width": 3}
-    folder = home / model_type
-    (folder / "vocabulary").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"dataset_reader": reader, "model": model}))
-    (folder / "vocabulary" / "non_padded_namespaces.txt").write_text("*labels\n*tags")
-    (folder / "vocabulary" / f"{model_type}__ner_labels.txt").write_text("\n".join(NER))
-    relations = "modify\nlocated_at\nsuggestive_of"
-    (folder / "vocabulary" / f"{model_type}__relation_labels.txt").write_text(relations)
-    torch.save({}, folder / "weights.th")
-    radgraph_package.restore_tokenizer_methods()
-    with pytest.MonkeyPatch.context() as patch:  # the package builds its model; random weights are then saved
-        patch.setattr(package.dygie.DyGIE, "load_state_dict", lambda *args, **kwargs: None)
-        built = package.RadGraph(model_type=model_type, model_cache_dir=str(home), cuda=-1).model
-    torch.manual_seed(0)
-    for name, parameter in built.named_parameters():  # wide enough for several labels and relations
-        if "norm" not in name.lower():
-            torch.nn.init.normal_(parameter, std=0.0 if name.endswith("bias") else 1.0)
-    torch.save(built.state_dict(), folder / "weights.th")
+    """A tiny archive, its weights wide enough for several labels and relations."""
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    radgraph_archive.write_archive(home, model_type, WORDS, sizes=sizes)
 
 
 @pytest.fixture(scope="module", params=radgraph_package.MODEL_TYPES)

@@ -22,7 +22,7 @@ CHEXPERT_LABELS = (
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = range(4)  # CheXbert's classes; No Finding knows only the first two
 CACHED_TEXTS = 100_000  # texts kept per scorer; the one unused for longest goes first
-BATCH = 32  # texts per forward pass; few, so that those of like length share one and little is padding
+BATCH = 32  # pairs that BERTScore matches at a time
 
 
 def first_line(error: Exception) -> str:
@@ -59,6 +59,19 @@ def cached(cache: OrderedDict, texts: list[str], compute: Callable[[list[str]], 
 
 
 # ---------------------------------------------------------------------------------------------- CheXbert, Eq. 4
+
+
+def of_like_length(items: list, length: Callable, device: str | torch.device):
+    """Batches of a model's inputs, the longest first, each padded to at most 512 tokens in all, 16,384 on a GPU.
+
+    More overflow a CPU's cache, fewer starve a GPU. length(item): its tokens.
+    """
+    most = 512 if torch.device(device).type == "cpu" else 16_384
+    rest = sorted(items, key=length)
+    while rest:
+        n = max(1, most // max(1, length(rest[-1])))
+        yield rest[-n:]
+        del rest[-n:]
 
 
 class CheXbert(torch.nn.Module):
@@ -150,13 +163,9 @@ class Labeller:
     def classify(self, texts: list[str]) -> list[bytes]:
         """Class of each label as 14 bytes per text; texts of like length share a batch."""
         device = self.model.linear_heads[0].weight.device
-        tokens = 512 if device.type == "cpu" else 16_384  # of a batch: more overflow a CPU's cache, fewer starve a GPU
-        written = [text for text in texts if text]
+        written, found = [text for text in texts if text], {"": bytes(14)}
         ids = self.tokenizer(written, truncation=True, max_length=512)["input_ids"] if written else []
-        rest, found = sorted(zip(ids, written, strict=True), key=lambda row: len(row[0])), {"": bytes(14)}
-        while rest:
-            n = max(1, tokens // len(rest[-1][0]))
-            chunk, rest = rest[-n:], rest[:-n]
+        for chunk in of_like_length(list(zip(ids, written, strict=True)), lambda row: len(row[0]), device):
             batch = self.tokenizer.pad({"input_ids": [row for row, _ in chunk]}, return_tensors="pt").to(device)
             logits = self.model(batch["input_ids"], batch["attention_mask"])
             classes = torch.stack([head.argmax(dim=1) for head in logits], dim=1).cpu().numpy().astype(np.uint8)
@@ -182,9 +191,8 @@ def _token_states(scorer, texts: list[str], weight: dict, device) -> dict[str, t
     """Encoder states (T, D) and token weights (T,) of each text."""
     from bert_score.utils import get_bert_embedding
 
-    states, ordered = {}, sorted(set(texts), key=lambda text: (len(text), text))
-    for start in range(0, len(ordered), BATCH):
-        chunk = ordered[start : start + BATCH]
+    states = {}
+    for chunk in of_like_length(sorted(set(texts)), lambda text: len(text) // 4, device):  # letters of a token, about
         hidden, mask, weights = get_bert_embedding(chunk, scorer._model, scorer._tokenizer, weight, device=device)
         for text, row, w, n in zip(chunk, hidden, weights, mask.sum(dim=1), strict=True):
             states[text] = row[:n], w[:n]

@@ -207,7 +207,8 @@ def main(bench: Bench) -> None:
              "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     print("\n".join(lines), flush=True)
-    results, notes, path = [], [], HERE / "results" / bench.size
+    some = [] if bench.cases == Bench.cases else list(bench.cases)  # a part does not replace the whole table
+    results, notes, path = [], [], HERE / "results" / "-".join([bench.size, *some])
     path.parent.mkdir(exist_ok=True)
     for label, result, missing in rows(bench):
         lines.append(row_of(label, result, missing))

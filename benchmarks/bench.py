@@ -58,6 +58,10 @@ class Bench:
     """timed repeats of each side; where growth is shown, and of the rewards, 3 at most"""
 
 
+class SideFailed(Exception):
+    """A side ended before its time, for want of memory for example."""
+
+
 class Side:
     """A process that runs one side of a case when it is told to."""
 
@@ -72,7 +76,9 @@ class Side:
     def read(self, expect: str = "") -> str:
         line = self.process.stdout.readline().strip()
         if not line or expect and line != expect:
-            sys.exit(f"{' '.join(self.process.args[1:])} failed:\n{self.process.communicate()[1][-3000:]}")
+            errors = self.process.communicate()[1].rstrip()
+            print(f"{' '.join(self.process.args[1:])} failed:\n{errors[-3000:]}", file=sys.stderr)
+            raise SideFailed(f"{self.process.args[2]} failed: {errors.splitlines()[-1][:100] if errors else 'no word'}")
         return line
 
     def run(self) -> float:
@@ -101,11 +107,17 @@ def compare(peer: str, ours: str, case: Case, repeats: int) -> dict:
     """Seconds of both sides, repeat by repeat, and their peaks: in turn, but two 7B models would not fit at once."""
     names, seconds, peak = {"peer": peer, "ours": ours}, {"peer": [], "ours": []}, {}
     for together in [["peer", "ours"]] if case.size == "mini" else [["peer"], ["ours"]]:
-        sides = {name: Side(names[name], case) for name in together}
-        for _ in range(repeats):
-            for name, side in sides.items():
-                seconds[name].append(side.run())
-        peak |= {name: side.end() for name, side in sides.items()}
+        sides = {}
+        try:
+            for name in together:
+                sides[name] = Side(names[name], case)
+            for _ in range(repeats):
+                for name, side in sides.items():
+                    seconds[name].append(side.run())
+            peak |= {name: side.end() for name, side in sides.items()}
+        finally:
+            for side in sides.values():
+                side.process.kill()  # the one that is left when the other failed
     return {"case": asdict(case), "seconds": seconds, "peak": peak}
 
 
@@ -139,9 +151,9 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def row_of(label: str, result: dict | None, missing: str = "") -> str:
-    """A line of the table: {"seconds": ..., "peak": ...}, the peak where it was measured; None = not installed."""
+    """A line of the table: {"seconds": ..., "peak": ...}, the peak where it was measured; None: `missing` says why."""
     if result is None:
-        return f"| {label} | {missing} is not installed here |" + " |" * 5
+        return f"| {label} | {missing} |" + " |" * 5
     seconds, peak = result["seconds"], result.get("peak")
     ratios = [a / b for a, b in zip(seconds["peer"], seconds["ours"], strict=True)]
     cells = [label, spread(seconds["peer"]), spread(seconds["ours"]), f"**{spread(ratios)}**", "", "", ""]
@@ -183,17 +195,20 @@ def sampling_bound(case: Case, seconds: float) -> str:
 
 
 def rows(bench: Bench):
-    """Yields (label, result of both sides or None, what is missing then), in the table's order."""
+    """Yields (label, result of both sides or None, why there is none), in the table's order."""
     for label, peer, ours, case in cases_of(bench):
         if peer == "trl_step" and not find_spec("trl"):
-            yield label, None, "TRL"
-        else:
+            yield label, None, "TRL is not installed here"
+            continue
+        try:
             yield label, compare(peer, ours, case, bench.repeats if case == standard_of(bench) else short(bench)), ""
+        except SideFailed as error:
+            yield label, None, str(error)
     if "rewards" in bench.cases:
         import reward_pass  # here, as it needs the packages
 
         for label, seconds in reward_pass.results(BertConfig(), short(bench), DEVICE):
-            yield label, seconds and {"seconds": seconds}, "the package"
+            yield label, seconds and {"seconds": seconds}, "the package is not installed here"
 
 
 def main(bench: Bench) -> None:
@@ -202,8 +217,8 @@ def main(bench: Bench) -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     title = {"mini": "LLaVA-mini", "7b": "LLaVA-Med-7B geometry, random weights"}[bench.size]
     lines = [f"# {title}: speed and memory", "",
-             f"{machine()}; {versions}; {bench.repeats} repeats of each side, in turn, after a warm-up of each; "
-             f"rewards and rows with another G or length: {short(bench)}. Median and range.", "",
+             f"{machine()}; {versions}; {bench.repeats} repeats of the standard case, {short(bench)} of all else, "
+             f"both sides in turn after a warm-up of each; median and range.", "",
              "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     print("\n".join(lines), flush=True)
@@ -215,7 +230,7 @@ def main(bench: Bench) -> None:
         print(lines[-1], flush=True)
         if result:
             results.append({"label": label} | result)
-        if label == PAIRS["sampling"][2]:
+        if result and label == PAIRS["sampling"][2]:
             notes.append(sampling_bound(standard_of(bench), statistics.median(result["seconds"]["ours"])))
         # after every row: what has been measured survives a time limit
         text = "\n".join([*lines, "", *notes, "", f"The standard case: {asdict(standard_of(bench))}", "", SETTINGS])

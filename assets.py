@@ -31,7 +31,7 @@ import expert as expert_module
 import phantom
 from config import Config, parse
 from data import Study, batch_ids, load_studies, read_image, read_jsonl
-from model import encode_prompts
+from model import encode_prompts, prepare
 from rewards import wrap
 from runs import atomic_folder, lock
 from sft import sft_loss, text_logps
@@ -165,6 +165,7 @@ def build_base(cfg: Config, folder: Path) -> None:
     reports = [s.report for s in read_assets_data(cfg, "expert")[0]]
     tokenizer = policy_tokenizer(reports + texts + [f"USER: {cfg.data.prompt} ASSISTANT:"] * 100)
     processor, model = new_processor(tokenizer, cfg.phantom.image_size), new_llava(tokenizer, cfg.phantom.image_size)
+    prepare(model, cfg)
     f1, held = train_tower(cfg, model.model.vision_tower, images, labels), held_out(len(studies))
     model.model.vision_tower.requires_grad_(False)
     prompt = encode_prompts(processor, [read_image(studies[0].image)], cfg.data.prompt, "cpu")  # batch 1

@@ -51,7 +51,10 @@ def run_layers(base, embeds: Tensor, positions: Tensor, plan) -> Tensor:
     """Hidden states (rows, t, D) of the language model for token embeddings (rows, t, D), attending as `plan` says.
 
     positions: (rows, t), or (3, rows, t) under mRoPE. The 4-D mask only keeps transformers from making one of its own.
+    Raises ValueError for a model that would not ask the plan: every token would see every other.
     """
+    if base.model.language_model.config._attn_implementation != NAME:
+        raise ValueError(f"the language model does not attend as '{NAME}': call model.prepare on it first")
     unused = embeds.new_zeros(1, 1, 1, 1)
     return base.model.language_model(
         inputs_embeds=embeds, position_ids=positions, attention_mask=unused, use_cache=False, plan=plan

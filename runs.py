@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from config import Config, to_dict
+from data import Study
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = ("stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp",
@@ -122,6 +124,12 @@ def adapter_state(adapter: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def adapter_folder(path: str) -> Path:
+    """The adapter folder that `init_from` names, itself or the stage folder around it."""
+    inside = Path(path) / "adapter"
+    return inside if inside.is_dir() else Path(path)
+
+
 class Log:
     """metrics.jsonl, samples.jsonl and TensorBoard of one stage; does nothing on processes other than the first."""
 
@@ -158,3 +166,21 @@ def keep_rows(path: Path, last_k: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         write_text(path, "".join(line for line in lines if json.loads(line)["k"] <= last_k))
+
+
+def average(parts: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Mean of each metric over all studies of all processes."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    values = {name: [v for part in parts for v in part.get(name, [])] for name in names}
+    return {name: sum(v) / len(v) for name, v in values.items()}
+
+
+def sample_record(
+    batch: list[Study], outputs: list[list[str]], rewards: Tensor, parts: dict[str, Tensor], k: int
+) -> dict:
+    """The first study's candidates with every reward."""
+    rows = [
+        {"text": text, "reward": rewards[0, i].item()} | {name: values[0, i].item() for name, values in parts.items()}
+        for i, text in enumerate(outputs[0])
+    ]
+    return {"k": k, "id": batch[0].id, "reference": batch[0].report, "candidates": rows}

@@ -42,7 +42,18 @@ from model import (
 )
 from rewards import Scorers, compute_rewards, format_reward, load_scorers, readable, wrap
 from rollout import Rollout, generate_split, rollout
-from runs import Log, adapter_state, claim_folder, load_checkpoint, lock, save_adapter, save_checkpoint
+from runs import (
+    Log,
+    adapter_folder,
+    adapter_state,
+    average,
+    claim_folder,
+    load_checkpoint,
+    lock,
+    sample_record,
+    save_adapter,
+    save_checkpoint,
+)
 from sft import sft_loss, text_logps
 
 FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}
@@ -189,24 +200,6 @@ def group_metrics(out: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> di
     return metrics | {name: x.view(rewards.shape).mean(dim=1).tolist() for name, x in per_row.items()}
 
 
-def average(parts: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Mean of each metric over all studies of all processes."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    values = {name: [v for part in parts for v in part.get(name, [])] for name in names}
-    return {name: sum(v) / len(v) for name, v in values.items()}
-
-
-def sample_record(
-    batch: list[Study], outputs: list[list[str]], rewards: Tensor, parts: dict[str, Tensor], k: int
-) -> dict:
-    """The first study's candidates with every reward."""
-    rows = [
-        {"text": text, "reward": rewards[0, i].item()} | {name: values[0, i].item() for name, values in parts.items()}
-        for i, text in enumerate(outputs[0])
-    ]
-    return {"k": k, "id": batch[0].id, "reference": batch[0].report, "candidates": rows}
-
-
 def require_finite(logps: Tensor, batch: list[Study]) -> None:
     """Stop with the name of the first study whose log-probs (N, T) are not finite; N is a multiple of the studies."""
     bad = (~torch.isfinite(logps).all(dim=1)).nonzero().flatten()
@@ -293,12 +286,6 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
     if rank == 0:
         save_adapter(folder, t.model, {"stage": stage, "k": k0 + steps if stage else 0, "seed": cfg.seed})
     parallel.barrier()
-
-
-def adapter_folder(path: str) -> Path:
-    """The adapter folder that `init_from` names, itself or the stage folder around it."""
-    inside = Path(path) / "adapter"
-    return inside if inside.is_dir() else Path(path)
 
 
 def train(cfg: Config) -> None:

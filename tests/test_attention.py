@@ -252,3 +252,11 @@ def test_without_a_plan_the_models_are_transformers_own(family):
     ours = base(**inputs).logits
     base.model.language_model.set_attn_implementation("sdpa")
     assert torch.equal(base(**inputs).logits, ours)
+
+
+def test_a_model_that_would_not_ask_the_plan_is_refused(family):
+    """Under transformers' own attention the 4-D mask of run_layers would let every token see every other."""
+    model, *given = load(*family, "language")
+    get_base(model).model.language_model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="does not attend as 'shared_prefix': call model.prepare"):
+        completion_logps(model, *given)

@@ -24,7 +24,6 @@ import torch
 import tyro
 from llava_mini import shape_of
 from sides import DEVICE, Case, clock
-from transformers import BertConfig
 
 HERE = Path(__file__).parent
 PAIRS = {  # case -> peer, ours, what it is
@@ -38,14 +37,17 @@ GROWTH = [
     ("prompt", {"image_tokens": 64}, "64 image tokens"),
     ("prompt", {"views": 2}, "1152 image tokens"),
 ]
+REWARDS = {"CheXbert": "f1chexbert", "RadGraph": "radgraph", "BERTScore": "bert_score",
+           "BLEU-4 and ROUGE-L": "sacrebleu"}  # fmt: skip
+SIDES = ("peer", "ours")
 SETTINGS = """\
 Both sides: the same random weights, images, prompt and reward function; LoRA r 16 on q, k, v, o; KL on; AdamW,
 learning rate 1e-6; one update per rollout; exactly T new tokens (EOS is barred until then); temperature 1, no
 truncation. TRL: per_device_train_batch_size = B x G, num_generations = G, beta 0.04, gradient_checkpointing off
 unless said (faster; its default is on), bf16 for 7b, transformers' generation, everything else its default. Ours:
 micro_batch = B. Peak memory: on the CPU the highest resident size less the size after loading, on a GPU all that was
-allocated. Reward pass: as many pairs, random weights of BERT-base size, both sides in one process; the
-packages have their models loaded and get one pair a call; ours knows the references from earlier updates."""
+allocated. Reward pass: as many pairs, random weights of BERT-base size; the packages have their models loaded and get
+one pair a call; ours knows the references from earlier updates."""
 
 
 @dataclass
@@ -143,6 +145,9 @@ def cases_of(bench: Bench) -> list[tuple[str, str, str, Case]]:
     for what, change, label in GROWTH:
         if what in bench.cases:
             rows += [(f"{SHORT[name]}, {label}", *PAIRS[name][:2], replace(standard, **change)) for name in PAIRS]
+    for part, package in REWARDS.items() if "rewards" in bench.cases else ():
+        label = f"reward pass, {part}: {package} pair by pair / ours"
+        rows.append((label, "package_rewards", "our_rewards", replace(standard, reward=part)))
     return rows
 
 
@@ -151,14 +156,14 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def row_of(label: str, result: dict | None, missing: str = "") -> str:
-    """A line of the table: {"seconds": ..., "peak": ...}, the peak where it was measured; None: `missing` says why."""
+    """A line of the table for {"seconds": ..., "peak": ...} of both sides; None: `missing` says why."""
     if result is None:
         return f"| {label} | {missing} |" + " |" * 5
-    seconds, peak = result["seconds"], result.get("peak")
+    seconds, peak = result["seconds"], result["peak"]
     ratios = [a / b for a, b in zip(seconds["peer"], seconds["ours"], strict=True)]
-    cells = [label, spread(seconds["peer"]), spread(seconds["ours"]), f"**{spread(ratios)}**", "", "", ""]
-    if peak:
-        cells[4:] = [f"{peak[name] / 2**20:,.0f}" for name in ("peer", "ours")] + [f"{peak['ours'] / peak['peer']:.2f}"]
+    cells = [label, *(spread(seconds[name]) for name in SIDES), f"**{spread(ratios)}**"]
+    cells += [f"{peak[name] / 2**20:,.0f}" for name in SIDES]
+    cells.append(f"{peak['ours'] / peak['peer']:.2f}" if peak["peer"] else "")
     return f"| {' | '.join(cells)} |"
 
 
@@ -196,19 +201,22 @@ def sampling_bound(case: Case, seconds: float) -> str:
 
 def rows(bench: Bench):
     """Yields (label, result of both sides or None, why there is none), in the table's order."""
+    rewards = []
     for label, peer, ours, case in cases_of(bench):
-        if peer == "trl_step" and not find_spec("trl"):
-            yield label, None, "TRL is not installed here"
+        package = {"trl_step": "trl", "package_rewards": REWARDS.get(case.reward)}.get(peer)
+        if package and not find_spec(package):
+            yield label, None, f"{package} is not installed here"
             continue
         try:
-            yield label, compare(peer, ours, case, bench.repeats if case == standard_of(bench) else short(bench)), ""
+            result = compare(peer, ours, case, bench.repeats if case == standard_of(bench) else short(bench))
+            rewards += [result] * bool(case.reward)
+            yield label, result, ""
         except SideFailed as error:
             yield label, None, str(error)
-    if "rewards" in bench.cases:
-        import reward_pass  # here, as it needs the packages
-
-        for label, seconds in reward_pass.results(BertConfig(), short(bench), DEVICE):
-            yield label, seconds and {"seconds": seconds}, "the package is not installed here"
+    if rewards:
+        seconds = {name: [sum(x) for x in zip(*(r["seconds"][name] for r in rewards), strict=True)] for name in SIDES}
+        peak = {name: max(r["peak"][name] for r in rewards) for name in SIDES}
+        yield "reward pass, the above together", {"seconds": seconds, "peak": peak}, ""
 
 
 def main(bench: Bench) -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/bench.py --cases rewards
 
-CheXbert, RadGraph and BERTScore over random weights of BERT-base size, the same on both sides; that both sides agree is
-checked in the warm-up. The packages get a pair at a time, their models loaded: f1chexbert labels candidate and
+CheXbert, RadGraph and BERTScore over random weights of BERT-base size, the same on both sides; tests/test_clinical.py
+holds that both agree. The packages get a pair at a time, their models loaded: f1chexbert labels candidate and
 reference, radgraph annotates both, bert-score encodes both. Ours, as `rewards.text_components` calls it, has read each
 reference once, and reads the candidates in batches where the package allows it. BLEU-4 and ROUGE-L take a pair at a
 time on both sides. Candidates are new in every repeat.
@@ -11,9 +11,7 @@ time on both sides. Candidates are new in every repeat.
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -112,40 +110,21 @@ def lexical(*_) -> tuple[Score, Score]:
     return lambda candidates, references: [ours([c], [r])[0] for c, r in zip(candidates, references, strict=True)], ours
 
 
-PARTS = {  # what -> (package, both sides)
-    "CheXbert: f1chexbert": ("f1chexbert", chexbert),
-    "RadGraph: radgraph": ("radgraph", radgraph),
-    "BERTScore: bert-score": ("bert_score", bertscore),
-    "BLEU-4 and ROUGE-L: sacrebleu and rouge-score": ("sacrebleu", lexical),
-}
+PARTS = {"CheXbert": chexbert, "RadGraph": radgraph, "BERTScore": bertscore, "BLEU-4 and ROUGE-L": lexical}
 
 
-def measure(part: Callable, config: BertConfig, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each repeat, both sides in turn: {"peer": [...], "ours": [...]}."""
-    texts = report_texts(STUDIES + (repeats + 1) * STUDIES * GROUP)
+def both_sides(part: str, config: BertConfig, passes: int, device: str):
+    """(the package's side, ours, the references (N), the candidates [passes][N]) of one of PARTS."""
+    texts = report_texts(STUDIES + passes * STUDIES * GROUP)
     references = [text for text in texts[:STUDIES] for _ in range(GROUP)]
-    passes = [texts[i : i + len(references)] for i in range(STUDIES, len(texts), len(references))]
+    candidates = [texts[i : i + len(references)] for i in range(STUDIES, len(texts), len(references))]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        peer, ours = part(config, texts, Path(folder), device)
-        warm_up = passes.pop()
-        if max(abs(a - b) for a, b in zip(ours(warm_up, references), peer(warm_up, references), strict=True)) > 1e-4:
-            sys.exit(f"{part.__name__}: the package and ours do not agree")
-        seconds = {"peer": [], "ours": []}
-        for candidates in passes:
-            for name, side in (("peer", peer), ("ours", ours)):
-                start = time.perf_counter()
-                side(candidates, references)  # ends with numbers on the CPU, so a GPU has finished by then
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+        return *PARTS[part](config, texts, Path(folder), device), references, candidates
 
 
-def results(config: BertConfig, repeats: int, device: str):
-    """Yields (label, seconds of both sides, or None where the package is not installed), the whole pass at the end."""
-    total = {"peer": [0.0] * repeats, "ours": [0.0] * repeats}
-    for label, (package, part) in PARTS.items():
-        seconds = measure(part, config, repeats, device) if find_spec(package) else None
-        yield f"reward pass, {label}, pair by pair / ours", seconds
-        for name in total if seconds else ():
-            total[name] = [a + b for a, b in zip(total[name], seconds[name], strict=True)]
-    yield "reward pass, the above together", total
+def one_side(part: str, ours: bool, device: str, passes: int = 12) -> Callable[[], None]:
+    """A side of a part at BERT-base size, for sides.py: each call scores new candidates, `passes` times at most."""
+    *sides, references, candidates = both_sides(part, BertConfig(), passes, device)
+    left = iter(candidates)
+    return lambda: sides[ours](next(left), references)

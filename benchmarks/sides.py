@@ -48,6 +48,8 @@ class Case:
     """images of a study"""
     checkpointing: bool = False
     """gradient checkpointing, on both sides"""
+    reward: str = ""
+    """of the reward pass: which of reward_pass.PARTS"""
     threads: int = 2
     """CPU threads"""
 
@@ -229,6 +231,20 @@ def plain_loss(case: Case) -> Callable[[], None]:
     return run
 
 
+def our_rewards(case: Case) -> Callable[[], None]:
+    """One part of the reward pass."""
+    from reward_pass import one_side  # here, as it needs the packages
+
+    return one_side(case.reward, True, DEVICE)
+
+
+def package_rewards(case: Case) -> Callable[[], None]:
+    """The same by the package, pair by pair."""
+    from reward_pass import one_side
+
+    return one_side(case.reward, False, DEVICE)
+
+
 # ------------------------------------------------------------------------------------------------------- the protocol
 
 
@@ -275,7 +291,8 @@ def told_to_go() -> bool:
     return sys.stdin.readline().strip() == "go"
 
 
-SIDES = {f.__name__: f for f in (our_step, trl_step, our_sampling, generate, our_loss, plain_loss)}
+FUNCTIONS = (our_step, trl_step, our_sampling, generate, our_loss, plain_loss, our_rewards, package_rewards)
+SIDES = {f.__name__: f for f in FUNCTIONS}
 
 
 def main(side: str, case: Case) -> None:

@@ -116,20 +116,13 @@ def test_checkpoint_and_bert_by_hub_name(folder, hub):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_reward_pass_benchmark():
-    """Both sides of every part agree (the benchmark stops where they do not); sizes and times mean nothing here."""
+@pytest.mark.parametrize("part", reward_pass.PARTS)
+def test_both_sides_of_the_reward_benchmark_agree(part):
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    rows = dict(reward_pass.results(config, repeats=1, device="cpu"))
-    assert len(rows) == 5 and all(len(rows[label]["peer"]) == len(rows[label]["ours"]) == 1 for label in rows)
-    *parts, together = rows.values()
-    assert together["ours"] == [pytest.approx(sum(part["ours"][0] for part in parts))]
-    with pytest.raises(SystemExit, match="wrong: the package and ours do not agree"):
-        reward_pass.measure(wrong, config, 1, "cpu")
-
-
-def wrong(*_):
-    """Two sides of a part that differ."""
-    return lambda c, r: [0.5] * len(c), lambda c, r: [0.6] * len(c)
+    package, ours, references, passes = reward_pass.both_sides(part, config, 2, "cpu")
+    assert len(passes) == 2 and not set(passes[0]) & set(passes[1]) and len(passes[0]) == len(references) == 16
+    for candidates in passes:
+        assert ours(candidates, references) == pytest.approx(package(candidates, references), abs=1e-4)
 
 
 def package_labeller(folder):

@@ -48,11 +48,11 @@ def lean_layers(base):
             [name] = layer.active_adapters
             small |= {id(part) for part in layer.modules()}  # they come after it
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
-            base = layer.base_layer
-            if can_be_packed(base):
-                layer.forward = packed(torch.addmm(base.weight, b, a), base.bias)
+            frozen = layer.base_layer
+            if can_be_packed(frozen):
+                layer.forward = packed(torch.addmm(frozen.weight, b, a), frozen.bias)
             else:
-                layer.forward = partial(lora_linear, base, a.T, b.T)
+                layer.forward = partial(lora_linear, frozen, a.T, b.T)
             changed.append(layer)
         elif isinstance(layer, Linear) and id(layer) not in small and can_be_packed(layer):
             layer.forward = packed(layer.weight, layer.bias)

@@ -1,6 +1,6 @@
 """Ours against TRL, `generate` and plain forwards on the same work, in turn, in one run: `make bench`.
 
-    python benchmarks/bench.py                     LLaVA-mini on the CPU (50 minutes on two cores)
+    python benchmarks/bench.py                     LLaVA-mini on the CPU (40 minutes on two cores)
     python benchmarks/bench.py --size 7b           LLaVA-Med's geometry on a GPU
     python benchmarks/bench.py --cases step --repeats 3
 
@@ -9,12 +9,14 @@ load of the machine: one repeat here, one there. A ratio is of such neighbours; 
 ratios and their range, and each side's peak memory beside the loaded model. Written to benchmarks/results/.
 """
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -55,9 +57,10 @@ class Bench:
     size: str = "mini"
     """mini or 7b (sides.py)"""
     cases: tuple[str, ...] = ("step", "sampling", "loss", "rewards", "group", "prompt")
-    """step, sampling, loss: the standard case; group, prompt: how each grows with G and with the image tokens"""
+    """step, sampling, loss: the standard case; group, prompt: how each grows with G and with the image tokens; rewards:
+    against their packages"""
     repeats: int = 5
-    """timed repeats of each side; where growth is shown, and of the rewards, 3 at most"""
+    """timed repeats of each side in the standard case; of all else 3 at most"""
 
 
 class SideFailed(Exception):
@@ -69,16 +72,19 @@ class Side:
 
     def __init__(self, name: str, case: Case):
         flags = [word for key, value in asdict(case).items() for word in flag(key, value)]
+        self.errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up and stop the process
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "sides.py"), name, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"},
+            stderr=self.errors, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"},
         )  # fmt: skip
         self.read("ready")
 
     def read(self, expect: str = "") -> str:
         line = self.process.stdout.readline().strip()
         if not line or expect and line != expect:
-            errors = self.process.communicate()[1].rstrip()
+            self.process.communicate()
+            self.errors.seek(0)
+            errors = self.errors.read().rstrip()
             print(f"{' '.join(self.process.args[1:])} failed:\n{errors[-3000:]}", file=sys.stderr)
             raise SideFailed(f"{self.process.args[2]} failed: {errors.splitlines()[-1][:100] if errors else 'no word'}")
         return line
@@ -96,8 +102,9 @@ class Side:
         return peak
 
     def tell(self, word: str) -> None:
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the read that follows says why
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
 
 
 def flag(key: str, value) -> list[str]:

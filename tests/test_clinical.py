@@ -116,6 +116,14 @@ def test_checkpoint_and_bert_by_hub_name(folder, hub):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_batches_stay_within_a_cpus_cache():
+    lengths = [100, 300, 50, 200, 900]
+    batches = list(clinical.of_like_length(lengths, lambda n: n, "cpu"))  # 512 // the longest of the rest
+    assert batches == [[900], [300], [100, 200], [50]]
+    assert list(clinical.of_like_length(lengths, lambda n: n, "cuda")) == [sorted(lengths)]
+    assert list(clinical.of_like_length([0, 0], lambda n: n, "cpu")) == [[0, 0]] and lengths[0] == 100
+
+
 @pytest.mark.parametrize("part", reward_pass.PARTS)
 def test_both_sides_of_the_reward_benchmark_agree(part):
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)

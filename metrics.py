@@ -39,7 +39,7 @@ METEOR_WEIGHTS = (1.0, 0.6, 0.8, 0.6)
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-cased words and single punctuation marks: "No XXXX-ray, 1.5 cm." -> no xxxx - ray , 1 . 5 cm ."""
+    """Lower-cased words and single punctuation marks: "No X-ray, 1.5 cm." -> no x - ray , 1 . 5 cm ."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 

@@ -14,13 +14,13 @@ BENCH := .venv-bench
 .PHONY: demo smoke seeds bench test test-slow lint clean
 
 demo: $(READY)
-	$(PY) demo.py $(FLAGS)
+	$(PY) -m evidence.demo $(FLAGS)
 
 smoke: $(READY)
-	$(PY) demo.py --config configs/smoke.toml $(FLAGS)
+	$(PY) -m evidence.demo --config configs/smoke.toml $(FLAGS)
 
 seeds: $(READY)
-	$(PY) seeds.py --seeds $(SEEDS) $(FLAGS)
+	$(PY) -m evidence.sweep --seeds $(SEEDS) $(FLAGS)
 
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/bench.py $(FLAGS)

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from phantom import PhantomConfig
+from phantom.world import PhantomConfig
 
 
 @dataclass

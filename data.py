@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_files import read_jsonl as read_jsonl  # the loader's users read their files here
-from images import check_image
-from images import read_image as read_image
-from iu_xray import kaggle_rows, openi_rows, r2gen_rows
-from mimic import chexpert_line, mimic_rows
+from formats.files import read_jsonl as read_jsonl  # the loader's users read their files here
+from formats.images import check_image
+from formats.images import read_image as read_image
+from formats.iu_xray import kaggle_rows, openi_rows, r2gen_rows
+from formats.mimic import chexpert_line, mimic_rows
 
 SECTIONS = ("findings", "impression")
 ROWS = {"r2gen": r2gen_rows, "openi": openi_rows, "kaggle": kaggle_rows, "mimic": mimic_rows}
@@ -204,8 +204,8 @@ def load_tokenizer(path: str):
 
 
 def main() -> None:
-    from assets import resolve  # here, because assets.py itself reads studies through this module
     from config import parse
+    from phantom.assets import resolve  # here, because assets.py itself reads studies through this module
 
     try:
         cfg = resolve(parse(description="Print a card of a data set."), ("data",))

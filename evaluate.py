@@ -28,22 +28,21 @@ import numpy as np
 import torch
 import tyro
 
-import metrics
-import parallel
-import phantom
-import reader
 import rewards
-from assets import resolve
-from clinical import CHEXPERT_LABELS
-from compare import compare
 from config import Config, check, merge, parse, to_dict
 from data import load_studies, read_image, read_jsonl, target_text
-from green import load_green
+from evidence import metrics, reader
+from evidence.compare import compare
+from evidence.tables import finish, save
 from model import load_policy, pick_device
-from ratescore_runner import load_ratescore
+from phantom import world as phantom
+from phantom.assets import resolve
 from rollout import generate_reports, generate_split
-from runs import write_text
-from tables import finish, save
+from running import parallel
+from running.folder import write_text
+from scorers.clinical import CHEXPERT_LABELS
+from scorers.green import load_green
+from scorers.ratescore import load_ratescore
 
 # what many a normal report of a real collection says; says nothing about the image
 GENERIC_TEMPLATE = (

@@ -23,11 +23,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import attention
-import parallel
-from attention import Decoding, pack, run_layers
 from config import Config
-from families import PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
+from running import parallel
+from vlm import attention
+from vlm.attention import Decoding, pack, run_layers
+from vlm.families import PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
 
 LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
 

@@ -22,9 +22,9 @@ import sacrebleu
 import torch
 from torch import Tensor
 
-import clinical
-import expert as expert_module
 from config import Config, RewardConfig
+from scorers import clinical
+from scorers import expert as expert_module
 
 OPEN, CLOSE = "<report>", "</report>"
 
@@ -133,7 +133,7 @@ def load_scorers(cfg: Config, device="cpu", with_expert: bool = True) -> Scorers
     if s.radgraph == "rules":
         radgraph = clinical.RuleRadGraph(s.radgraph_level)
     else:
-        from radgraph_package import PackageRadGraph  # here, as it brings all of AllenNLP: seconds
+        from scorers.radgraph_model import PackageRadGraph  # here, as it brings all of AllenNLP: seconds
 
         radgraph = PackageRadGraph(s.radgraph, s.radgraph_dir, s.radgraph_level, device)
     bertscore = clinical.load_bertscore(s.bertscore, s.bertscore_layer, device, s.bertscore_baseline)

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import parallel
 from config import Config
 from data import Study, read_views
-from families import encode_images
-from lean import lean_layers
 from model import (
     SamplingRules,
     encode_prompts,
@@ -29,6 +26,9 @@ from model import (
     report_start,
     sampling_rules,
 )
+from running import parallel
+from vlm.families import encode_images
+from vlm.fast_linear import lean_layers
 
 SHRINK = 0.8  # finished reports leave the batch when fewer than this share of it are still being written
 

@@ -19,15 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import metrics
-import parallel
-import preflight
-import reader
-from assets import NAMES, resolve
 from config import Config, parse
 from data import Study, batch_ids, load_studies, read_views
+from evidence import metrics, reader
 from grpo import group_advantages, grpo_loss
-from lean import lean_layers
 from model import (
     add_reference,
     completion_logps,
@@ -40,9 +35,11 @@ from model import (
     set_trainable,
     use_reference,
 )
+from phantom.assets import NAMES, resolve
 from rewards import Scorers, compute_rewards, format_reward, load_scorers, readable, wrap
 from rollout import Rollout, generate_split, rollout
-from runs import (
+from running import parallel, preflight
+from running.folder import (
     Log,
     adapter_folder,
     adapter_state,
@@ -55,6 +52,7 @@ from runs import (
     save_checkpoint,
 )
 from sft import sft_loss, text_logps
+from vlm.fast_linear import lean_layers
 
 FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}
 HIGH_KL = 0.25  # nats per token; beyond it reward hacking was seen (two IMPRESSION sections in one report)

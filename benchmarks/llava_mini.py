@@ -25,7 +25,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from memory import Shape  # noqa: E402
+from running.memory import Shape  # noqa: E402
 
 PROMPT = "USER: describe the chest radiograph in a report with findings and impression ASSISTANT:"
 CHAT = "<s>{% for m in messages %}{% for c in m['content'] %}"

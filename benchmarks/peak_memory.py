@@ -22,10 +22,10 @@ import sides  # noqa: E402
 from llava_mini import build, lora_config, pictures, shape_of  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 
-import memory  # noqa: E402
 import model as policy  # noqa: E402
 from config import Config, ModelConfig  # noqa: E402
 from rollout import sample, uniforms  # noqa: E402
+from running import memory  # noqa: E402
 
 ROWS = [  # what, studies, candidates, tokens, image tokens, part that trains, gradient checkpointing
     ("loss", 2, 8, 64, 576, "language", False),

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertTokenizer, ModernBertConfig, PreTrainedTokenizerFast
 
-from radgraph_package import restore_tokenizer_methods
+from scorers.radgraph_model import restore_tokenizer_methods
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ENTITIES = ["", *(f"Observation::{s}" for s in ("definitely present", "definitely absent", "uncertain")),

@@ -19,10 +19,10 @@ from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import clinical  # noqa: E402
-import phantom  # noqa: E402
 import rewards  # noqa: E402
-import tiny_models  # noqa: E402
+from phantom import models as tiny_models  # noqa: E402
+from phantom import world as phantom  # noqa: E402
+from scorers import clinical  # noqa: E402
 
 STUDIES, GROUP = 2, 8
 Score = Callable[[list[str], list[str]], list[float]]  # candidates, references -> a score for each pair
@@ -67,7 +67,7 @@ def radgraph(config: BertConfig, texts: list[str], folder: Path, device: str) ->
     from radgraph.radgraph import F1RadGraph
 
     from benchmarks.radgraph_archive import write_archive
-    from radgraph_package import PackageRadGraph
+    from scorers.radgraph_model import PackageRadGraph
 
     words = sorted({word for text in texts for word in text.lower().replace(".", " .").replace(",", " ,").split()})
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

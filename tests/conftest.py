@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import assets
-import tiny_models
 from config import (
     AssetsConfig,
     Config,
@@ -29,7 +27,9 @@ from config import (
     StageConfig,
 )
 from model import load_policy
-from phantom import PhantomConfig
+from phantom import assets
+from phantom import models as tiny_models
+from phantom.world import PhantomConfig
 
 torch.set_num_threads(1)
 

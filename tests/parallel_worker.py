@@ -14,12 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import parallel
 import train
 from config import Config, GRPOConfig, ModelConfig, RolloutConfig
 from data import Study
 from model import add_reference, disable_dropout, load_policy, set_trainable
 from rollout import generate_split
+from running import parallel
 
 
 def rewards_of(outputs, references, images, ids, scorers, cfg, k, stage):

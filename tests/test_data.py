@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import data
-import data_files
+from formats import files as data_files
 
 SHARED = Path(os.environ.get("VALOR_SHARED", Path(__file__).parents[2] / "shared" / "data"))
 REPORT = "FINDINGS: The heart is large. IMPRESSION: Cardiomegaly."

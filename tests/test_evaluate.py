@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import evaluate
-import tables
 from config import to_dict
 from evaluate import EvalRun
+from evidence import tables
 
 # what the stand-in policy says of a study, and what is in its image
 STUDIES = {

@@ -156,7 +156,7 @@ def test_the_sweep_over_seeds_ends_in_tables_and_figures(whole, tmp_path):
     """Every arm for two seeds, killed on the way and started again."""
     cwd = new_folder(tmp_path, "sweep")
     shutil.copytree(whole / "assets", cwd / "assets")
-    words = [sys.executable, str(ROOT / "seeds.py"), "--config", str(cwd / "micro.toml"), "--seeds", "0", "1"]
+    words = [sys.executable, "-m", "evidence.sweep", "--config", str(cwd / "micro.toml"), "--seeds", "0", "1"]
     words += ["--sft.steps", "30", "--stage1.steps", "3", "--stage2.steps", "2", "--eval.samples", "1"]
     process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 300

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import phantom
 import train
-from assets import resolve
 from data import load_studies
 from model import get_base, load_policy
+from phantom import world as phantom
+from phantom.assets import resolve
 from rewards import compute_rewards, load_scorers, wrap
-from runs import Log, claim_folder, keep_rows, lock
+from running.folder import Log, claim_folder, keep_rows, lock
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,172 @@
+"""How much GPU memory a stage needs: arithmetic on the policy's shape, no weights loaded.
+
+    weights      every parameter of the frozen base, in model.dtype
+    lora         the float32 adapter, in RL that of the reference too; gradient and AdamW's two moments of what trains
+    scorers      the frozen scorers, as large as their files
+    sampling     reading the B prompts, or keys, values and logits of the B * G reports being written
+    loss         activations, keys, values, masks and logits that one micro-batch keeps for its backward pass
+    margin       CUDA context, vision tower, fragmentation: a flat guess
+
+Sampling and loss never overlap, so a stage needs the larger of the two beside the rest. The activations' formula is
+held against what autograd really keeps of a small model (on the CPU) by tests/test_memory.py. Nothing here was measured
+on a GPU: the sums assume an attention kernel that keeps no attention matrix, images of the largest size and reports of
+the full length, so real runs should stay below them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config
+from model import LOGITS
+from vlm.attention import STRIP
+
+GIB = 2**30
+PROMPT_TOKENS = 64  # of the chat template and the prompt, about: no tokenizer is loaded to count them
+MARGIN = 2 * GIB
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimate needs to know of a policy. Widths in numbers, e.g. Mistral-7B: 4096, 14336, 4096, 1024."""
+
+    parameters: int  # of the whole model, vision tower included
+    layers: int
+    hidden: int
+    inner: int  # of the MLP
+    query: int  # heads x head size
+    key: int  # key/value heads x head size
+    vocabulary: int
+    image_tokens: int  # of one image, at most
+    projector: tuple[tuple[int, int], ...]  # (in, out) of the vision projection's linear layers
+
+
+# published sizes, so that the estimate is there before the download [their config.json on the hub]
+KNOWN = {
+    "llava-med-v1.5-mistral-7b": Shape(
+        7_566_219_264, 32, 4096, 14336, 4096, 1024, 32000, 576, ((1024, 4096), (4096, 4096))
+    ),
+    "Qwen2.5-VL-7B-Instruct": Shape(
+        8_292_166_656, 28, 3584, 18944, 3584, 512, 152064, 16384, ((5120, 5120), (5120, 3584))
+    ),
+}
+
+
+def read_shape(folder: Path, parameters: int, pixels: int = 0) -> Shape:
+    """The shape of a policy from its config.json (LLaVA, original llava_mistral, Qwen2.5-VL layouts).
+
+    pixels: model.max_pixels, to which Qwen2.5-VL's images are scaled down; 0 = as many as its own processor allows.
+    Raises ValueError for another family, KeyError for a config without a needed key.
+    """
+    from transformers import AutoConfig, MistralConfig
+
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = raw.get("model_type")
+    if family == "llava_mistral":  # unknown to transformers; CLIP ViT-L/14-336 sees 24 x 24 patches
+        text, wide, tokens = MistralConfig(**raw), raw["mm_hidden_size"], 576
+    elif family == "llava":
+        config = AutoConfig.from_pretrained(folder)
+        text, vision = config.get_text_config(), config.vision_config
+        wide, tokens = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
+    elif family == "qwen2_5_vl":
+        config = AutoConfig.from_pretrained(folder)
+        text, vision = config.get_text_config(), config.vision_config
+        wide = vision.hidden_size * vision.spatial_merge_size**2
+        tokens = (pixels or max_pixels(folder)) // (vision.patch_size * vision.spatial_merge_size) ** 2
+    else:
+        raise ValueError(f"{folder / 'config.json'}: no estimate for model_type '{family}'")
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    head = getattr(text, "head_dim", None) or hidden // heads
+    middle = wide if family == "qwen2_5_vl" else hidden
+    return Shape(
+        parameters, text.num_hidden_layers, hidden, text.intermediate_size, heads * head,
+        text.num_key_value_heads * head, text.vocab_size, tokens, ((wide, middle), (middle, hidden)),
+    )  # fmt: skip
+
+
+def max_pixels(folder: Path) -> int:
+    """Pixels to which Qwen's image processor scales larger images down; its published default where none is set."""
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge") or 12_845_056
+
+
+def lora_parameters(shape: Shape, r: int, parts: str = "language+projector") -> int:
+    """LoRA weights of rank r on every linear layer of the parts: r * (in + out) of each."""
+    h, f, q, k = shape.hidden, shape.inner, shape.query, shape.key
+    layer = [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
+    linears = {"language": layer * shape.layers, "projector": list(shape.projector)}
+    return r * sum(sum(linear) for part in parts.split("+") for linear in linears[part])
+
+
+def kept_activations(shape: Shape, tokens: int, itemsize: int, language_trains: bool) -> int:
+    """Bytes that autograd keeps of one layer for `tokens` tokens, keys and values apart.
+
+    Per token: two norms' float32 inputs; query and attention output; gate, its SiLU and up. Where the language model's
+    LoRA trains, PEFT keeps a float32 copy of each of the seven linear layers' inputs.
+    """
+    h, f, q = shape.hidden, shape.inner, shape.query
+    copies = 4 * (5 * h + q + f) if language_trains else 0
+    return tokens * (2 * 4 * h + itemsize * (2 * q + 3 * f) + copies)
+
+
+def sampling_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int, itemsize: int) -> int:
+    """The sampler's peak: the prompts in one layer's MLP, or the keys and values of all layers with a row's logits."""
+    reading = studies * prefix * (3 * shape.inner + 4 * shape.hidden) * itemsize
+    writing = 6 * 4 * shape.vocabulary * studies * group
+    return shape.layers * 2 * shape.key * itemsize * studies * (prefix + group * length) + max(reading, writing)
+
+
+def loss_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int, trains: str, cfg: Config) -> int:
+    """What a micro-batch of `studies` x `group` candidates keeps for its backward pass, and the backward's own needs.
+
+    With gradient checkpointing one hidden state per layer and token stays, and one layer in full.
+    """
+    itemsize = ITEMSIZE[cfg.model.dtype]
+    row = prefix + group * length  # a study's image, prompt and reports
+    tokens, full = studies * row, 1 if cfg.model.gradient_checkpointing else shape.layers
+    kept = full * kept_activations(shape, tokens, itemsize, "language" in trains)
+    kept += shape.layers * tokens * shape.hidden * itemsize if cfg.model.gradient_checkpointing else 0
+    size = max(STRIP, prefix // 2)
+    strips = -(-group * length // size)  # each has the prefix's keys and values beside its own (attention.py)
+    seen = row + strips * (prefix + length // 2) + group * length
+    keys = full * studies * seen * 2 * itemsize * shape.query  # repeated for every query head
+    mask = studies * group * length * (prefix + min(size, group * length) + length // 2) * itemsize
+    # float32: kept, and two copies while the gradient is made; beyond LOGITS made in parts
+    return kept + keys + mask + 3 * 4 * min(LOGITS, shape.vocabulary * studies * group * length)
+
+
+def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, float]:
+    """Bytes of each part of a stage on one GPU (one process), and their `total`; see the head of this file.
+
+    scorers: bytes of the frozen scorers' files.
+    """
+    itemsize = ITEMSIZE[cfg.model.dtype]
+    trains = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable
+    prefix = cfg.data.views * shape.image_tokens + PROMPT_TOKENS  # P
+    length, group = cfg.rollout.max_new_tokens, cfg.rollout.group_size  # T, G
+    settings = cfg.grpo if stage else cfg.sft
+    studies = min(settings.micro_batch, settings.batch_size)
+    together = (cfg.grpo.micro_group or group) if stage else 1
+    sampling = sampling_bytes(shape, prefix, length, cfg.grpo.batch_size, group, itemsize) if stage else 0
+    parts = {
+        "weights": shape.parameters * itemsize,
+        "lora": 4 * (2 if stage else 1) * lora_parameters(shape, cfg.model.lora_r)
+        + 12 * lora_parameters(shape, cfg.model.lora_r, trains),
+        "scorers": scorers if stage else 0,
+        "sampling": sampling,
+        "loss": loss_bytes(shape, prefix, length, studies, together, trains, cfg),
+        "margin": MARGIN,
+    }
+    rest = sum(value for name, value in parts.items() if name not in ("sampling", "loss"))
+    return parts | {"total": rest + max(parts["sampling"], parts["loss"])}
+
+
+def checkpoint_bytes(shape: Shape, cfg: Config) -> int:
+    """Disk that the three stages write: adapter/ and checkpoint.pt, which is written beside the one it replaces."""
+    total = 0
+    for stage in (cfg.sft, cfg.stage1, cfg.stage2):
+        adapter = 4 * lora_parameters(shape, cfg.model.lora_r)
+        total += adapter + 2 * (adapter + 8 * lora_parameters(shape, cfg.model.lora_r, stage.trainable))
+    return total

@@ -1,0 +1,1 @@
+"""Frozen judges: texts (and images) in, numbers out."""

@@ -1,0 +1,149 @@
+"""GREEN [Ostmeier et al. 2024, arXiv 2405.03595]: a language model lists a report's errors, their counts make a score.
+
+The judge is `StanfordAIMI/GREEN-radllama2-7b`, or another causal language model in Hugging Face layout that was tuned
+on the same prompt. Prompt, chat format, greedy decoding and parser follow the authors' package (github.com/
+Stanford-AIMI/GREEN: green_score/utils.py `make_prompt`; green_score/green.py `parse_error_counts`, `compute_green`),
+which itself cannot be installed beside current libraries. Everything runs on this machine: no text leaves it.
+
+Where we differ: an answer without a readable count is `None`, left out of the mean and counted, while the package takes
+such a count as 0; and no prompt is cut at 2048 tokens, which would cut off the question's end.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from scorers.clinical import first_line
+
+BATCH = 8  # pairs decoded together
+SIGNIFICANT, MATCHED = "Clinically Significant Errors", "Matched Findings"
+# what the model was tuned on, to the letter; the indent is the package's
+PROMPT = """Objective: Evaluate the accuracy of a candidate radiology report in comparison to a reference radiology \
+report composed by expert radiologists.
+
+    Process Overview: You will be presented with:
+
+    1. The criteria for making a judgment.
+    2. The reference radiology report.
+    3. The candidate radiology report.
+    4. The desired format for your assessment.
+
+    1. Criteria for Judgment:
+
+    For each candidate report, determine:
+
+    The count of clinically significant errors.
+    The count of clinically insignificant errors.
+
+    Errors can fall into one of these categories:
+
+    a) False report of a finding in the candidate.
+    b) Missing a finding present in the reference.
+    c) Misidentification of a finding's anatomic location/position.
+    d) Misassessment of the severity of a finding.
+    e) Mentioning a comparison that isn't in the reference.
+    f) Omitting a comparison detailing a change from a prior study.
+    Note: Concentrate on the clinical findings rather than the report's writing style. Evaluate only the findings that \
+appear in both reports.
+
+    2. Reference Report:
+    {reference}
+
+    3. Candidate Report:
+    {candidate}
+
+    4. Reporting Your Assessment:
+
+    Follow this specific format for your output, even if no errors are found:
+    ```
+    [Explanation]:
+    <Explanation>
+
+    [Clinically Significant Errors]:
+    (a) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
+    ....
+    (f) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
+
+    [Clinically Insignificant Errors]:
+    (a) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
+    ....
+    (f) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
+
+    [Matched Findings]:
+    <The number of matched findings>. <Finding 1>; <Finding 2>; ...; <Finding n>
+    ```
+"""
+CHAT = "<|user|>\n{prompt}{eos}\n<|assistant|>\n"  # what the package's chat template makes of one question
+
+
+def parse(response: str) -> tuple[int, list[int]] | None:
+    """(matched findings, significant errors of the six kinds a-f) of an answer; None where a count cannot be read.
+
+    A section ends at the first blank line, one that starts with "No" counts 0, so does a kind that is not listed, and
+    the kinds may be numbered 1-6 instead, all as in the package.
+    """
+    sections = [rf"\[{name}\]:\s*([^\[\s].*?)(?:\n\s*\n|\Z)" for name in (SIGNIFICANT, MATCHED)]
+    found = [re.search(section, response, re.DOTALL) for section in sections]
+    if None in found:
+        return None
+    listed, matched = (match[1] for match in found)
+    lines = re.findall(r"\(([a-f])\) (.*)", listed) or re.findall(r"\(([1-6])\) (.*)", listed)
+    lines = [] if listed.startswith("No") else lines or [("a", "")]
+    numbers = [re.search(r"(?<=: )\d+(?=\.|\s*$)", line) for _, line in lines]
+    number = re.match(r"No|\d+(?=\.)", matched)
+    if None in (number, *numbers):
+        return None
+    errors = [0] * 6
+    for (kind, _), count in zip(lines, numbers, strict=True):
+        errors["abcdef123456".index(kind) % 6] = int(count[0])
+    return 0 if number[0] == "No" else int(number[0]), errors
+
+
+def green(response: str) -> float | None:
+    """matched / (matched + significant errors), 0 when nothing matched; None for an answer that `parse` cannot read."""
+    counts = parse(response)
+    if counts is None:
+        return None
+    matched, errors = counts
+    return matched / (matched + sum(errors)) if matched else 0.0
+
+
+def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: int = 2048) -> Callable:
+    """score(candidates, references) -> one GREEN in [0, 1] per pair, None where the model's answer was not readable.
+
+    path: folder or hub name of the judge. float16 on a GPU (14 GB for 7B), float32 elsewhere. Each distinct pair is
+    asked once. ValueError (one line) when there is no causal language model at `path`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", add_eos_token=True)  # as the package does
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"eval.green: no causal language model in {path}: {first_line(error)}") from None
+    tokenizer.pad_token = tokenizer.eos_token
+    stop = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+    @torch.inference_mode()
+    def answer(pairs: list[tuple[str, str]]) -> list[str]:
+        prompts = [PROMPT.format(candidate=candidate, reference=reference) for candidate, reference in pairs]
+        texts = [CHAT.format(prompt=prompt, eos=tokenizer.eos_token) for prompt in prompts]
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
+                             temperature=None, top_p=None, max_new_tokens=max_new_tokens, **stop)  # fmt: skip
+        return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    known: dict[tuple[str, str], float | None] = {}
+
+    def score(candidates: list[str], references: list[str]) -> list[float | None]:
+        pairs = list(zip(candidates, references, strict=True))
+        new = sorted((pair for pair in dict.fromkeys(pairs) if pair not in known), key=lambda p: len(p[0]) + len(p[1]))
+        for start in tqdm(range(0, len(new), BATCH), desc=f"{'GREEN':<28}", unit="batch", mininterval=1):
+            chunk = new[start : start + BATCH]
+            known.update(zip(chunk, map(green, answer(chunk)), strict=True))
+        return [known[pair] for pair in pairs]
+
+    return score

@@ -1,0 +1,105 @@
+"""Paired comparison: values by hand, pairing by seed and study, intervals that know what they rest on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from evidence import compare
+from evidence.metrics import TRUTH_KEYS
+
+
+def truth(stated, hallucinated):
+    """(n, 8) truth statistics of n studies."""
+    table = np.zeros((len(stated), len(TRUTH_KEYS)))
+    table[:, TRUTH_KEYS.index("stated")] = stated
+    table[:, TRUTH_KEYS.index("hallucinated")] = hallucinated
+    return {"greedy/truth": table}
+
+
+def write(root, seed, name, stated, hallucinated, ids=None, **settings):
+    folder = root / str(seed) / "eval" / "test" / name
+    folder.mkdir(parents=True)
+    np.savez(folder / "stats.npz", **truth(stated, hallucinated))
+    settings = {"seed": seed, "n": len(stated), "split": "test"} | settings
+    (folder / "results.json").write_text(json.dumps({"settings": settings}))
+    ids = ids or [str(i) for i in range(len(stated))]
+    (folder / "reports.jsonl").write_text("".join(json.dumps({"id": i}) + "\n" for i in ids))
+
+
+def test_differences_by_hand():
+    a = {0: truth([2, 2], [1, 1]), 1: truth([4, 4], [1, 1])}  # 2/4 = .5 and 2/8 = .25
+    b = {0: truth([2, 2], [0, 1]), 1: truth([4, 4], [1, 2])}  # 1/4 = .25 and 3/8 = .375
+    found = compare.estimate(b, "hallucination_rate", "greedy", minus=a)
+    assert found["seeds"] == {0: pytest.approx(-0.25), 1: pytest.approx(0.125)}
+    assert found["mean"] == pytest.approx(-0.0625)
+    assert found["lo"] <= -0.25 and found["hi"] >= 0.125  # a resample may hold one seed alone
+
+
+def test_the_same_policy_differs_by_exactly_nothing():
+    rng = np.random.default_rng(0)
+    runs = {s: truth(rng.integers(1, 5, 30), rng.integers(0, 2, 30)) for s in range(3)}
+    found = compare.estimate(runs, "hallucination_rate", "greedy", minus=runs)
+    assert (found["mean"], found["lo"], found["hi"]) == (0, 0, 0)
+
+
+def test_pairing_removes_what_the_studies_share():
+    """Studies differ a lot, the policies by the same little in each: a paired interval is narrow, an unpaired not."""
+    stated, wrong = np.full(200, 10), np.tile([0, 9], 100)
+    a, b = {0: truth(stated, wrong + 1)}, {0: truth(stated, wrong)}
+    paired = compare.estimate(b, "hallucination_rate", "greedy", minus=a)
+    alone = compare.estimate(b, "hallucination_rate", "greedy")
+    assert paired["hi"] - paired["lo"] < 1e-9 and paired["mean"] == pytest.approx(-0.1)
+    assert alone["hi"] - alone["lo"] > 0.1
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    same = {s: truth([10] * 50, [3, 4] * 25) for s in range(4)}
+    mixed = {s: truth([10] * 50, [3 + 2 * (s % 2), 4 + 2 * (s % 2)] * 25) for s in range(4)}
+    widths = [found["hi"] - found["lo"] for found in
+              (compare.estimate(runs, "hallucination_rate", "greedy") for runs in (same, mixed))]  # fmt: skip
+    assert widths[1] > 5 * widths[0]
+
+
+def test_the_bootstrap_is_the_percentiles_of_its_resamples():
+    runs = {0: truth([1, 1, 1, 1], [0, 0, 1, 1])}
+    draws, picks = compare.resample(4, 1)
+    assert draws.shape == (compare.RESAMPLES, 4) and (draws.sum(axis=1) == 4).all() and not picks.any()
+    by_hand = draws[:, 2:].sum(axis=1) / 4
+    found = compare.estimate(runs, "hallucination_rate", "greedy")
+    assert [found["lo"], found["hi"]] == pytest.approx(np.percentile(by_hand, (2.5, 97.5)))
+
+
+def test_the_table_shows_every_seed_and_the_sign(tmp_path):
+    for seed, (before, after) in {0: (5, 3), 1: (6, 5), 4: (4, 1)}.items():
+        write(tmp_path, seed, "without", [10] * 8, [before] * 8)
+        write(tmp_path, seed, "with", [10] * 8, [after] * 8)
+    write(tmp_path, 9, "without", [10] * 8, [5] * 8)
+    table = compare.compare((f"{tmp_path}/*/without", f"{tmp_path}/*/with"), "test")
+    assert "hallucinated %      -20.0*" in table and "-20.0  -10.0  -30.0" in table
+    assert "seeds 0, 1, 4" in table and "on one side only: seeds 9" in table
+    one = compare.compare((f"{tmp_path}/0/without", f"{tmp_path}/0/with"), "test")
+    assert "over studies only" in one and "one seed" in one
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": ["b", "a"]}, "another 'ids'"),
+        ({"split": "val"}, "another 'split'"),
+        ({"seed": 3}, "no seed in common"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused(tmp_path, change, message):
+    write(tmp_path / "x", 0, "a", [1, 1], [0, 0], ids=["a", "b"])
+    change = {"ids": ["a", "b"]} | change
+    write(tmp_path / "y", change.pop("seed", 0), "b", [1, 1], [0, 0], **change)
+    with pytest.raises(ValueError, match=message):
+        compare.compare((f"{tmp_path}/x/*/a", f"{tmp_path}/y/*/b"), "test")
+
+
+def test_a_policy_that_was_not_evaluated_is_named_with_the_command(tmp_path):
+    with pytest.raises(ValueError, match="python evaluate.py --run .* --policy stage2 --split test"):
+        compare.load_runs(str(tmp_path / "stage2"), "test")
+    with pytest.raises(ValueError, match="two policies"):
+        compare.compare(("a",), "test")

@@ -1,0 +1,228 @@
+"""metrics.py: text metrics against pycocoevalcap, truth counts by hand, the bootstrap."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from evidence import metrics, reader
+from scorers.clinical import CHEXPERT_LABELS, FIVE
+
+TEXTS = [
+    ("The heart is enlarged. No effusion.", "The heart is mildly enlarged. No pleural effusion is seen."),
+    ("The lungs are clear.", "The lungs are clear."),
+    ("Left effusion, left effusion, left effusion.", "There is a small left effusion."),
+    ("Nothing", "A large right pneumothorax is present."),
+    ("", "No acute disease."),
+]
+
+
+def bleu_rows(pairs):
+    return np.array([metrics.bleu_stats(c, r) for c, r in pairs], float)
+
+
+# ---------------------------------------------------------------------------------------------------- text metrics
+
+
+def test_tokens():
+    assert metrics.tokens("No X-ray, 1.5 cm.\nL/R") == "no x - ray , 1 . 5 cm . l / r".split()
+
+
+def test_bleu_statistics_by_hand():
+    assert metrics.bleu_stats("a b a b".split(), "a b c a b".split()) == [4, 2, 0, 0, 4, 3, 2, 1, 4, 5]
+    assert metrics.bleu_stats([], ["a"]) == [0] * 9 + [1]
+    # matches 4/4 and 2/3, brevity exp(1 - 5/4)
+    two = metrics.bleu(bleu_rows([("a b a b".split(), "a b c a b".split())]))[0, 1]
+    assert two == pytest.approx(math.sqrt(2 / 3) * math.exp(-0.25), abs=1e-8)
+
+
+def test_lcs_and_rouge_by_hand():
+    assert metrics.lcs_length("a b c b d a b".split(), "b d c a b a".split()) == 4
+    assert metrics.lcs_length([], ["a"]) == 0
+    p, r = 2 / 3, 2 / 4
+    assert metrics.rouge_l("a x b".split(), "a b c d".split()) == pytest.approx(2.44 * p * r / (r + 1.44 * p))
+    assert metrics.rouge_l([], []) == 0
+
+
+def test_corpus_and_pair_scores_equal_pycocoevalcap():
+    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
+    pairs = [(metrics.tokens(c), metrics.tokens(r)) for c, r in TEXTS]
+    given = {i: [" ".join(c)] for i, (c, _) in enumerate(pairs)}
+    wanted = {i: [" ".join(r)] for i, (_, r) in enumerate(pairs)}
+    corpus, each = bleu.Bleu(4).compute_score(wanted, given, verbose=0)
+    stats = bleu_rows(pairs)
+    np.testing.assert_allclose(metrics.bleu(stats.sum(0)), corpus, atol=1e-9, rtol=0)
+    np.testing.assert_allclose(metrics.bleu(stats).T, each, atol=1e-9, rtol=0)
+    np.testing.assert_allclose(
+        [metrics.rouge_l(c, r) for c, r in pairs], rouge.Rouge().compute_score(wanted, given)[1], atol=1e-9, rtol=0
+    )
+
+
+def test_meteor_of_the_jars_statistics():
+    """The jar's own lines and scores for three pairs; their corpus score is the score of the summed line."""
+    lines = [
+        "9 11 5 7 3 3 4 4 0 0 0 0 0 0 0 0 0 0 0 0 4 7 7",
+        "4 5 1 3 1 1 1 1 0 0 0 0 0 0 0 0 0 0 0 0 2 2 2",
+        "0 2 0 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
+        "10 14 4 9 3 3 2 2 0 0 0 0 0 0 0 0 0 0 0 0 5 5 5",
+    ]
+    stats = np.array([line.split() for line in lines], float)
+    each = [0.3222416527736763, 0.17486338797814208, 0.0, 0.1856540084388186]
+    np.testing.assert_allclose(metrics.meteor(stats), each, atol=1e-12)
+    assert metrics.meteor(stats.sum(0)) == pytest.approx(0.21821789746924167, abs=1e-12)
+
+
+def test_meteor_without_java_says_why(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    function, why = metrics.start_meteor()
+    assert function is None and "no `java` on PATH" in why
+
+
+def test_meteor_exact_stem_by_hand():
+    """Weights alpha .9, beta 3, gamma .5; "effusions" matches "effusion" by its stem, no synonym matches."""
+    candidates = ["Small left pleural effusions.", "Effusions left", "cardiac", ""]
+    references = ["Left pleural effusion.", "left effusion", "heart", "clear"]
+    p, r = 4 / 5, 4 / 4  # in one chunk of 4 words
+    first = p * r / (0.9 * p + 0.1 * r) * (1 - 0.5 * (1 / 4) ** 3)
+    second = 1 - 0.5 * (2 / 2) ** 3  # all words, each a chunk of its own
+    assert metrics.meteor_exact_stem(candidates, references) == pytest.approx([first, second, 0, 0], abs=1e-12)
+    stats = metrics.collect([[c] for c in candidates], references, meteor_exact_stem=metrics.meteor_exact_stem)
+    summary = metrics.summarise(stats, (), 20, 0)
+    assert summary["meteor_exact_stem"]["value"] == pytest.approx((first + second) / 4) and "meteor" not in summary
+
+
+# ------------------------------------------------------------------------------------------------------- label F1
+
+
+def test_label_scores_by_hand():
+    candidates, references = np.zeros((3, 14), bool), np.zeros((3, 14), bool)
+    candidates[[0, 1, 2], 1] = True  # Cardiomegaly: one right, two wrong
+    references[0, 1] = True
+    references[2, 9] = True  # Pleural Effusion: missed
+    sums = metrics.label_stats(candidates, references).sum(0)
+    precision, recall, f1 = metrics.label_scores(sums)
+    assert (precision[1], recall[1], f1[1]) == pytest.approx((1 / 3, 1, 0.5))
+    assert f1[9] == f1[0] == precision[0] == recall[0] == 0
+
+    def value(name):
+        return metrics.METRICS[name][1](sums)
+
+    assert (value("precision_micro"), value("recall_micro"), value("f1_micro")) == pytest.approx((1 / 3, 1 / 2, 2 / 5))
+    assert (value("f1_macro"), value("f1_macro_5")) == pytest.approx((0.5 / 14, 0.5 / 5))
+    assert value("f1_micro_5") == value("f1_micro")  # all that is stated is among the five
+    assert math.isnan(metrics.METRICS["f1_micro"][1](np.zeros(42)))
+
+
+def test_the_five_labels_are_chexberts():
+    assert {CHEXPERT_LABELS[place] for place in metrics.FIVE} == set(FIVE)
+
+
+def test_label_scores_equal_scikit_learns():
+    from sklearn.metrics import precision_recall_fscore_support as oracle
+
+    rng = np.random.default_rng(0)
+    candidates, references = rng.random((40, 14)) < 0.3, rng.random((40, 14)) < 0.2
+    candidates[:, 3] = references[:, 3] = references[:, 6] = candidates[:, 11] = False  # nothing, or on one side only
+    stats = {"length": np.ones((40, 2)), "labels": metrics.label_stats(candidates, references)}
+    result = metrics.summarise(stats, CHEXPERT_LABELS, 50, 0)
+    each = np.array(oracle(references, candidates, average=None, zero_division=0))
+    found = [[row[key] for row in result["per_label"].values()] for key in ("precision", "recall", "f1", "support")]
+    np.testing.assert_allclose(found, each, atol=1e-12)
+    for suffix, places in (("", list(range(14))), ("_5", metrics.FIVE)):
+        for average in ("micro", "macro"):
+            wanted = oracle(references[:, places], candidates[:, places], average=average, zero_division=0)[:3]
+            names = [f"{measure}_{average}{suffix}" for measure in ("precision", "recall", "f1")]
+            assert [result[name]["value"] for name in names] == pytest.approx(wanted, abs=1e-12)
+            assert all(result[name]["lo"] <= result[name]["value"] <= result[name]["hi"] for name in names)
+
+
+# ----------------------------------------------------------------------------------------------------------- truth
+
+
+def test_truth_rates_by_hand():
+    """Four reports: right, wrong side, invented (said twice), silent. Stated 4 = 1 + 1 + 2, true 5."""
+    labels = [["effusion_left"], ["effusion_right"], [], ["edema", "cardiomegaly", "device"]]
+    texts = [
+        "There is a left pleural effusion.",
+        "There is a left pleural effusion.",
+        "There is a right pneumothorax. Possible edema. There is a right pneumothorax.",
+        "The lungs are clear.",
+    ]
+    stats = metrics.collect([[t] for t in texts], texts, truth_counts=reader.truth_counts, labels=labels)
+    result = metrics.summarise(stats, CHEXPERT_LABELS, resamples=50, seed=0)
+    expected = {"stated": 4, "hallucinated": 3, "true": 5, "omitted": 4, "wrong_side": 1, "correct": 1, "unread": 0}
+    assert {key: result["counts"][key] for key in expected} == expected
+    assert result["hallucination_rate"]["value"] == pytest.approx(3 / 4)
+    assert result["omission_rate"]["value"] == pytest.approx(4 / 5)
+    assert result["wrong_side_rate"]["value"] == pytest.approx(1 / 4)
+    assert result["sided_f1"]["value"] == pytest.approx(2 * 1 / (4 + 5))
+    assert result["unread_share"]["value"] == 0
+
+
+def test_nothing_stated_is_nan_not_zero():
+    stats = metrics.collect([["Clear."]], ["Clear."], truth_counts=reader.truth_counts, labels=[[]])
+    result = metrics.summarise(stats, CHEXPERT_LABELS, 20, 0)
+    assert math.isnan(result["hallucination_rate"]["value"]) and math.isnan(result["hallucination_rate"]["lo"])
+
+
+# ------------------------------------------------------------------------------------------- collect and summarise
+
+
+def test_samples_of_a_study_are_summed_and_functions_get_flat_lists():
+    texts = [["a b", "a"], ["c", "c c c"]]
+    labelled = {"a b": 1, "a": 0, "c": 1, "c c c": 0, "r0": 1, "r1": 0}
+
+    def label(batch):
+        return np.array([[labelled[text]] + [0] * 13 for text in batch], bool)
+
+    def pairwise(candidates, references):
+        assert references == ["r0", "r0", "r1", "r1"]
+        return [len(text.split()) for text in candidates]
+
+    stats = metrics.collect(
+        texts, ["r0", "r1"], formats=[[1.0, 0.0], [1.0, 1.0]], label=label, bertscore=pairwise, radgraph=pairwise
+    )
+    assert stats["length"].tolist() == [[3, 2], [4, 2]]
+    assert stats["format"].tolist() == [[1, 2], [2, 2]]
+    assert stats["bertscore"].tolist() == stats["radgraph"].tolist() == [[3, 2], [4, 2]]
+    assert stats["labels"][:, [0, 14, 28]].tolist() == [[1, 0, 1], [0, 1, 0]]
+    result = metrics.summarise(stats, CHEXPERT_LABELS, 100, 0)
+    assert result["length"]["value"] == pytest.approx(7 / 4) and result["n"] == 2
+    assert result["f1_micro"]["value"] == pytest.approx(2 / (2 + 1 + 1))
+    first = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert result["per_label"][CHEXPERT_LABELS[0]] == first
+    assert "meteor" not in result and "sided_f1" not in result
+    assert 0 <= result["bleu_1"]["lo"] <= result["bleu_1"]["value"] < 1e-6  # nothing in common
+
+
+def test_bootstrap_covers_the_mean_and_is_deterministic():
+    def mean(sums):
+        return metrics.divide(sums[..., 0], sums[..., 1])
+
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(40):
+        values = rng.normal(3.0, 1.0, 80)
+        stats = np.stack([values, np.ones(80)], 1)
+        lo, hi = metrics.bootstrap(mean, stats, 300, seed=1)
+        assert lo < values.mean() < hi
+        assert (hi - lo) == pytest.approx(2 * 1.96 * values.std() / math.sqrt(80), rel=0.25)
+        covered += lo < 3.0 < hi
+    assert 33 <= covered <= 40
+    assert metrics.bootstrap(mean, stats, 300, seed=1) == (lo, hi)
+    assert metrics.bootstrap(mean, stats, 300, seed=2) != (lo, hi)
+
+
+def test_bootstrap_resamples_whole_studies():
+    """Eight equal samples of a study tell as much as one: the interval must not shrink."""
+    rng = np.random.default_rng(0)
+    one = np.stack([rng.normal(size=50), np.ones(50)], 1)
+    function = metrics.METRICS["length"][1]
+    assert metrics.bootstrap(function, 8 * one, 200, 0) == pytest.approx(metrics.bootstrap(function, one, 200, 0))
+
+
+def test_bootstrap_of_a_ratio_drops_empty_resamples():
+    stats = np.array([[1.0, 1.0], [0.0, 0.0]])
+    assert metrics.bootstrap(metrics.METRICS["length"][1], stats, 50, 0) == (1.0, 1.0)

@@ -1,0 +1,186 @@
+"""The phantom world: what it draws, what it writes, how wrong its references are, and the files of a data set."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from phantom import world as phantom
+from phantom.world import LABELS, PhantomConfig, finding_of, sample_findings
+from scorers.clinical import CHEXPERT_LABELS
+
+CFG = PhantomConfig()
+TINY = PhantomConfig(expert=3, base=5, sft=4, train=3, val=2, test=4)
+
+
+def study(seed, noisy=True, cfg=CFG):
+    """(findings, report, stated labels) of one study."""
+    rng = np.random.default_rng([11, seed])
+    findings = sample_findings(rng, cfg)
+    return findings, *phantom.write_report(findings, rng, cfg, noisy)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("phantom")
+    phantom.build(TINY, 0, path)
+    return path
+
+
+def test_labels_are_the_fifteen():
+    assert len(LABELS) == 15 and LABELS[:4] == ("cardiomegaly", "edema", "device", "effusion_left")
+    for label in LABELS:
+        assert finding_of(label, np.random.default_rng(0)).label == label
+    with pytest.raises(ValueError, match="unknown label 'effusion_up'"):
+        finding_of("effusion_up", np.random.default_rng(0))
+
+
+def test_sampled_findings_keep_the_configured_rates():
+    studies = [{f.label for f in sample_findings(np.random.default_rng([1, i]), CFG)} for i in range(4000)]
+    sizes = np.array([len(labels) for labels in studies])
+    assert abs((sizes == 0).mean() - CFG.normal) < 0.025 and sizes.max() <= 4
+    assert all(sum(label in labels for labels in studies) > 200 for label in LABELS)
+    large = [labels for labels in studies if "cardiomegaly" in labels]
+    small = [labels for labels in studies if labels and "cardiomegaly" not in labels]
+    for label in ("edema", "effusion_left"):
+        assert np.mean([label in x for x in large]) > 1.1 * np.mean([label in x for x in small]), label
+    assert np.mean(["edema" in labels for labels in large]) < 0.35
+
+
+def test_the_images_left_half_is_the_patients_right():
+    for label in LABELS[3:]:
+        for seed in range(8):
+            rng = np.random.default_rng([2, seed])
+            _, masks = phantom.render([finding_of(label, rng)], rng, CFG)
+            columns = np.nonzero(masks[label])[1]
+            assert list(masks) == [label]
+            assert (columns.mean() > 32) == label.endswith("left"), (label, seed)
+            assert np.mean((columns >= 32) == label.endswith("left")) > 0.95, (label, seed)
+
+
+def test_a_finding_changes_the_image_where_its_mask_is():
+    for label in LABELS:
+        rng = np.random.default_rng(5)
+        finding = finding_of(label, rng)
+        with_it, masks = phantom.render([finding], np.random.default_rng(7), CFG)
+        without, _ = phantom.render([], np.random.default_rng(7), CFG)
+        change = np.abs(with_it.astype(float) - without)
+        assert with_it.shape == (64, 64) and with_it.dtype == np.uint8 and masks[label].dtype == bool
+        assert change[masks[label]].mean() > 12, label
+
+
+def test_noise_of_references_is_as_configured():
+    rates = phantom.noise_rates([([f.label for f in fs], stated) for fs, _, stated in map(study, range(4000))])
+    assert 0.23 < rates["hallucinated"] < 0.29 and 0.06 < rates["omitted"] < 0.11
+    assert abs(rates["prior_edema_cardiomegaly"] - CFG.prior_edema_cardiomegaly) < 0.06
+    assert abs(rates["prior_atelectasis_effusion"] - CFG.prior_atelectasis_effusion) < 0.08
+    mild = dataclasses.replace(CFG, omit=0.0, omit_mild=1.0)
+    for findings, _, stated in (study(i, cfg=mild) for i in range(100)):
+        assert not any(f.severity in ("mild", "small") and f.label in stated for f in findings)
+
+
+def test_clean_reports_are_complete_and_true():
+    for findings, report, stated in (study(i, noisy=False) for i in range(200)):
+        assert sorted(stated) == sorted(f.label for f in findings)
+        assert report.count("FINDINGS:") == report.count("IMPRESSION:") == 1 and report.startswith("FINDINGS: ")
+    assert study(3) == study(3)
+
+
+def test_reports_are_short_and_authors_differ():
+    lengths = [len(report.split()) for _, report, _ in map(study, range(500))]
+    assert 30 < np.mean(lengths) < 50 and np.max(lengths) < 100
+    rng = np.random.default_rng(0)
+    findings = [finding_of("effusion_left", rng), finding_of("edema", rng)]
+    texts = {a: {phantom.write_report(findings, np.random.default_rng(i), CFG, False, a)[0] for i in range(30)}
+             for a in range(phantom.AUTHORS)}  # fmt: skip
+    assert all(len(group) > 20 for group in texts.values()) and not texts[0] & texts[1]
+
+
+def test_captions_mix_and_carry_the_prior_at_the_configured_rate():
+    def wrong(cfg):
+        count = 0
+        for i in range(1500):
+            rng = np.random.default_rng([3, i])
+            findings = sample_findings(rng, cfg)
+            text, stated = phantom.write_caption(findings, rng, cfg)
+            assert text.endswith(".")
+            count += bool(set(stated) - {f.label for f in findings})
+        return count
+
+    assert wrong(dataclasses.replace(CFG, base_prior=0.0)) == 0
+    assert 0.25 < wrong(CFG) / wrong(dataclasses.replace(CFG, base_prior=1.0)) < 0.55
+
+
+def test_run_lengths_round_trip_and_go_down_the_columns():
+    mask = np.zeros((3, 2), bool)
+    mask[1:, 0] = True
+    assert phantom.encode_mask(mask) == {"size": [3, 2], "counts": [1, 2, 3]}
+    assert phantom.encode_mask(np.ones((2, 2), bool))["counts"] == [0, 4]
+    for seed in range(50):
+        mask = np.random.default_rng(seed).random((7, 5)) < 0.5
+        assert (phantom.decode_mask(json.loads(json.dumps(phantom.encode_mask(mask)))) == mask).all()
+
+
+def test_run_lengths_are_cocos():
+    mask_api = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
+    mask = np.random.default_rng(0).random((64, 48)) < 0.5
+    ours = mask_api.frPyObjects(phantom.encode_mask(mask), 64, 48)
+    assert ours == mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def test_data_set_on_disk(folder):
+    annotation = json.loads((folder / "annotation.json").read_text())
+    truth = [json.loads(line) for line in (folder / "truth.jsonl").read_text().splitlines()]
+    assert {split: len(rows) for split, rows in annotation.items()} == {s: getattr(TINY, s) for s in phantom.SPLITS}
+    rows = [row for split in annotation.values() for row in split]
+    assert len({row["id"] for row in rows}) == len(rows) == 21 and [r["id"] for r in rows] == [t["id"] for t in truth]
+    for row, fact in zip(rows, truth, strict=True):
+        image = Image.open(folder / "images" / row["image_path"][0])
+        assert image.size == (64, 64) and image.mode == "L" and row["image_path"] == [f"{row['id']}/0.png"]
+        assert fact["split"] == row["split"] and fact["labels"] == [x for x in LABELS if x in fact["labels"]]
+        assert sorted(f["label"] for f in fact["findings"]) == sorted(fact["labels"])
+        assert all(phantom.decode_mask(f["mask"]).any() for f in fact["findings"])
+        assert row["report"].startswith("FINDINGS:") or row["split"] == "base"
+        if row["split"] == "expert":
+            assert fact["stated"] == fact["labels"]
+    assert len({(folder / "images" / r["image_path"][0]).read_bytes() for r in rows}) == len(rows)
+
+
+def test_same_seed_same_bytes(folder, tmp_path):
+    phantom.build(TINY, 0, tmp_path / "again")
+    phantom.build(TINY, 1, tmp_path / "other")
+    for file in [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]:
+        assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+    assert (folder / "truth.jsonl").read_bytes() != (tmp_path / "other" / "truth.jsonl").read_bytes()
+
+
+def test_a_study_does_not_depend_on_the_split_sizes(folder):
+    image, row, _ = phantom.make_study(CFG, 0, "train", 2)
+    assert row in json.loads((folder / "annotation.json").read_text())["train"]
+    assert (np.asarray(Image.open(folder / "images" / row["image_path"][0])) == image).all()
+
+
+def test_bad_settings_are_named(tmp_path):
+    for changes, message in (({"omit": 1.5}, r"phantom\.omit is a rate"), ({"val": -1}, r"phantom\.val must not"),
+                             ({"image_size": 8}, r"image_size must be at least 32"),
+                             ({name: 0.0 for name in phantom.FINDINGS}, "normal must be 1")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            phantom.build(dataclasses.replace(TINY, **changes), 0, tmp_path)
+
+
+def test_labelled_texts_have_every_class_and_consistent_no_finding():
+    texts, classes = phantom.labelled_texts(CFG, 0, 1500)
+    assert len(texts) == 1500 and classes.shape == (1500, 14)
+    for name in ("Cardiomegaly", "Edema", "Pleural Effusion", "Pneumothorax", "Consolidation", "Atelectasis",
+                 "Lung Lesion", "Fracture"):  # fmt: skip
+        assert (np.bincount(classes[:, CHEXPERT_LABELS.index(name)], minlength=4) > 40).all(), name
+    other = [i for i, name in enumerate(CHEXPERT_LABELS) if name not in ("No Finding", "Support Devices")]
+    abnormal = np.isin(classes[:, other], (1, 3)).any(axis=1)
+    assert (classes[:, CHEXPERT_LABELS.index("No Finding")] == ~abnormal).all()
+
+
+def test_contact_sheet(folder, tmp_path):
+    phantom.contact_sheet(folder, tmp_path / "sheet.png", n=4)
+    assert Image.open(tmp_path / "sheet.png").size[0] > 1000

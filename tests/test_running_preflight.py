@@ -1,0 +1,295 @@
+"""The preflight on folders that the tests write in the real layouts, whole and broken; and the configs it is for."""
+
+import json
+import re
+import shutil
+import struct
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import train
+from config import Config, DataConfig, ModelConfig, parse
+from running import preflight
+from running.memory import GIB, KNOWN, estimate
+from running.weights import check_open_clip, check_radgraph, check_torch_file, count_weights, safetensors_header
+
+ROOT = Path(__file__).parents[1]
+PLAIN = ("#", "run ", "steps ", "radgraph_dir ", 'path = "data/')  # lines whose value needs no source
+READY = sorted(ROOT.glob("configs/iu_xray_*.toml")) + sorted(ROOT.glob("configs/mimic_cxr_*.toml"))
+
+
+def ready(path: Path, tmp_path: Path) -> Config:
+    """A ready config through the real parser."""
+    return parse(argv=["--config", str(path), "--run", str(tmp_path / "run")])
+
+
+# ---------------------------------------------------------------------------------------------------------- the files
+
+
+def write_shards(folder: Path, suffix: str = "safetensors") -> Path:
+    """Two shards and an index: 12 + 8 weights."""
+    folder.mkdir(exist_ok=True)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    shards = {f"{stem}-00001-of-00002.{suffix}": {"a": torch.ones(3, 4)},
+              f"{stem}-00002-of-00002.{suffix}": {"b": torch.ones(2, 2), "c": torch.ones(4)}}  # fmt: skip
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name) if suffix == "safetensors" else torch.save(tensors, folder / name)
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_shards_are_counted_from_their_headers(tmp_path):
+    folder = write_shards(tmp_path)
+    assert count_weights(folder) == 20
+    header = safetensors_header(folder / "model-00001-of-00002.safetensors")
+    assert header["a"]["shape"] == [3, 4] and header["a"]["data_offsets"] == [0, 48]
+
+
+def test_a_missing_shard_a_cut_one_and_a_missing_tensor_are_named(tmp_path):
+    folder = write_shards(tmp_path)
+    second = folder / "model-00002-of-00002.safetensors"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=rf"00002-of-00002.safetensors: {len(whole) - 1} bytes where .* {len(whole)}:"):
+        count_weights(folder)
+    second.write_bytes(whole[:20])
+    with pytest.raises(ValueError, match="cut off after 20 bytes, inside its header"):
+        count_weights(folder)
+    second.write_bytes(struct.pack("<Q", 4) + b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        count_weights(folder)
+    save_file({"b": torch.ones(2, 2)}, second)
+    with pytest.raises(ValueError, match="lacks tensor c, which the index puts there"):
+        count_weights(folder)
+    second.unlink()
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors: the index names this shard, but it is not there"):
+        count_weights(folder)
+    with pytest.raises(ValueError, match="no weights"):
+        count_weights(tmp_path / "empty")
+
+
+def test_torch_files_whole_cut_and_of_the_old_layout(tmp_path):
+    folder = write_shards(tmp_path, "bin")
+    assert count_weights(folder) > 0
+    path = folder / "pytorch_model-00002-of-00002.bin"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="00002-of-00002.bin: cut off or no torch file"):
+        count_weights(folder)
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    check_torch_file(tmp_path / "old.pth")
+    with pytest.raises(ValueError, match="none.pth: no such file"):
+        check_torch_file(tmp_path / "none.pth")
+
+
+def test_an_open_clip_folder_needs_its_text_towers_config(tmp_path):
+    config = {"model_cfg": {"text_cfg": {"hf_model_name": "org/bert"}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_text("a\n")
+    torch.save({"a": torch.ones(3)}, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(ValueError, match="no config.json of its text tower org/bert"):
+        check_open_clip(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    check_open_clip(tmp_path)
+    (tmp_path / "open_clip_pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="no weights .open_clip_model.safetensors, open_clip_pytorch_model.bin"):
+        check_open_clip(tmp_path)
+
+
+def test_a_radgraph_archive(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        check_radgraph(tmp_path)
+    bert = {"model": {"embedder": {"token_embedders": {"bert": {"model_name": "org/bert"}}}}}
+    (tmp_path / "config.json").write_text(json.dumps(bert))
+    (tmp_path / "vocabulary").mkdir()
+    (tmp_path / "vocabulary" / "non_padded_namespaces.txt").write_text("*labels\n")
+    torch.save({"a": torch.ones(3)}, tmp_path / "weights.th")
+    assert check_radgraph(tmp_path) == "org/bert"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json: lacks 'model'"):
+        check_radgraph(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- the checks
+
+
+def installed(monkeypatch, **versions: str | None) -> None:
+    """Let every package seem to be there in version 99, but for those named; None = not installed."""
+
+    def version(name):
+        if versions.get(name, "") is None:
+            raise metadata.PackageNotFoundError
+        return versions.get(name, "99.0+cu130")
+
+    fake = SimpleNamespace(version=version, PackageNotFoundError=metadata.PackageNotFoundError)
+    monkeypatch.setattr(preflight, "metadata", fake)
+
+
+def test_packages_below_their_floor_or_absent(monkeypatch):
+    installed(monkeypatch)
+    assert [item[0] for item in preflight.check_packages(Config())] == ["ok"]
+    installed(monkeypatch, torch="1.0", peft=None)
+    [(status, _, text, command)] = preflight.check_packages(Config())
+    assert status == "missing" and text == "torch is 1.0, needed >=2.11; peft is not installed"
+    assert command == "pip install -r requirements.txt -c constraints.txt"
+
+
+def r2gen(folder: Path) -> Config:
+    """R2Gen's layout: three studies a split, the second one's image missing."""
+    (folder / "images").mkdir(parents=True)
+    annotation = {}
+    for split in ("train", "val", "test"):
+        names = [f"{split}{i}.png" for i in range(3)]
+        for name in (names[0], names[2]):
+            Image.fromarray(np.zeros((16, 16), np.uint8)).save(folder / "images" / name)
+        annotation[split] = [{"id": name, "report": "Clear lungs.", "image_path": [name]} for name in names]
+    (folder / "annotation.json").write_text(json.dumps(annotation))
+    return Config(data=DataConfig(path=str(folder), target="findings", sft_split="train", rl_split="train"))
+
+
+def test_data_is_read_split_by_split(tmp_path):
+    cfg = r2gen(tmp_path / "data")
+    items = list(preflight.check_data(cfg))
+    assert [item[0] for item in items] == ["ok", "ok", "ok"]  # train serves SFT and RL: looked at once
+    assert "[train]: the first 2 studies can be read, before them skipped 1: no image file 1 (" in items[0][2]
+    [item] = preflight.check_data(replace(cfg, data=replace(cfg.data, rl_split="extra", sft_split="extra")))
+    assert item[0] == "missing" and "no split 'extra'; it has train, val, test" in item[2] and item[3] == ""
+
+
+@pytest.mark.parametrize("form, words", [
+    ("r2gen", "gdown 1c0BXEuDy8Cmm2jfN0YYGkQxFZd2ZIoLg -O some/data.zip && unzip -q some/data.zip -d some "),
+    ("openi", "wget -P some/data https://openi.nlm.nih.gov/imgs/collections/NLMCXR_reports.tgz"),
+    ("mimic", "-P some/data --user YOUR_PHYSIONET_NAME --ask-password https://physionet.org/files/mimic-cxr-jpg/2.1.0/"),
+    ("kaggle", "kaggle datasets download -d raddar/chest-xrays-indiana-university -p some/data --unzip"),
+])  # fmt: skip
+def test_missing_data_comes_with_the_command_that_fetches_it(form, words):
+    [(status, _, text, command)] = preflight.check_data(Config(data=DataConfig(path="some/data", format=form)))
+    assert status == "missing" and "some/data is no folder" in text and words in command and "{" not in command
+
+
+def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):
+    folder = shutil.copytree(base_dir, tmp_path / "base")
+    cfg = Config(model=ModelConfig(path=str(folder)))
+    [(status, _, text, _)] = preflight.check_policy(cfg)
+    assert status == "ok" and re.search(r"llava, [\d,]+ weights, every shard whole", text)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    [(status, _, text, _)] = preflight.check_policy(cfg)
+    assert status == "missing" and "model.safetensors" in text and "fetch it again" in text
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "blip"}))
+    [(status, _, text, _)] = preflight.check_policy(cfg)
+    assert status == "missing" and "model family 'blip' is not supported; known: llava" in text
+    (folder / "config.json").write_text("{")
+    [(status, _, text, _)] = preflight.check_policy(cfg)
+    assert status == "missing" and "config.json: not JSON" in text
+
+
+def test_a_hub_name_is_looked_up_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert preflight.locate("org/name") == Path("org/name")
+    assert preflight.fetch("hf-hub:org/name").startswith("hf download org/name ")
+    assert preflight.fetch("hf-hub:org/name/x.pth").startswith("hf download org/name x.pth ")
+    repo = tmp_path / "models--org--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    for name in ("config.json", "x.pth"):
+        (repo / "snapshots" / "abc" / name).write_text("{}")
+    assert preflight.locate("org/name") == preflight.locate("hf-hub:org/name") == repo / "snapshots" / "abc"
+    assert preflight.locate("hf-hub:org/name/x.pth") == repo / "snapshots" / "abc" / "x.pth"
+
+
+def test_java_and_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    assert next(preflight.check_java(Config()))[0] == "to do"  # training does not need it
+    cfg, shape = Config(run=str(tmp_path / "a" / "b")), KNOWN["llava-med-v1.5-mistral-7b"]
+    usage = shutil.disk_usage(tmp_path)
+    for free, status in ((100 * GIB, "ok"), (2 * GIB, "missing")):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place, free=free: usage._replace(free=free))
+        assert next(preflight.check_disk(cfg, shape))[0] == status
+
+
+def test_max_pixels_bounds_the_estimate_before_the_download(tmp_path):
+    cfg = Config(model=ModelConfig(path=str(tmp_path / "Qwen2.5-VL-7B-Instruct")))
+    assert preflight.policy_shape(cfg).image_tokens == 16384
+    warnings = [item for item in preflight.check_memory(cfg, preflight.policy_shape(cfg)) if "max_pixels" in item[2]]
+    assert [item[0] for item in warnings] == ["to do"]
+    cfg.model.max_pixels = 401408
+    assert preflight.policy_shape(cfg).image_tokens == 512
+    assert preflight.policy_shape(Config(model=ModelConfig(path="phantom:base"))) is None
+
+
+def test_memory_is_held_against_the_gpu(monkeypatch, tmp_path):
+    cfg, shape = ready(READY[0], tmp_path), KNOWN["llava-med-v1.5-mistral-7b"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for size, status in ((24, "to do"), (80, "ok")):
+        card = SimpleNamespace(total_memory=size * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, card=card: card)
+        table, verdict = preflight.check_memory(cfg, shape)
+        assert verdict[0] == status and f"the GPU has {size} GiB" in verdict[2]
+    assert len(table[2].splitlines()) == 5 and "Stage 2" in table[2]
+
+
+# ------------------------------------------------------------------------------------------- the flag and the configs
+
+
+def test_check_passes_on_the_phantom_and_builds_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    installed(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--check", "--config", str(ROOT / "configs" / "phantom.toml")])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 0 and not list(tmp_path.iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    assert "ok        data      phantom:data: built on first use" in lines and " 0 missing" in lines[-1]
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_check_lists_what_a_ready_config_lacks(path, monkeypatch, tmp_path, capsys):
+    cfg = ready(path, tmp_path)
+    installed(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert preflight.preflight(cfg) == 1
+    out = capsys.readouterr().out
+    missing = [line for line in out.splitlines() if line.startswith("missing")]
+    assert len(missing) == 7  # data, policy, CheXbert and its BERT, BERTScore, expert, RadGraph
+    commands = [line.split("$ ")[1] for line in out.splitlines() if "$ " in line]
+    assert f"hf download {preflight.HUB[Path(cfg.model.path).name][0]} --local-dir {cfg.model.path}" in commands
+    assert "hf download StanfordAIMI/RRG_scorers chexbert.pth --local-dir models" in commands
+    assert sum("correct it" in command for command in commands) == 0  # every path of the configs is known
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_ready_configs_hold_the_papers_settings_and_fit_80_gib(path, tmp_path):
+    cfg = ready(path, tmp_path)
+    assert (cfg.grpo.batch_size, cfg.grpo.lr, cfg.rewards.lambda_vis) == (8, 1e-6, 0.5)
+    assert (cfg.stage1.trainable, cfg.stage2.trainable) == ("language", "projector")
+    for stage in (cfg.sft, cfg.stage1, cfg.stage2):
+        assert (stage.steps, stage.epochs) == (0, 3.0)
+    assert (cfg.rewards.rank, cfg.rewards.mix, cfg.grpo.advantage) == ("literal", "raw", "rank")
+    shape = KNOWN[Path(cfg.model.path).name]
+    shape = replace(shape, image_tokens=min(shape.image_tokens, 576))  # Qwen's with its max_pixels
+    assert max(estimate(shape, cfg, stage, preflight.SCORERS)["total"] for stage in range(3)) < 72 * GIB
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_every_value_of_a_ready_config_names_its_source(path):
+    lines, marked = path.read_text().splitlines(), set()
+    for line in lines:
+        name = line.split(" = ")[0]
+        if " = " in line and not line.startswith(PLAIN):
+            assert re.search(r"\[[^\]]+\]$", line), f"{path.name}: {line}"
+            marked |= {name} if line.endswith("[paper]") else set()
+    assert {"lambda_vis", "lr", "batch_size", "trainable", "epochs", "path"} <= marked and max(map(len, lines)) <= 120

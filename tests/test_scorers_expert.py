@@ -1,0 +1,276 @@
+"""The frozen expert on tiny random open_clip models in their real on-disk layouts."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import BertConfig, BertTokenizer
+
+from phantom import models as tiny_models
+from scorers import expert
+
+torch.set_num_threads(1)
+WORDS = ("the lungs are clear there is a small large left right pleural effusion no pneumothorax heart normal "
+         "seen .").split()  # fmt: skip
+SENTENCES = ["The lungs are clear.", "There is a small left pleural effusion.", "No pneumothorax is seen.",
+             "The heart is normal."]  # fmt: skip
+
+
+def write_tokenizer(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_native(folder, context=16):
+    """The phantom's layout: native CLIP over a BERT tokenizer. Returns the model that was saved."""
+    tokenizer = write_tokenizer(folder)
+    config = tiny_models.clip_config(len(tokenizer), tokenizer.sep_token_id, context)
+    config["model_cfg"]["vision_cfg"] |= {"layers": 1, "width": 32, "head_width": 16}
+    config["model_cfg"]["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**config["model_cfg"]).eval()
+    expert.save_expert(model, config, tokenizer, folder)
+    return model
+
+
+def build_biomedclip(folder, context=16):
+    """BiomedCLIP's layout: timm ViT, Hugging Face BERT named as on the hub, its config.json in the folder."""
+    tokenizer = write_tokenizer(folder)
+    bert = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                      intermediate_size=64)  # fmt: skip
+    bert.save_pretrained(folder)
+    text = {"hf_model_name": "microsoft/no-such-bert", "hf_tokenizer_name": "microsoft/no-such-bert", "hf_proj_type":
+            "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": context}  # fmt: skip
+    vision = {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "",
+              "timm_proj": "linear", "image_size": 160}  # fmt: skip
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {"size": 160}}
+    torch.manual_seed(0)
+    local = {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}
+    model = open_clip.model.CustomTextCLIP(embed_dim=16, vision_cfg=vision, text_cfg=local).eval()
+    expert.save_expert(model, config, tokenizer, folder)
+    return model
+
+
+BUILD = {"native": build_native, "biomedclip": build_biomedclip}
+
+
+@pytest.fixture(scope="module", params=list(BUILD))
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    return BUILD[request.param](folder), folder
+
+
+@pytest.fixture
+def frozen(saved):
+    return expert.load_expert(saved[1])
+
+
+def pictures(n):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)) for _ in range(n)]
+
+
+def test_round_trip_is_exact(saved, frozen):
+    model = saved[0]
+    assert all(torch.equal(value, frozen.model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not any(p.requires_grad for p in frozen.model.parameters()) and not frozen.model.training
+    tokens = frozen.tokenizer(SENTENCES)
+    pixels = torch.stack([frozen.preprocess(p.convert("RGB")) for p in pictures(2)])
+    with torch.no_grad():
+        assert torch.equal(model.encode_text(tokens), frozen.model.encode_text(tokens))
+        assert torch.equal(model.encode_image(pixels), frozen.model.encode_image(pixels))
+    if "native" in str(saved[1]):
+        plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{saved[1]}")
+        assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_padding_does_not_change_an_embedding(frozen):
+    """Skipped columns, all columns, and what stands in the padding: one and the same embedding."""
+    tokens = frozen.tokenizer(SENTENCES)
+    assert (tokens[:, -4:] == 0).all()
+    with torch.no_grad():
+        full = F.normalize(frozen.model.encode_text(tokens), dim=-1)
+        torch.testing.assert_close(expert.encode_tokens(frozen.model, tokens), full, atol=1e-6, rtol=0)
+        one = expert.encode_tokens(frozen.model, tokens[:1])
+    torch.testing.assert_close(one, full[:1], atol=1e-6, rtol=0)
+    assert (full[0] - full[1]).abs().max() > 1e-3
+
+
+def test_phantom_config_pools_at_sep(tmp_path):
+    """The embedding depends on every word and on nothing behind [SEP]."""
+    model = build_native(tmp_path / "m")
+    tokens = torch.tensor([[2, 5, 6, 7, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]).repeat(3, 1)
+    tokens[1, 6:] = 9  # behind the end
+    tokens[2, 1] = 8  # the first word
+    with torch.no_grad():
+        base, behind, word = model.encode_text(tokens)
+    torch.testing.assert_close(base, behind)
+    assert (base - word).abs().max() > 1e-4
+
+
+def test_gradients_flow_through_the_cut(saved):
+    frozen = expert.load_expert(saved[1])
+    frozen.model.requires_grad_(True)
+    expert.encode_tokens(frozen.model, frozen.tokenizer(SENTENCES))[:, 0].sum().backward()
+    if "native" in str(saved[1]):
+        grad = frozen.model.positional_embedding.grad
+        assert grad[:4].abs().sum() > 0 and (grad[-3:] == 0).all()
+    assert any(p.grad is not None for p in frozen.model.parameters())
+
+
+def test_windows_hold_every_word_in_order():
+    text = "One two three. Four five! Six seven eight nine ten eleven. Twelve?"
+    windows = expert.split_windows(text, lambda part: len(part.split()) <= 4)
+    assert windows == ["One two three.", "Four five! Six seven", "eight nine ten eleven.", "Twelve?"]
+    assert expert.split_windows(text, lambda part: True) == [text]
+    assert expert.split_windows(" \n ", lambda part: True) == []
+    with pytest.raises(ValueError, match="longer than the text context"):
+        expert.split_windows("aa bb", lambda part: len(part) < 2)
+
+
+def test_long_text_is_the_mean_of_its_windows(frozen):
+    long = " ".join(SENTENCES)
+    assert expert.count_tokens(frozen.tokenizer, long) > frozen.context_length
+    windows = expert.split_windows(long, lambda part: expert.count_tokens(frozen.tokenizer, part) <= 16)
+    assert len(windows) > 1 and " ".join(windows) == long
+    mean = F.normalize(torch.cat([frozen.text_features([w]) for w in windows]).mean(dim=0), dim=0)
+    torch.testing.assert_close(frozen.text_features([long])[0], mean, atol=1e-6, rtol=0)
+    changed = " ".join([*SENTENCES[:-1], "The heart is large."])
+    s = frozen.similarity(pictures(1), ["a"], [long, changed], 2)
+    assert (s[0, 0] - s[0, 1]).abs() > 1e-5  # the last sentence counts
+
+
+def test_similarity_is_the_cosine_and_needs_no_batch_mates(frozen):
+    images, ids = pictures(3), ["a", "b", "c"]
+    texts = [*SENTENCES, SENTENCES[0], " ".join(SENTENCES)]
+    got = frozen.similarity(images, ids, texts, 2)
+    for b in range(3):
+        alone = expert.Expert(frozen.model, frozen.preprocess, frozen.tokenizer, 16, frozen.device)
+        for g in range(2):
+            value = alone.similarity([images[b]], [ids[b]], [texts[2 * b + g]], 1)
+            torch.testing.assert_close(got[b : b + 1, g : g + 1], value, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        image = frozen.model.encode_image(frozen.preprocess(images[0].convert("RGB"))[None])
+        text = frozen.model.encode_text(frozen.tokenizer([texts[1]]))
+    assert got[0, 1].item() == pytest.approx(F.cosine_similarity(image, text).item(), abs=1e-6)
+    with pytest.raises(ValueError, match="5 texts for 3 images of 2"):
+        frozen.similarity(images, ids, texts[:5], 2)
+
+
+def test_empty_text_is_minus_one(frozen):
+    s = frozen.similarity(pictures(1), ["a"], ["", " \n", SENTENCES[0]], 3)
+    assert s[0, :2].tolist() == [-1, -1] and -1 < s[0, 2] < 1
+    assert frozen.similarity(pictures(1), ["a"], ["", ""], 2).tolist() == [[-1, -1]]
+    assert frozen.text_features(["", ""]).shape == frozen.text_features([SENTENCES[0]] * 2).shape
+
+
+def test_images_are_embedded_once_and_texts_once(frozen, monkeypatch):
+    calls = {"encode_image": 0, "encode_tokens": 0}
+    encode_image, encode_tokens = frozen.model.encode_image, expert.encode_tokens
+
+    def count_image(pixels):
+        calls["encode_image"] += len(pixels)
+        return encode_image(pixels)
+
+    def count_tokens(model, tokens):
+        calls["encode_tokens"] += len(tokens)
+        return encode_tokens(model, tokens)
+
+    monkeypatch.setattr(frozen.model, "encode_image", count_image)
+    monkeypatch.setattr(expert, "encode_tokens", count_tokens)
+    first = frozen.similarity(pictures(2), ["a", "b"], SENTENCES[:2] * 2, 2)
+    assert calls == {"encode_image": 2, "encode_tokens": 2}
+    again = frozen.similarity(pictures(2)[::-1], ["b", "a"], SENTENCES[:2] * 2, 2)
+    assert calls["encode_image"] == 2 and torch.equal(first.flip(0), again)
+    monkeypatch.setattr(expert, "CACHED_IMAGES", 1)
+    frozen.image_features(pictures(2), ["a", "b"])
+    assert list(frozen.cache) == ["b"]
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
+    folder = tmp_path / "m"
+    build_native(folder)
+    weights = (folder / "open_clip_model.safetensors").read_bytes()
+
+    def refused(match, path=folder):
+        with pytest.raises(ValueError, match=match) as caught:
+            expert.load_expert(path)
+        assert "\n" not in str(caught.value)
+
+    refused("does not exist", tmp_path / "absent")
+    (folder / "open_clip_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused("cannot load")
+    (folder / "open_clip_model.safetensors").unlink()
+    refused("cannot load.*could not be loaded")
+    (folder / "open_clip_model.safetensors").write_bytes(weights)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["embed_dim"] = 8
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    refused("size mismatch")
+    (folder / "open_clip_config.json").write_text("{}")
+    refused("lacks 'model_cfg'")
+    (folder / "open_clip_config.json").write_text("{")
+    refused("cannot load")
+
+
+def test_byte_pair_native_clip_by_hub_name(hub, tmp_path):
+    """OpenAI's own layout and tokenizer, whose id 0 is a "!" and not a padding; loaded from the hub's cache."""
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {"size": 32}}
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**config["model_cfg"]).eval()
+    expert.save_file(model.state_dict(), tmp_path / "w")
+    (tmp_path / "c").write_text(json.dumps(config))
+    hub("owner/clip", {"open_clip_config.json": tmp_path / "c", "open_clip_model.safetensors": tmp_path / "w"})
+    frozen = expert.load_expert("hf-hub:owner/clip")
+    texts = [*SENTENCES, "Effusion! Seen?", "Effusion !( seen"]
+    tokens = frozen.tokenizer(texts)
+    lengths = (tokens == 49407).int().argmax(dim=1) + 1
+    assert (tokens[-1, : lengths[-1]] == 0).any()
+    assert [expert.count_tokens(frozen.tokenizer, text) for text in texts] == lengths.tolist()
+    with torch.no_grad():
+        full = F.normalize(model.encode_text(tokens), dim=-1)
+        for i in range(len(texts)):
+            torch.testing.assert_close(expert.encode_tokens(frozen.model, tokens[i : i + 1]), full[i : i + 1])
+    with pytest.raises(ValueError, match="cannot load hf-hub:owner/none") as caught:
+        expert.load_expert("hf-hub:owner/none")
+    assert "\n" not in str(caught.value)
+
+
+def test_biomedclip_as_it_is_published(tmp_path):
+    """Weights in a .bin with BERT's old position_ids; the inner BERT's config.json here, nowhere, in its own folder."""
+    folder = tmp_path / "m"
+    model = build_biomedclip(folder)
+    (folder / "open_clip_model.safetensors").unlink()
+    old = model.state_dict() | {"text.transformer.embeddings.position_ids": torch.arange(512)[None]}
+    torch.save(old, folder / "open_clip_pytorch_model.bin")
+    embedding = expert.load_expert(folder).text_features(SENTENCES)
+    with torch.no_grad():
+        expected = F.normalize(model.encode_text(expert.load_expert(folder).tokenizer(SENTENCES)), dim=-1)
+    torch.testing.assert_close(embedding, expected, atol=1e-6, rtol=0)
+
+    (tmp_path / "bert").mkdir()
+    (folder / "config.json").rename(tmp_path / "bert" / "config.json")
+    with pytest.raises(ValueError, match=f"put the config.json of microsoft/no-such-bert into {folder}") as caught:
+        expert.load_expert(folder)
+    assert "\n" not in str(caught.value)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = str(tmp_path / "bert")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert torch.equal(expert.load_expert(folder).text_features(SENTENCES), embedding)
+    for broken in (b"not weights", b""):
+        (folder / "open_clip_pytorch_model.bin").write_bytes(broken)
+        with pytest.raises(ValueError, match="cannot load") as caught:
+            expert.load_expert(folder)
+        assert "\n" not in str(caught.value)

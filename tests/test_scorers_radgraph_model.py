@@ -1,0 +1,175 @@
+"""RadGraph through the `radgraph` package, on tiny random archives in its real on-disk layout."""
+
+import os
+import shutil
+import tarfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import rewards
+from benchmarks import radgraph_archive
+from config import Config, ScorerConfig
+from scorers import radgraph_model as radgraph_package
+from scorers.radgraph_model import PackageRadGraph
+
+torch.set_num_threads(1)
+package = pytest.importorskip("radgraph.radgraph")
+REPORTS = [
+    "Small left pleural effusion. The heart is enlarged.", "No pleural effusion or pneumothorax is seen.",
+    "Opacity in the left base may represent pneumonia, 5% (new).", "Lungs are clear.", "Effusion",
+    "Heart size is normal.",
+    "Small right effusion with opacity. Left base is clear. The heart is enlarged. " * 4,
+]  # fmt: skip
+WORDS = sorted({"a", "b"} | {word for text in REPORTS for word in text.lower().replace(".", " .").split()})
+
+
+def write_archive(home, model_type: str) -> None:
+    """A tiny archive, its weights wide enough for several labels and relations."""
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    radgraph_archive.write_archive(home, model_type, WORDS, sizes=sizes)
+
+
+@pytest.fixture(scope="module", params=radgraph_package.MODEL_TYPES)
+def archive(request, tmp_path_factory):
+    """(folder that holds the archive, model type)."""
+    home = tmp_path_factory.mktemp("radgraph")
+    write_archive(home, request.param)
+    return home, request.param
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """One archive of the type `radgraph`."""
+    home = tmp_path_factory.mktemp("plain")
+    write_archive(home, "radgraph")
+    return home
+
+
+@pytest.mark.parametrize("level", radgraph_package.LEVELS)
+def test_equals_the_package(archive, level):
+    home, model_type = archive
+    hyps, refs = REPORTS * 2, [*REPORTS[1:], REPORTS[0], *REPORTS]
+    oracle = package.F1RadGraph(reward_level=level, model_type=model_type, model_cache_dir=str(home), cuda=-1)
+    mean, scores, ours, theirs = oracle(hyps=hyps, refs=refs)
+    got = PackageRadGraph(model_type, str(home), level)(hyps=hyps, refs=refs)
+    assert got[1] == scores and got[0] == pytest.approx(mean) and got[2:] == (ours, theirs)
+    assert any(0 < score < 1 for score in scores) and 1 in scores
+    entities = [entity for annotation in ours for entity in annotation["entities"].values()]
+    assert len({entity["label"] for entity in entities}) > 1
+    assert len({name for entity in entities for name, _ in entity["relations"]}) > 1
+
+
+def test_real_reports_score_as_in_the_package(plain, real_reports):
+    hyps, refs = real_reports[:10], real_reports[10:20]
+    oracle = package.F1RadGraph(reward_level="partial", model_type="radgraph", model_cache_dir=str(plain), cuda=-1)
+    assert PackageRadGraph("radgraph", str(plain))(hyps=hyps, refs=refs)[1:] == oracle(hyps=hyps, refs=refs)[1:]
+
+
+def test_restored_methods_give_the_tokenizers_own_ids(archive):
+    tokenizer = package.token_indexers.PretrainedTransformerMismatchedIndexer(str(archive[0] / "encoder"))._tokenizer
+    text = "small left effusion ."
+    assert tokenizer.encode_plus(text)["input_ids"] == tokenizer(text)["input_ids"]
+    bare = tokenizer.encode_plus(text, add_special_tokens=False)["input_ids"]
+    assert len(bare) == len(tokenizer(text)["input_ids"]) - 2
+    assert tokenizer.build_inputs_with_special_tokens(bare) == tokenizer(text)["input_ids"]
+
+
+def test_empty_texts_score_0_and_keep_their_place(plain):
+    score = PackageRadGraph("radgraph", str(plain))
+    hyps, refs = ["", REPORTS[0], " \n", "", REPORTS[0]], [REPORTS[0], "", REPORTS[0], "", REPORTS[0]]
+    mean, scores, ours, theirs = score(hyps=hyps, refs=refs)
+    oracle = package.F1RadGraph(reward_level="partial", model_type="radgraph", model_cache_dir=str(plain), cuda=-1)
+    assert scores == oracle(hyps=[text.strip() for text in hyps], refs=refs)[1] == [0, 0, 0, 0, 1]
+    assert mean == pytest.approx(0.2) and ours[0]["entities"] == {} and len(ours) == len(theirs) == 5
+    assert score(hyps=[], refs=[]) == (0.0, [], [], [])
+
+
+def test_each_text_is_annotated_once_without_gradients(plain, monkeypatch):
+    score, calls = PackageRadGraph("radgraph", str(plain)), []
+    forward = score.model.forward
+
+    def counted(texts):
+        assert not torch.is_grad_enabled()
+        calls.append(list(texts))
+        return forward(texts)
+
+    monkeypatch.setattr(score.model, "forward", counted)
+    first = score(hyps=REPORTS[1:4], refs=[REPORTS[0]] * 3)
+    again = score(hyps=[REPORTS[1], REPORTS[4]], refs=[REPORTS[0]] * 2)
+    assert calls == [[*REPORTS[1:4], REPORTS[0]], [REPORTS[4]]] and again[1][0] == first[1][0]
+    first[3][0]["entities"].clear()  # what a caller does to an annotation stays with the caller
+    assert score(hyps=[REPORTS[0]], refs=[REPORTS[0]])[1] == [1]
+    assert not any(p.requires_grad for p in score.model.parameters()) and not score.model.training
+
+
+def test_a_text_without_annotation_is_an_error(plain, monkeypatch):
+    score = PackageRadGraph("radgraph", str(plain))
+    monkeypatch.setattr(score.model, "forward", lambda texts: {"0": {"text": "", "entities": {}}})
+    with pytest.raises(ValueError, match="could not annotate 1 text.*Lungs are clear"):
+        score(hyps=[REPORTS[0]], refs=["Lungs are clear."])
+
+
+def test_archive_from_the_hub(plain, hub, tmp_path, monkeypatch):
+    """Fetched and unpacked where the package looks, once; nothing is left behind by an archive that is broken."""
+    monkeypatch.setattr(package, "CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="cannot fetch hf-hub:StanfordAIMI/RRG_scorers/radgraph.tar.gz"):
+        PackageRadGraph("radgraph")
+    (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
+    with tarfile.open(tmp_path / "good.tar.gz", "w:gz") as tar:
+        tar.add(plain / "radgraph", arcname=".")
+    files = {"radgraph.tar.gz": tmp_path / "good.tar.gz", "radgraph-xl.tar.gz": tmp_path / "bad.tar.gz"}
+    hub("StanfordAIMI/RRG_scorers", files)
+    got = PackageRadGraph("radgraph")(hyps=REPORTS, refs=REPORTS[::-1])
+    assert got == PackageRadGraph("radgraph", str(plain))(hyps=REPORTS, refs=REPORTS[::-1])
+    with pytest.raises(ValueError, match="cannot unpack .*radgraph-xl.tar.gz"):
+        PackageRadGraph("radgraph-xl")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["radgraph"]
+    monkeypatch.setattr(radgraph_package, "unpack", None)  # not needed again
+    PackageRadGraph("radgraph")
+
+
+def test_what_cannot_be_loaded_is_one_line(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "copy")
+    home = tmp_path / "copy"
+    folder = home / "radgraph"
+    weights, config = (folder / "weights.th").read_bytes(), (folder / "config.json").read_text()
+
+    def refused(match, model_type="radgraph", where=home, level="partial"):
+        with pytest.raises(ValueError, match=match) as caught:
+            PackageRadGraph(model_type, str(where), level)
+        assert "\n" not in str(caught.value) and str(caught.value).startswith("radgraph: ")
+
+    refused("'echograph' is none of", "echograph")
+    refused("'all' is none of", level="all")
+    refused(r"radgraph-xl/config.json does not exist; unpack radgraph-xl.tar.gz", "radgraph-xl")
+    refused("config.json does not exist", where=tmp_path / "absent")
+    (folder / "config.json").write_text(config.replace(str(plain / "encoder"), "owner/no-such-encoder"))
+    refused("cannot load .*; config.json's model_name, the encoder, must be a folder or a hub name")
+    for text in ("{", "{}"):
+        (folder / "config.json").write_text(text)
+        refused("cannot load")
+    (folder / "config.json").write_text(config)
+    state = torch.load(folder / "weights.th", weights_only=True)
+    key = next(key for key in state if "_ner_scorers" in key)
+    torch.save({name: value for name, value in state.items() if name != key}, folder / "weights.th")
+    refused(f"Missing key.*{key}")
+    for broken in (weights[: len(weights) // 2], b"not weights", b""):
+        (folder / "weights.th").write_bytes(broken)
+        refused("cannot load")
+    (folder / "weights.th").unlink()
+    refused("weights.th does not exist")
+
+
+def test_load_scorers_takes_the_package(plain, monkeypatch):
+    monkeypatch.setattr(rewards.clinical, "load_chexbert", lambda *args: None)
+    monkeypatch.setattr(rewards.clinical, "load_bertscore", lambda *args: args)
+    cfg = Config(scorers=ScorerConfig(radgraph="radgraph", radgraph_dir=str(plain), radgraph_level="complete",
+                                      bertscore="b", bertscore_baseline="package"))  # fmt: skip
+    scorers = rewards.load_scorers(cfg, with_expert=False)
+    expected = PackageRadGraph("radgraph", str(plain), "complete")(hyps=REPORTS, refs=REPORTS[::-1])[1]
+    assert scorers.radgraph(REPORTS, REPORTS[::-1]) == expected and scorers.bertscore == ("b", 2, "cpu", "package")
+    cfg.scorers.radgraph = "rules"
+    assert rewards.load_scorers(cfg, with_expert=False).radgraph(["Effusion."], ["Effusion."]) == [1]

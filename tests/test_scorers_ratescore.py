@@ -1,0 +1,71 @@
+"""ratescore_runner.py, with a stand-in for the package in a real environment of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evidence import metrics
+from scorers.ratescore import load_ratescore
+
+RUNNER = Path(__file__).parents[1] / "scorers" / "ratescore.py"
+# scores the share of the reference's words; like the real package, drops a text that has no sentence
+PACKAGE = """
+from .utils import sentence_split
+class RaTEScore:
+    def __init__(self, use_gpu):
+        assert use_gpu is False
+    def compute_score(self, candidates, references):
+        c, r = sentence_split(candidates)[0], sentence_split(references)[0]
+        return [len({*a.split()} & {*b.split()}) / len({*b.split()}) for a, b in zip(c, r)]
+"""
+UTILS = """
+def sentence_split(texts):
+    kept = [text for text in texts if len(text.strip()) > 2]
+    return kept, [1] * len(kept)
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The interpreter of a fresh environment with the stand-in and no other package."""
+    folder = tmp_path_factory.mktemp("ratescore")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    (packages / "RaTEScore").mkdir()
+    (packages / "RaTEScore" / "__init__.py").write_text(PACKAGE)
+    (packages / "RaTEScore" / "utils.py").write_text(UTILS)
+    return str(folder / "bin" / "python")
+
+
+def test_scores_come_back_in_order_and_texts_without_a_sentence_score_0(python):
+    score = load_ratescore(python)
+    candidates = ["left effusion", "", "ßharp “quotes”\nand lines\u2028here", "1.", "right effusion"]
+    references = ["left effusion", "clear", candidates[2], "clear lungs", "left effusion"]
+    assert score(candidates, references) == [1.0, 0.0, 1.0, 0.0, 0.5]
+    stats = metrics.collect([[c] for c in candidates], references, ratescore=score)
+    assert metrics.summarise(stats, (), 20, 0)["ratescore"]["value"] == pytest.approx(0.5)
+
+
+def test_by_hand_from_any_folder(python, tmp_path):
+    rows = [{"report": "left effusion", "reference": "left effusion"}, {"report": "clear", "reference": "clear lungs"}]
+    (tmp_path / "P.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run([python, "-I", str(RUNNER), "P.jsonl", "S.jsonl"], cwd=tmp_path, check=True)
+    assert (tmp_path / "S.jsonl").read_text() == '{"score": 1.0}\n{"score": 0.5}\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["P.jsonl", "S.jsonl"]
+
+
+@pytest.mark.parametrize("interpreter", ["nowhere/python", sys.executable])
+def test_no_environment_is_one_line_at_the_start(interpreter):
+    with pytest.raises(ValueError, match="eval.ratescore: ") as error:
+        load_ratescore(interpreter)
+    assert interpreter in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_failure_inside_is_one_line(python):
+    with pytest.raises(ValueError, match="eval.ratescore: no RaTEScore from .*AttributeError.*set it up") as error:
+        load_ratescore(python)(["left effusion"], [7])  # a reference that is no text
+    assert "\n" not in str(error.value)

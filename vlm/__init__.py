@@ -1,0 +1,1 @@
+"""The network under the policy: model families, shared-prefix attention, fast linear layers."""

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from phantom.world import PhantomConfig
+from phantom.config import AssetsConfig, PhantomConfig
 
 
 @dataclass
@@ -214,20 +214,6 @@ class EvalConfig:
     gate: float = 57.0
     """percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;
     Stage 2 was seen to hurt a policy that hardly looks at the image [ours]"""
-
-
-@dataclass
-class AssetsConfig:
-    """How the phantom's small models are trained (assets.py)."""
-
-    vision_steps: int = 900
-    """updates of the vision tower as a multi-label classifier, 64 images each [ours]"""
-    base_steps: int = 500
-    """updates of the base vision-language model on captions, 48 images each [ours]"""
-    expert_steps: int = 600
-    """updates of the frozen expert, 128 image-report pairs each [ours]"""
-    labeller_steps: int = 250
-    """updates of the CheXbert-format labeller, 64 texts each [ours]"""
 
 
 def _default_stage2() -> StageConfig:

@@ -42,6 +42,7 @@ from running import parallel
 from running.folder import write_text
 from scorers.clinical import CHEXPERT_LABELS
 from scorers.green import load_green
+from scorers.load import load_scorers
 from scorers.ratescore import load_ratescore
 
 # what many a normal report of a real collection says; says nothing about the image
@@ -223,7 +224,7 @@ def evaluate_run(cfg: EvalRun) -> None:
     ids, references = [s.id for s in studies], [s.report for s in studies]
     labels = None if studies[0].labels is None else [s.labels for s in studies]
     if parallel.rank() == 0:  # the one that scores and writes
-        scorers = rewards.load_scorers(cfg, pick_device(cfg), with_expert=False)
+        scorers = load_scorers(cfg, pick_device(cfg), with_expert=False)
         judge, notes = make_judge(cfg, references, labels, scorers)
         template = judge([[normal_template(references, labels, cfg.data.target)]] * len(studies), formats=False)
     folder = Path(cfg.run) / "eval" / split
@@ -266,7 +267,7 @@ def evaluate_predictions(cfg: EvalRun) -> None:
         notes.append("CheXbert F1, RadGraph F1 and BERTScore need --scorers.*: the phantom's know only its reports")
     else:
         cfg = resolve(cfg, ("labeller",))
-        scorers = rewards.load_scorers(cfg, pick_device(cfg), with_expert=False)
+        scorers = load_scorers(cfg, pick_device(cfg), with_expert=False)
     judge, more = make_judge(cfg, references, labels, scorers)
     outputs = [[given[study_id]["report"]] for study_id in wanted]
     empty = [study_id for study_id in wanted if not given[study_id]["report"].strip()]

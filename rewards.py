@@ -18,13 +18,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import sacrebleu
 import torch
 from torch import Tensor
 
-from config import Config, RewardConfig
-from scorers import clinical
-from scorers import expert as expert_module
+from config import RewardConfig
 
 OPEN, CLOSE = "<report>", "</report>"
 
@@ -85,6 +84,17 @@ def rouge_l(candidates: list[str], references: list[str]) -> list[float]:
     return [_rouge().score(r, c)["rougeL"].fmeasure for c, r in zip(candidates, references, strict=True)]
 
 
+def label_f1(candidate_positive: np.ndarray, reference_positive: np.ndarray) -> list[float]:
+    """Eq. 4's s_cx: micro-F1 of each pair of (n, 14) bool rows; no positive in either = 1, in one only = 0.
+
+    No Finding counts like any other label, so two normal reports agree on something.
+    """
+    candidate, reference = np.asarray(candidate_positive, bool), np.asarray(reference_positive, bool)
+    both = (candidate & reference).sum(axis=1)
+    stated = candidate.sum(axis=1) + reference.sum(axis=1)
+    return np.where(stated == 0, 1.0, 2 * both / np.maximum(stated, 1)).tolist()
+
+
 def rank_reward(similarities: Tensor, rank: str = "literal", tau: float = 0.03) -> Tensor:
     """Eq. 7: similarities (..., G) -> r_vis (..., G) in [0, 1], 1 = most similar to the image.
 
@@ -126,28 +136,6 @@ class Scorers:
     similarity: Callable | None  # images, ids, groups [B][G] -> (B, G) cosine; None: no expert loaded
 
 
-def load_scorers(cfg: Config, device="cpu", with_expert: bool = True) -> Scorers:
-    """Load the frozen scorers that `cfg.scorers` names."""
-    s = cfg.scorers
-    labeller = clinical.load_chexbert(s.chexbert, s.bert, device)
-    if s.radgraph == "rules":
-        radgraph = clinical.RuleRadGraph(s.radgraph_level)
-    else:
-        from scorers.radgraph_model import PackageRadGraph  # here, as it brings all of AllenNLP: seconds
-
-        radgraph = PackageRadGraph(s.radgraph, s.radgraph_dir, s.radgraph_level, device)
-    bertscore = clinical.load_bertscore(s.bertscore, s.bertscore_layer, device, s.bertscore_baseline)
-    similarity = None
-    if with_expert:
-        frozen = expert_module.load_expert(s.expert, device)
-
-        def similarity(images, ids, groups):
-            texts = [text for group in groups for text in group]
-            return frozen.similarity(images, ids, texts, len(groups[0])).float().cpu()
-
-    return Scorers(labeller, bertscore, lambda c, r: radgraph(hyps=c, refs=r)[1], similarity)
-
-
 def text_components(
     candidates: list[str], references: list[str], scorers: Scorers, clinical_too: bool
 ) -> dict[str, list[float]]:
@@ -158,7 +146,7 @@ def text_components(
         "bertscore": scorers.bertscore(candidates, references),
     }
     if clinical_too:
-        parts["chexbert"] = clinical.label_f1(scorers.label(candidates), scorers.label(references))
+        parts["chexbert"] = label_f1(scorers.label(candidates), scorers.label(references))
         parts["radgraph"] = scorers.radgraph(candidates, references)
     return parts
 

@@ -8,7 +8,6 @@ Algorithm 1 of the paper: `sft_update` and `grpo_update` are one policy update e
 `main` strings the stages together. What a run leaves behind, and how it goes on after a kill: runs.py.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from config import Config, parse
 from data import Study, batch_ids, load_studies, read_views
-from evidence import metrics, reader
+from evidence import metrics
 from grpo import group_advantages, grpo_loss
 from model import (
     add_reference,
@@ -36,7 +35,8 @@ from model import (
     use_reference,
 )
 from phantom.assets import NAMES, resolve
-from rewards import Scorers, compute_rewards, format_reward, load_scorers, readable, wrap
+from phantom.oracle import exact_labels, oracle_similarity
+from rewards import Scorers, compute_rewards, wrap
 from rollout import Rollout, generate_split, rollout
 from running import parallel, preflight
 from running.folder import (
@@ -51,6 +51,7 @@ from running.folder import (
     save_adapter,
     save_checkpoint,
 )
+from scorers.load import load_scorers
 from sft import sft_loss, text_logps
 from vlm.fast_linear import lean_layers
 
@@ -217,39 +218,12 @@ def load_trainer(cfg: Config, stage: int, init: Path | None, reference: Path | N
         oracle, visual = cfg.scorers.expert == "oracle", stage == 2 and cfg.rewards.lambda_vis > 0
         scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
         if oracle and visual:
-            scorers.similarity = reader.oracle_similarity(exact_labels(cfg))
+            scorers.similarity = oracle_similarity(exact_labels(cfg))
     set_trainable(model, {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable)
     parameters = [p for p in model.parameters() if p.requires_grad]
     lr = cfg.sft.lr if stage == 0 else cfg.grpo.lr
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     return Trainer(cfg, stage, model, processor, scorers, optimizer, parameters)
-
-
-def exact_labels(cfg: Config) -> dict[str, list[str]]:
-    """{id: labels} of the RL split; ValueError for a data set without a truth.jsonl."""
-    studies = load_studies(cfg.data, cfg.data.rl_split)
-    if studies[0].labels is None:
-        raise ValueError(f"scorers.expert oracle: {cfg.data.path} has no truth.jsonl, so no exact labels")
-    return {study.id: study.labels for study in studies}
-
-
-def validate(t: Trainer, studies: list[Study]) -> dict[str, float]:
-    """Greedy BLEU-4, format rate and, with exact labels, sided F1 and hallucination rate of the policy as it is now."""
-    t.model.eval()
-    outputs = generate_split(t.model, t.processor, studies, t.cfg)
-    stats = metrics.collect(
-        [[readable(output) for output in group] for group in outputs],
-        [s.report for s in studies],
-        formats=[format_reward(group, None, t.cfg.rewards.required_sections) for group in outputs],
-        labels=None if studies[0].labels is None else [s.labels for s in studies],
-        truth_counts=reader.truth_counts,
-    )
-    row = {}
-    for name in ("bleu_4", "format_rate", "sided_f1", "hallucination_rate"):
-        family, function = metrics.METRICS[name]
-        if family in stats and not math.isnan(value := float(function(stats[family].sum(0)))):
-            row[f"val/{name}"] = value
-    return row
 
 
 def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
@@ -274,7 +248,9 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
         row, sample = (sft_update(t, batch, step, steps), None) if stage == 0 else grpo_update(t, batch, k)
         row["seconds"] = time.perf_counter() - began
         if held_out and (step + 1) % cfg.val_every == 0:
-            row |= validate(t, held_out)
+            t.model.eval()
+            outputs = generate_split(t.model, t.processor, held_out, cfg)
+            row |= metrics.validation_row(outputs, held_out, cfg.rewards.required_sections)
         log.write(k, row, None if step % cfg.sample_every else sample)
         shown = {n.split("/")[-1]: f"{row[n]:.3f}" for n in ("loss", "reward/total", "kl") if n in row}
         bar.set_postfix(shown, refresh=False)  # drawn with the bar, so that a log file is not flooded

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rewards  # noqa: E402
 from phantom import models as tiny_models  # noqa: E402
 from phantom import world as phantom  # noqa: E402
+from phantom.config import PhantomConfig  # noqa: E402
 from scorers import clinical  # noqa: E402
 
 STUDIES, GROUP = 2, 8
@@ -30,7 +31,7 @@ Score = Callable[[list[str], list[str]], list[float]]  # candidates, references 
 
 def report_texts(n: int) -> list[str]:
     """n different texts of the length of a chest X-ray report: two of the phantom's, one after the other."""
-    texts, _ = phantom.labelled_texts(phantom.PhantomConfig(), 0, 2 * n)
+    texts, _ = phantom.labelled_texts(PhantomConfig(), 0, 2 * n)
     return [f"{a} {i} {b}" for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))]
 
 
@@ -57,9 +58,9 @@ def chexbert(config: BertConfig, texts: list[str], folder: Path, device: str) ->
     def theirs(candidates: list[str], references: list[str]) -> list[float]:
         labels = [[scorer.get_label(text) for text in pair] for pair in zip(candidates, references, strict=True)]
         positive = torch.tensor(labels).bool().numpy()  # (N, 2, 14)
-        return clinical.label_f1(positive[:, 0], positive[:, 1])
+        return rewards.label_f1(positive[:, 0], positive[:, 1])
 
-    return theirs, lambda candidates, references: clinical.label_f1(ours(candidates), ours(references))
+    return theirs, lambda candidates, references: rewards.label_f1(ours(candidates), ours(references))
 
 
 def radgraph(config: BertConfig, texts: list[str], folder: Path, device: str) -> tuple[Score, Score]:

@@ -25,6 +25,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from data import Study
+from evidence import reader
+from rewards import format_reward, readable
+
 BETA = 1.2  # ROUGE-L's weight of recall in pycocoevalcap
 LABELS, FIVE = list(range(14)), [1, 4, 5, 7, 9]  # all of clinical.CHEXPERT_LABELS, and the places of clinical.FIVE
 TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correct", "sentences", "unread")
@@ -289,3 +293,21 @@ def start_meteor() -> tuple[Callable | None, str]:
     if stats(["a test"], ["a test"]).shape != (1, 23):
         return None, "METEOR's Java process gave no scores"
     return stats, ""
+
+
+def validation_row(outputs: list[list[str]], studies: list[Study], sections: tuple[str, ...]) -> dict[str, float]:
+    """The val/* row of a pass during training, from raw greedy outputs [study][1]: BLEU-4, format rate and, with exact
+    labels, sided F1 and hallucination rate. sections: `rewards.required_sections`."""
+    stats = collect(
+        [[readable(output) for output in group] for group in outputs],
+        [study.report for study in studies],
+        formats=[format_reward(group, None, sections) for group in outputs],
+        labels=None if studies[0].labels is None else [study.labels for study in studies],
+        truth_counts=reader.truth_counts,
+    )
+    row = {}
+    for name in ("bleu_4", "format_rate", "sided_f1", "hallucination_rate"):
+        family, function = METRICS[name]
+        if family in stats and not math.isnan(value := float(function(stats[family].sum(0)))):
+            row[f"val/{name}"] = value
+    return row

@@ -7,10 +7,7 @@ it goes, and sentences that say nothing the rules know are counted.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 UNSIDED = ("cardiomegaly", "edema", "device")
 BOTH = ("left", "right")
@@ -214,19 +211,3 @@ def truth_counts(text: str, labels: list[str]) -> dict[str, int]:
         "sentences": reading.sentences,
         "unread": reading.unread,
     }
-
-
-def oracle_similarity(labels: dict[str, list[str]]) -> Callable:
-    """A stand-in for the frozen expert that cannot err: (images, ids, groups [B][G]) -> (B, G), sided F1 of each
-    candidate against the exact `labels` {id: labels}, in [0, 1].
-
-    An upper bound for Eq. 6, not a method: it reads with the very rules that the evaluation reads with.
-    """
-
-    def similarity(images, ids, groups):
-        counts = [[truth_counts(text, labels[study_id]) for text in g] for study_id, g in zip(ids, groups, strict=True)]
-        return torch.tensor(
-            [[(2 * c["correct"] + 1e-6) / (c["stated"] + c["true"] + 1e-6) for c in group] for group in counts]
-        )
-
-    return similarity

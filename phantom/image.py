@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from phantom.world import Finding, PhantomConfig
+    from phantom.config import PhantomConfig
+    from phantom.world import Finding
 
 SIGN = {"left": 1.0, "right": -1.0}
 ZONE_Y = {"upper": -0.36, "mid": -0.02, "lower": 0.30}

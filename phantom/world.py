@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from phantom import text as phantom_text
+from phantom.config import PhantomConfig
 from phantom.image import contact_sheet as contact_sheet
 from phantom.image import decode_mask as decode_mask
 from phantom.image import encode_mask, render
@@ -24,78 +25,6 @@ FINDINGS = ("cardiomegaly", "edema", "device", "effusion", "pneumothorax", "cons
             "fracture")  # fmt: skip
 SIDED = FINDINGS[3:]
 LABELS = FINDINGS[:3] + tuple(f"{name}_{side}" for name in SIDED for side in ("left", "right"))
-
-
-@dataclass
-class PhantomConfig:
-    """Sizes, rates and noise of the phantom world. A rate is a probability per study unless said otherwise."""
-
-    expert: int = 6000
-    """studies in split `expert` (trains the frozen expert and the labeller's texts) [ours]"""
-    base: int = 8000
-    """studies in split `base`: captions and reports that teach the base model to see [ours]"""
-    sft: int = 3000
-    """studies in split `sft` (Stage 0) [ours]"""
-    train: int = 2400
-    """studies in split `train` (Stages 1 and 2) [ours]"""
-    val: int = 256
-    """studies in split `val`, for choosing settings [ours]"""
-    test: int = 384
-    """studies in split `test`, reported [ours]"""
-    image_size: int = 64
-    """pixels along each side of the square image [ours]"""
-    normal: float = 0.20
-    """share of studies without any finding [ours]"""
-    cardiomegaly: float = 0.30
-    """rate in an abnormal study, before studies with 0 or more than 4 findings are drawn again [ours]"""
-    edema: float = 0.12
-    """the same for edema without cardiomegaly [ours]"""
-    edema_with_cardiomegaly: float = 0.30
-    """the same for edema with cardiomegaly [ours]"""
-    device: float = 0.20
-    """the same for a support device [ours]"""
-    effusion: float = 0.14
-    """the same for a pleural effusion, each side, without cardiomegaly [ours]"""
-    effusion_with_cardiomegaly: float = 0.26
-    """the same for a pleural effusion, each side, with cardiomegaly [ours]"""
-    pneumothorax: float = 0.11
-    """the same for a pneumothorax, each side [ours]"""
-    consolidation: float = 0.13
-    """the same for a consolidation, each side [ours]"""
-    atelectasis: float = 0.10
-    """the same for an atelectasis, each side, without effusion there [ours]"""
-    atelectasis_with_effusion: float = 0.22
-    """the same for an atelectasis, each side, with an effusion there [ours]"""
-    lesion: float = 0.11
-    """the same for a lung lesion, each side [ours]"""
-    fracture: float = 0.11
-    """the same for a rib fracture, each side [ours]"""
-    omit_mild: float = 0.14
-    """rate at which a reference omits a finding of the mildest severity [ours]"""
-    omit: float = 0.06
-    """rate at which a reference omits any other finding [ours]"""
-    prior_edema_cardiomegaly: float = 0.55
-    """rate at which a reference that states cardiomegaly also states an edema that is not there [ours]"""
-    prior_atelectasis_effusion: float = 0.50
-    """the same: atelectasis after an effusion on that side [ours]"""
-    prior_effusion_consolidation: float = 0.40
-    """the same: effusion after a consolidation on that side [ours]"""
-    prior_effusion_atelectasis: float = 0.35
-    """the same: effusion after an atelectasis on that side [ours]"""
-    prior_effusion_edema: float = 0.30
-    """the same: effusion, each side, after edema [ours]"""
-    prior_cardiomegaly_edema: float = 0.55
-    """the same: cardiomegaly after edema [ours]"""
-    prior_device_effusion: float = 0.35
-    """the same: a support device after an effusion [ours]"""
-    prior_device_pneumothorax: float = 0.45
-    """the same: a support device after a pneumothorax [ours]"""
-    prior_pneumothorax_fracture: float = 0.45
-    """the same: pneumothorax after a fracture on that side [ours]"""
-    hedge: float = 0.15
-    """rate at which a finding is hedged ("possible ...") in a report, set per author around this value [ours]"""
-    base_prior: float = 0.40
-    """share of base captions that carry the references' omissions and priors; the others tell the truth [ours]"""
 
 
 # severities, mildest first

@@ -173,17 +173,6 @@ class Labeller:
         return [found[text] for text in texts]
 
 
-def label_f1(candidate_positive: np.ndarray, reference_positive: np.ndarray) -> list[float]:
-    """Eq. 4's s_cx: micro-F1 of each pair of (n, 14) bool rows; no positive in either = 1, in one only = 0.
-
-    No Finding counts like any other label, so two normal reports agree on something.
-    """
-    candidate, reference = np.asarray(candidate_positive, bool), np.asarray(reference_positive, bool)
-    both = (candidate & reference).sum(axis=1)
-    stated = candidate.sum(axis=1) + reference.sum(axis=1)
-    return np.where(stated == 0, 1.0, 2 * both / np.maximum(stated, 1)).tolist()
-
-
 # ------------------------------------------------------------------------------------------------ BERTScore, Eq. 3
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from config import (
-    AssetsConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -29,7 +28,7 @@ from config import (
 from model import load_policy
 from phantom import assets
 from phantom import models as tiny_models
-from phantom.world import PhantomConfig
+from phantom.config import AssetsConfig, PhantomConfig
 
 torch.set_num_threads(1)
 

@@ -79,7 +79,7 @@ def test_a_dumped_config_reads_back():
 
 def test_every_field_says_where_it_comes_from():
     """--help shows the docstring under each field; each ends with its source in brackets."""
-    for file in ("config.py", "phantom/world.py"):
+    for file in ("config.py", "phantom/config.py"):
         lines = (ROOT / file).read_text().splitlines()
         fields = [i for i, line in enumerate(lines) if line.startswith("    ") and ": " in line and " = " in line]
         fields = [i for i in fields if lines[i].split(":")[0].strip().isidentifier()]

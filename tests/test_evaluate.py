@@ -57,7 +57,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr("rollout.generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
-    monkeypatch.setattr(evaluate.rewards, "load_scorers", lambda cfg, device, with_expert: scorers)
+    monkeypatch.setattr(evaluate, "load_scorers", lambda cfg, device, with_expert: scorers)
     monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java: no `java` on PATH"))
     cfg = EvalRun(run=str(tmp_path / "run"))
     cfg.data.path, cfg.eval.batch_size, cfg.eval.samples, cfg.eval.bootstrap = str(folder), 3, 2, 30
@@ -192,7 +192,7 @@ def test_predictions_without_any_model(tmp_path, monkeypatch, capsys):
     rows = [{"id": str(i), "report": text} for i, text in enumerate(texts)]
     predictions = jsonl(tmp_path / "P.jsonl", rows[::-1])
     monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
-    monkeypatch.setattr(evaluate.rewards, "load_scorers", None)  # calling it would fail
+    monkeypatch.setattr(evaluate, "load_scorers", None)  # calling it would fail
     message, out = call(monkeypatch, capsys, "--predictions", predictions, "--references", references)
     assert message is None
     rows = read(tmp_path / "P_eval/results.json")["rows"]
@@ -255,7 +255,7 @@ def test_real_scorers_need_no_expert(tmp_path, monkeypatch, capsys):
 
     scorers = SimpleNamespace(label=lambda texts: np.ones((len(texts), 14), bool), bertscore=ones, radgraph=ones)
     monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
-    monkeypatch.setattr(evaluate.rewards, "load_scorers", lambda cfg, device, with_expert: scorers)
+    monkeypatch.setattr(evaluate, "load_scorers", lambda cfg, device, with_expert: scorers)
     monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
     flags = ["--scorers.chexbert", "c.pth", "--scorers.bert", "bert", "--scorers.bertscore", "bert"]
     message, out = call(monkeypatch, capsys, "--predictions", rows, "--references", rows, *flags)

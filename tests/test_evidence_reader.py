@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from evidence.reader import oracle_similarity, read_report, truth_counts
+from evidence.reader import read_report, truth_counts
 from phantom import world as phantom
-from phantom.world import LABELS, PhantomConfig
+from phantom.config import PhantomConfig
+from phantom.oracle import oracle_similarity
+from phantom.world import LABELS
 
 CFG = PhantomConfig()
 

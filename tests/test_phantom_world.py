@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from phantom import world as phantom
-from phantom.world import LABELS, PhantomConfig, finding_of, sample_findings
+from phantom.config import PhantomConfig
+from phantom.world import LABELS, finding_of, sample_findings
 from scorers.clinical import CHEXPERT_LABELS
 
 CFG = PhantomConfig()

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from benchmarks import reward_pass
+from rewards import label_f1
 from scorers import clinical, radgraph_rules
 
 torch.set_num_threads(1)
@@ -51,9 +52,9 @@ def test_label_f1_by_hand():
     rows = {name: [i in on for i in range(14)] for name, on in rows.items()}
     cases = [("none", "none", 1), ("a", "none", 0), ("none", "a", 0), ("a", "a", 1), ("a", "ab", 2 / 3),
              ("ab", "bc", 0.5), ("normal", "normal", 1), ("normal", "a", 0)]  # fmt: skip
-    got = clinical.label_f1(np.array([rows[a] for a, _, _ in cases]), np.array([rows[b] for _, b, _ in cases]))
+    got = label_f1(np.array([rows[a] for a, _, _ in cases]), np.array([rows[b] for _, b, _ in cases]))
     assert got == pytest.approx([value for *_, value in cases])
-    assert clinical.label_f1(np.zeros((0, 14), bool), np.zeros((0, 14), bool)) == []
+    assert label_f1(np.zeros((0, 14), bool), np.zeros((0, 14), bool)) == []
 
 
 def test_checkpoint_layout_and_round_trip(folder, tmp_path):

@@ -9,10 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-import rewards
 from benchmarks import radgraph_archive
 from config import Config, ScorerConfig
+from scorers import load
 from scorers import radgraph_model as radgraph_package
+from scorers.load import load_scorers
 from scorers.radgraph_model import PackageRadGraph
 
 torch.set_num_threads(1)
@@ -164,12 +165,12 @@ def test_what_cannot_be_loaded_is_one_line(plain, tmp_path):
 
 
 def test_load_scorers_takes_the_package(plain, monkeypatch):
-    monkeypatch.setattr(rewards.clinical, "load_chexbert", lambda *args: None)
-    monkeypatch.setattr(rewards.clinical, "load_bertscore", lambda *args: args)
+    monkeypatch.setattr(load.clinical, "load_chexbert", lambda *args: None)
+    monkeypatch.setattr(load.clinical, "load_bertscore", lambda *args: args)
     cfg = Config(scorers=ScorerConfig(radgraph="radgraph", radgraph_dir=str(plain), radgraph_level="complete",
                                       bertscore="b", bertscore_baseline="package"))  # fmt: skip
-    scorers = rewards.load_scorers(cfg, with_expert=False)
+    scorers = load_scorers(cfg, with_expert=False)
     expected = PackageRadGraph("radgraph", str(plain), "complete")(hyps=REPORTS, refs=REPORTS[::-1])[1]
     assert scorers.radgraph(REPORTS, REPORTS[::-1]) == expected and scorers.bertscore == ("b", 2, "cpu", "package")
     cfg.scorers.radgraph = "rules"
-    assert rewards.load_scorers(cfg, with_expert=False).radgraph(["Effusion."], ["Effusion."]) == [1]
+    assert load_scorers(cfg, with_expert=False).radgraph(["Effusion."], ["Effusion."]) == [1]

@@ -15,8 +15,9 @@ from data import load_studies
 from model import get_base, load_policy
 from phantom import world as phantom
 from phantom.assets import resolve
-from rewards import compute_rewards, load_scorers, wrap
+from rewards import compute_rewards, wrap
 from running.folder import Log, claim_folder, keep_rows, lock
+from scorers.load import load_scorers
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,11 +2,11 @@
 
     python benchmarks/bench.py --cases rewards
 
-CheXbert, RadGraph and BERTScore over random weights of BERT-base size, the same on both sides; tests/test_clinical.py
-holds that both agree. The packages get a pair at a time, their models loaded: f1chexbert labels candidate and
-reference, radgraph annotates both, bert-score encodes both. Ours, as `rewards.text_components` calls it, has read each
-reference once, and reads the candidates in batches where the package allows it. BLEU-4 and ROUGE-L take a pair at a
-time on both sides. Candidates are new in every repeat.
+CheXbert, RadGraph and BERTScore over random weights of BERT-base size, the same on both sides, which agree
+(tests/test_scorers_chexbert.py). The packages get a pair at a time, their models loaded: f1chexbert labels candidate
+and reference, radgraph annotates both, bert-score encodes both. Ours, as `rewards.text_components` calls it, has read
+each reference once, and reads the candidates in batches where the package allows it. BLEU-4 and ROUGE-L take a pair at
+a time on both sides. Candidates are new in every repeat.
 """
 
 import sys
@@ -23,7 +23,8 @@ import rewards  # noqa: E402
 from phantom import models as tiny_models  # noqa: E402
 from phantom import world as phantom  # noqa: E402
 from phantom.config import PhantomConfig  # noqa: E402
-from scorers import clinical  # noqa: E402
+from scorers.bertscore import load_bertscore  # noqa: E402
+from scorers.chexbert import CheXbert, Labeller  # noqa: E402
 
 STUDIES, GROUP = 2, 8
 Score = Callable[[list[str], list[str]], list[float]]  # candidates, references -> a score for each pair
@@ -44,7 +45,7 @@ def chexbert(config: BertConfig, texts: list[str], folder: Path, device: str) ->
     from f1chexbert import f1chexbert as package
 
     tokenizer = tiny_models.word_piece(texts, folder)
-    model = clinical.CheXbert(BertModel(config)).to(device).eval().requires_grad_(False)
+    model = CheXbert(BertModel(config)).to(device).eval().requires_grad_(False)
     labeler = package.bert_labeler.__new__(package.bert_labeler)
     torch.nn.Module.__init__(labeler)
     labeler.bert, labeler.dropout, labeler.linear_heads = model.bert, torch.nn.Dropout(0.1), model.linear_heads
@@ -53,7 +54,7 @@ def chexbert(config: BertConfig, texts: list[str], folder: Path, device: str) ->
     scorer.device, scorer.tokenizer, scorer.model = device, tokenizer, labeler.eval()
     ends, ids = (tokenizer.cls_token_id, tokenizer.sep_token_id), tokenizer.convert_tokens_to_ids
     tokenizer.encode_plus = lambda tokens: {"input_ids": [ends[0], *ids(tokens), ends[1]]}
-    ours = clinical.Labeller(model, tokenizer)
+    ours = Labeller(model, tokenizer)
 
     def theirs(candidates: list[str], references: list[str]) -> list[float]:
         labels = [[scorer.get_label(text) for text in pair] for pair in zip(candidates, references, strict=True)]
@@ -83,7 +84,7 @@ def radgraph(config: BertConfig, texts: list[str], folder: Path, device: str) ->
     def theirs(candidates: list[str], references: list[str]) -> list[float]:
         return [package(hyps=[c], refs=[r])[0] for c, r in zip(candidates, references, strict=True)]
 
-    return theirs, lambda candidates, references: ours(hyps=candidates, refs=references)[1]
+    return theirs, ours
 
 
 def bertscore(config: BertConfig, texts: list[str], folder: Path, device: str) -> tuple[Score, Score]:
@@ -98,7 +99,7 @@ def bertscore(config: BertConfig, texts: list[str], folder: Path, device: str) -
     def theirs(candidates: list[str], references: list[str]) -> list[float]:
         return [package.score([c], [r])[2].item() for c, r in zip(candidates, references, strict=True)]
 
-    return theirs, clinical.load_bertscore(folder, layer, device)
+    return theirs, load_bertscore(folder, layer, device)
 
 
 def lexical(*_) -> tuple[Score, Score]:

@@ -6,7 +6,6 @@ than the text context is split into windows of whole sentences whose embeddings 
 """
 
 import json
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,11 +16,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from scorers.frozen import cached, loading, local_file
+
 TEXT_BATCH = 32  # windows per text forward pass; few, so that those of like length share one and little is padding
-CACHED_IMAGES = 65_536  # image features kept; the oldest goes first
 
 
 def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -56,26 +55,30 @@ def count_tokens(tokenizer, text: str) -> int:
     return len(inner(text, verbose=False)["input_ids"])
 
 
-def split_windows(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Consecutive windows of whole sentences, each as long as `fits` allows; joined they hold every word of `text`.
+def split_pieces(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """`text` where it fits, else its sentences, their words, or halves of a word, each split on until it fits."""
+    if fits(text) or len(text) == 1:
+        return [text]
+    parts = re.split(r"(?<=[.!?])\s+", text)
+    if len(parts) == 1:
+        parts = text.split(" ")
+    if len(parts) == 1:  # one endless word, as a policy gone astray writes them
+        parts = [text[: len(text) // 2], text[len(text) // 2 :]]
+    return [piece for part in parts for piece in split_pieces(part, fits)]
 
-    A sentence that does not fit alone is split between words (a single word that does not fit is an error).
+
+def split_windows(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Consecutive windows of whole sentences, each as long as `fits` allows, that together hold all of `text`.
+
+    A sentence that does not fit alone is split between words, a word that does not fit alone between characters.
     """
-    pieces, whole = [], " ".join(text.split())
-    if whole and fits(whole):
-        return [whole]
-    for sentence in re.split(r"(?<=[.!?])\s+", whole):
-        pieces += [sentence] if fits(sentence) else sentence.split(" ")
-    windows, current = [], ""
-    for piece in pieces:
-        joined = f"{current} {piece}".strip()
-        if current and not fits(joined):
-            windows.append(current)
-            joined = piece
-        if not fits(joined):
-            raise ValueError(f"expert: the word '{piece[:40]}...' alone is longer than the text context")
-        current = joined
-    return windows + [current] if current else windows
+    whole, windows = " ".join(text.split()), []
+    for piece in split_pieces(whole, fits) if whole else []:
+        if windows and fits(f"{windows[-1]} {piece}"):
+            windows[-1] += f" {piece}"
+        else:
+            windows.append(piece)
+    return windows
 
 
 @dataclass
@@ -85,7 +88,6 @@ class Expert:
     model: torch.nn.Module
     preprocess: Callable[[Image.Image], torch.Tensor]
     tokenizer: Callable[[list[str]], torch.Tensor]
-    context_length: int
     device: torch.device
     cache: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
 
@@ -96,48 +98,49 @@ class Expert:
         One image per forward pass: an embedding's last bits then never depend on which other images were still
         missing from the cache, and a run that was interrupted repeats itself exactly.
         """
-        for image, key in zip(images, ids, strict=True):
-            if key not in self.cache:
-                pixels = self.preprocess(image.convert("RGB")).unsqueeze(0).to(self.device)
-                self.cache[key] = F.normalize(self.model.encode_image(pixels), dim=-1)[0].float().cpu()
-        features = torch.stack([self.cache[key] for key in ids]).to(self.device)
-        while len(self.cache) > CACHED_IMAGES:
-            self.cache.popitem(last=False)
-        return features
+        shown = dict(zip(ids, images, strict=True))
+
+        def embed(missing: list[str]) -> list[torch.Tensor]:
+            pixels = (self.preprocess(shown[key].convert("RGB")).unsqueeze(0).to(self.device) for key in missing)
+            return [F.normalize(self.model.encode_image(p), dim=-1)[0].float().cpu() for p in pixels]
+
+        return torch.stack(cached(self.cache, ids, embed)).to(self.device)
+
+    def fits(self, text: str) -> bool:
+        """Is `text` no longer than the text context?"""
+        return count_tokens(self.tokenizer, text) <= self.tokenizer.context_length
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> torch.Tensor:
         """Normalised text embeddings (N, D); an empty text gets a row of zeros. Duplicates are embedded once."""
-        unique = sorted(set(texts), key=lambda text: (len(text), text))
         spans, windows = {}, []
-        for text in unique:
-            found = split_windows(text, lambda part: count_tokens(self.tokenizer, part) <= self.context_length)
-            spans[text] = (len(windows), len(windows) + len(found))
+        for text in sorted(set(texts), key=lambda text: (len(text), text)):
+            found = split_windows(text, self.fits)
+            spans[text] = slice(len(windows), len(windows) + len(found))
             windows += found
-        if not windows:
-            return torch.zeros(len(texts), self.dim(), device=self.device)
+        windows = windows or [""]  # something that tells D
         chunks = [windows[i : i + TEXT_BATCH] for i in range(0, len(windows), TEXT_BATCH)]
         embedded = torch.cat([encode_tokens(self.model, self.tokenizer(c).to(self.device)).float() for c in chunks])
-        rows = [embedded[slice(*spans[text])].sum(dim=0) for text in texts]  # the sum has the mean's direction
+        rows = [embedded[spans[text]].sum(dim=0) for text in texts]  # the sum has the mean's direction
         return F.normalize(torch.stack(rows), dim=-1)
 
-    def dim(self) -> int:
-        """D, the size of the shared embedding space."""
-        tokens = self.tokenizer(["x"]).to(self.device)
-        with torch.no_grad():
-            return self.model.encode_text(tokens).shape[-1]
+    def similarity(self, images: list[Image.Image], ids: list[str], groups: list[list[str]]) -> torch.Tensor:
+        """Eq. 6: S = cos(text embedding, image feature), (B, G) of image b with the G texts groups[b], on the CPU.
 
-    def similarity(self, images: list[Image.Image], ids: list[str], texts: list[str], group_size: int) -> torch.Tensor:
-        """Eq. 6: cosine similarity (B, G) of image b with its texts b*G .. b*G + G-1, in [-1, 1].
-
-        An empty text has no direction: it gets exactly -1.0, the least a cosine can be, never NaN.
+        A text without a word has no direction: it gets exactly -1.0, the least a cosine can be, never NaN. So does an
+        unreadable candidate, which rewards.py hands over as "".
         """
-        if len(texts) != len(images) * group_size:
-            raise ValueError(f"expert: {len(texts)} texts for {len(images)} images of {group_size} candidates each")
-        text = self.text_features(texts).view(len(images), group_size, -1)
-        cosine = torch.einsum("bd,bgd->bg", self.image_features(images, ids), text).clamp(-1, 1)
-        empty = torch.tensor([not t.strip() for t in texts], device=self.device).view_as(cosine)
-        return cosine.masked_fill(empty, -1.0)
+        texts = self.text_features([text for group in groups for text in group]).view(len(groups), len(groups[0]), -1)
+        cosine = torch.einsum("bd,bgd->bg", self.image_features(images, ids), texts).clamp(-1, 1).cpu()
+        return cosine.masked_fill(torch.tensor([[not text.strip() for text in group] for group in groups]), -1.0)
+
+
+def refuse_code(pairs: list[tuple]) -> dict:
+    """A JSON object as a dict; ValueError where it asks transformers to run code that comes with the weights."""
+    for key, value in pairs:
+        if key in ("trust_remote_code", "auto_map") and value:
+            raise ValueError(f"'{key}' asks to run code that comes with the weights; that is never done here")
+    return dict(pairs)
 
 
 def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
@@ -145,29 +148,23 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
 
     A Hugging Face text tower is built from the folder's own `config.json`, so that nothing is fetched; without that
     file open_clip looks its `hf_model_name` up, a folder or a hub name. Raises ValueError (one line) for what cannot
-    be loaded.
+    be loaded, and for a config that asks for remote code.
     """
-    path, overrides, hint = str(path), {}, ""
-    name = path if path.startswith("hf-hub:") else f"local-dir:{path}"
-    config_file = Path(path) / "open_clip_config.json"
-    try:
-        if name != path:
-            text_cfg = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
-            if "hf_model_name" in text_cfg and (Path(path) / "config.json").is_file():
-                overrides["text_cfg"] = {**text_cfg, "hf_model_name": path, "hf_model_pretrained": False}
-            elif "hf_model_name" in text_cfg:
-                hint = f"; offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
+    on_hub, overrides = str(path).startswith("hf-hub:"), {}
+    name, advice = str(path) if on_hub else f"local-dir:{path}", "give an open_clip folder or an hf-hub: name"
+    with loading("expert", f"open_clip_config.json of {path}", advice):
+        text = local_file(f"{path}/open_clip_config.json").read_text(encoding="utf-8")
+        text_cfg = json.loads(text, object_pairs_hook=refuse_code)["model_cfg"]["text_cfg"]
+    if not on_hub and "hf_model_name" in text_cfg:
+        if (Path(path) / "config.json").is_file():
+            overrides["text_cfg"] = {**text_cfg, "hf_model_name": str(path), "hf_model_pretrained": False}
+        else:
+            advice = f"offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
+    with loading("expert", path, advice):
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **overrides)
         tokenizer = open_clip.get_tokenizer(name)
-    except FileNotFoundError:
-        raise ValueError(f"expert: {config_file} does not exist; give an open_clip folder or an hf-hub: name") from None
-    except KeyError as error:
-        raise ValueError(f"expert: {config_file} lacks {error}") from None
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        why = " ".join(str(error).split())[:300] + (hint if isinstance(error, OSError) else "")
-        raise ValueError(f"expert: cannot load {path}: {why}") from error
     model.to(device).eval().requires_grad_(False)
-    return Expert(model, preprocess, tokenizer, tokenizer.context_length, torch.device(device))
+    return Expert(model, preprocess, tokenizer, torch.device(device))
 
 
 def save_expert(model: torch.nn.Module, config: dict, tokenizer, folder: str | Path) -> None:

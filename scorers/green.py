@@ -11,70 +11,17 @@ such a count as 0; and no prompt is cut at 2048 tokens, which would cut off the 
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from scorers.clinical import first_line
+from scorers.frozen import loading
 
 BATCH = 8  # pairs decoded together
 SIGNIFICANT, MATCHED = "Clinically Significant Errors", "Matched Findings"
 # what the model was tuned on, to the letter; the indent is the package's
-PROMPT = """Objective: Evaluate the accuracy of a candidate radiology report in comparison to a reference radiology \
-report composed by expert radiologists.
-
-    Process Overview: You will be presented with:
-
-    1. The criteria for making a judgment.
-    2. The reference radiology report.
-    3. The candidate radiology report.
-    4. The desired format for your assessment.
-
-    1. Criteria for Judgment:
-
-    For each candidate report, determine:
-
-    The count of clinically significant errors.
-    The count of clinically insignificant errors.
-
-    Errors can fall into one of these categories:
-
-    a) False report of a finding in the candidate.
-    b) Missing a finding present in the reference.
-    c) Misidentification of a finding's anatomic location/position.
-    d) Misassessment of the severity of a finding.
-    e) Mentioning a comparison that isn't in the reference.
-    f) Omitting a comparison detailing a change from a prior study.
-    Note: Concentrate on the clinical findings rather than the report's writing style. Evaluate only the findings that \
-appear in both reports.
-
-    2. Reference Report:
-    {reference}
-
-    3. Candidate Report:
-    {candidate}
-
-    4. Reporting Your Assessment:
-
-    Follow this specific format for your output, even if no errors are found:
-    ```
-    [Explanation]:
-    <Explanation>
-
-    [Clinically Significant Errors]:
-    (a) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
-    ....
-    (f) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
-
-    [Clinically Insignificant Errors]:
-    (a) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
-    ....
-    (f) <Error Type>: <The number of errors>. <Error 1>; <Error 2>; ...; <Error n>
-
-    [Matched Findings]:
-    <The number of matched findings>. <Finding 1>; <Finding 2>; ...; <Finding n>
-    ```
-"""
+PROMPT = Path(__file__).with_name("green_prompt.txt").read_text(encoding="utf-8")
 CHAT = "<|user|>\n{prompt}{eos}\n<|assistant|>\n"  # what the package's chat template makes of one question
 
 
@@ -119,11 +66,11 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", add_eos_token=True)  # as the package does
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"eval.green: no causal language model in {path}: {first_line(error)}") from None
+    with loading("eval.green", path, "give the folder or hub name of a causal language model"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, padding_side="left", add_eos_token=True, trust_remote_code=False  # the first two as the package does
+        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
     tokenizer.pad_token = tokenizer.eos_token
     stop = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 

@@ -1,28 +1,26 @@
 """The frozen scorers that a config names, loaded and put behind the interface of rewards.Scorers."""
 
+from functools import partial
+
 from config import Config
 from rewards import Scorers
-from scorers import clinical
+from scorers.bertscore import load_bertscore
+from scorers.chexbert import load_chexbert
 from scorers.expert import load_expert
+from scorers.radgraph_rules import rule_radgraph
 
 
 def load_scorers(cfg: Config, device="cpu", with_expert: bool = True) -> Scorers:
-    """Load the frozen scorers that `cfg.scorers` names."""
+    """Load the frozen scorers that `cfg.scorers` names; this is the one place that knows them all."""
     s = cfg.scorers
-    labeller = clinical.load_chexbert(s.chexbert, s.bert, device)
-    if s.radgraph == "rules":
-        radgraph = clinical.RuleRadGraph(s.radgraph_level)
-    else:
+    radgraph = partial(rule_radgraph, level=s.radgraph_level)
+    if s.radgraph != "rules":
         from scorers.radgraph_model import PackageRadGraph  # here, as it brings all of AllenNLP: seconds
 
         radgraph = PackageRadGraph(s.radgraph, s.radgraph_dir, s.radgraph_level, device)
-    bertscore = clinical.load_bertscore(s.bertscore, s.bertscore_layer, device, s.bertscore_baseline)
-    similarity = None
-    if with_expert:
-        frozen = load_expert(s.expert, device)
-
-        def similarity(images, ids, groups):
-            texts = [text for group in groups for text in group]
-            return frozen.similarity(images, ids, texts, len(groups[0])).float().cpu()
-
-    return Scorers(labeller, bertscore, lambda c, r: radgraph(hyps=c, refs=r)[1], similarity)
+    return Scorers(
+        label=load_chexbert(s.chexbert, s.bert, device),
+        bertscore=load_bertscore(s.bertscore, s.bertscore_layer, device, s.bertscore_baseline),
+        radgraph=radgraph,
+        similarity=load_expert(s.expert, device).similarity if with_expert else None,
+    )

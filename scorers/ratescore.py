@@ -4,17 +4,15 @@
     .ratescore/bin/pip install RaTEScore==0.6.0 medspacy torch transformers pandas safetensors
     python evaluate.py ... --eval.ratescore .ratescore/bin/python
 
-evaluate.py then writes its reports and references to a file, runs this file with that Python and merges the scores into
-its results. By hand: `.ratescore/bin/python -I ratescore_runner.py PAIRS.jsonl SCORES.jsonl`, rows {"report",
-"reference"} in and {"score"} out, in the same order. The two models of the package run on this machine: no text leaves
-it, and HF_HUB_OFFLINE=1 keeps it to models already in the Hugging Face cache.
+evaluate.py then has that Python run this file on its reports and references. By hand, with rows {"report", "reference"}
+in and {"score"} out: `.ratescore/bin/python -I scorers/ratescore.py PAIRS.jsonl SCORES.jsonl`. The package's two models
+run on this machine: no text leaves it, and HF_HUB_OFFLINE=1 keeps it to models in the Hugging Face cache.
 
 The package gives 0.5 to a pair in which either text has no medical entity. A text without any sentence of three
 characters scores 0 here: the package drops it, and every later score would slip to the pair before.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,6 @@ def load_ratescore(python: str):
 
     ValueError (one line) when it does not run or has no RaTEScore, or when the scoring fails.
     """
-    # -I: neither this folder (whose data.py or metrics.py a package might mean) nor PYTHONPATH is searched for modules
     run_python(python, "-c", "import RaTEScore")
 
     def score(candidates: list, references: list) -> list:
@@ -42,31 +39,26 @@ def load_ratescore(python: str):
 
 def run_python(python: str, *words: str) -> None:
     """Run the other environment's interpreter; ValueError with the last line of what it said when it fails."""
-    try:
-        done = subprocess.run([python, "-I", *words], capture_output=True, text=True)
-    except OSError as error:
-        raise ValueError(f"eval.ratescore: {python} does not run ({error.strerror})") from None
-    if done.returncode:
-        why = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"eval.ratescore: no RaTEScore from {python} ({why}); set it up as ratescore_runner.py says")
+    try:  # -I: neither this folder (whose expert.py a package might mean) nor PYTHONPATH is searched for modules
+        subprocess.run([python, "-I", *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", "").strip() or str(error)).splitlines()[-1]
+        raise ValueError(f"eval.ratescore: no RaTEScore from {python} ({why}); set it up as {__file__} says") from None
 
 
 def main() -> None:
-    """Read the pairs, write their scores; the file of scores appears whole or not at all."""
-    pairs, scores = sys.argv[1:]
-    # the other environment has these, this one need not
-    import torch
+    """Read the pairs, write their scores."""
+    import torch  # the other environment has these three, this one need not
     from RaTEScore import RaTEScore
     from RaTEScore.utils import sentence_split
 
-    scorer = RaTEScore(use_gpu=torch.cuda.is_available())
-    found = []
-    for row in map(json.loads, Path(pairs).read_text(encoding="utf-8").splitlines()):
+    pairs, scores = map(Path, sys.argv[1:])
+    scorer, found = RaTEScore(use_gpu=torch.cuda.is_available()), []
+    for row in map(json.loads, pairs.read_text(encoding="utf-8").splitlines()):
         report, reference = row["report"], row["reference"]
         whole = all(sentence_split([text])[0] for text in (report, reference))
         found.append(float(scorer.compute_score([report], [reference])[0]) if whole else 0.0)
-    Path(scores + ".tmp").write_text("".join(json.dumps({"score": s}) + "\n" for s in found), encoding="utf-8")
-    os.replace(scores + ".tmp", scores)
+    scores.write_text("".join(json.dumps({"score": score}) + "\n" for score in found), encoding="utf-8")
 
 
 if __name__ == "__main__":

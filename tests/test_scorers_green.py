@@ -148,6 +148,6 @@ def test_padding_does_not_change_an_answer(judge, monkeypatch):
 
 
 def test_no_judge_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="eval.green: no causal language model in ") as error:
+    with pytest.raises(ValueError, match="eval.green: cannot load ") as error:
         green.load_green(str(tmp_path))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""ratescore_runner.py, with a stand-in for the package in a real environment of its own."""
+"""RaTEScore, with a stand-in for the package in a real environment of its own."""
 
 import json
 import subprocess

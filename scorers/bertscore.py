@@ -1,0 +1,92 @@
+"""BERTScore (Eq. 3's s_sem): the `bert-score` package's encoder and matching, repeatable to the last bit."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from scorers.frozen import loading, of_like_length
+
+BATCH = 32  # pairs matched at a time
+
+
+def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = "cpu", baseline: str = "") -> Callable:
+    """BERTScore F1 of pairs through the `bert-score` package: function(candidates, references) -> floats in [0, 1].
+
+    The encoder (Hugging Face layout, `folder` or hub name) is loaded once and read at `layer`; no idf. With a
+    `baseline` (see `baseline_f1`) b, F becomes (F - b) / (1 - b) as in the package, and what falls below 0, a pair less
+    alike than unrelated sentences, scores 0. An empty text scores 0. A text longer than the encoder's positions is cut
+    there: the first is reported, `function.truncated` counts them.
+    The steps of the package's `score` run here in a sorted order: its own order is that of a Python set of strings,
+    which differs between processes and with it the last bits of a score, so that no run could be repeated.
+    """
+    from bert_score import BERTScorer
+    from bert_score.utils import greedy_cos_idf
+
+    floor = baseline_f1(folder, layer, baseline) if baseline else 0.0
+    with loading("bertscore", f"layer {layer} of {folder}", "give the folder or hub name of an encoder with tokenizer"):
+        scorer = BERTScorer(model_type=str(folder), num_layers=layer, device=str(device))
+    tokenizer, positions = scorer._tokenizer, getattr(scorer._model.config, "max_position_embeddings", 512)
+    limit = tokenizer.model_max_length = min(tokenizer.model_max_length, positions)  # 1e30 where unset, which overflows
+
+    def score(candidates: list[str], references: list[str]) -> list[float]:
+        pairs = [(c.strip(), r.strip()) for c, r in zip(candidates, references, strict=True)]
+        unique, found = sorted({pair for pair in pairs if all(pair)}), {}
+        states = token_states(scorer, sorted({text for pair in unique for text in pair}), device)
+        long = [text for text in states if len(text) > limit - 2]  # a token takes a character or more
+        cut = sum(len(tokenizer(text, verbose=False)["input_ids"]) > limit for text in long)
+        if cut and not score.truncated:
+            print(f"bertscore: texts longer than {limit} tokens are cut there")
+        score.truncated += cut
+        for start in range(0, len(unique), BATCH):
+            chunk = unique[start : start + BATCH]
+            ours, theirs = (padded([states[pair[side]] for pair in chunk], device) for side in (0, 1))
+            f1 = (greedy_cos_idf(*theirs, *ours)[2].nan_to_num() - floor) / (1 - floor)
+            found.update(zip(chunk, f1.clamp(0, 1).tolist(), strict=True))
+        return [found.get(pair, 0.0) for pair in pairs]
+
+    score.truncated = 0
+    return score
+
+
+def token_states(scorer, texts: list[str], device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Encoder states (T, D) and token weights (T,) of each text: 1, and 0 for the special tokens at its ends."""
+    from bert_score.utils import get_bert_embedding
+
+    tokenizer, states = scorer._tokenizer, {}
+    weight = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
+    for chunk in of_like_length(texts, lambda text: len(text) // 4, device):  # letters of a token, about
+        hidden, mask, weights = get_bert_embedding(chunk, scorer._model, tokenizer, weight, device=device)
+        for text, row, w, n in zip(chunk, hidden, weights, mask.sum(dim=1), strict=True):
+            states[text] = row[:n], w[:n]
+    return states
+
+
+def padded(rows: list[tuple[torch.Tensor, torch.Tensor]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States (N, T, D), mask (N, T) and token weights (N, T) of several texts, as the package's matching takes them."""
+    hidden, weights = zip(*rows, strict=True)
+    lengths = torch.tensor([len(row) for row in hidden], device=device)
+    hidden = pad_sequence(hidden, batch_first=True, padding_value=2.0)  # zeros would be divided by their norm
+    mask = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
+    return hidden, mask, pad_sequence(weights, batch_first=True)
+
+
+def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
+    """BERTScore F1 of unrelated sentences at `layer`, from a baseline file of `bert-score` (columns LAYER, P, R, F).
+
+    baseline: the file's path, or `package` for the English one that bert-score ships for the model named `folder`.
+    """
+    import bert_score
+
+    path = Path(baseline)
+    if baseline == "package":
+        path = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{folder}.tsv"
+    with loading("bertscore", f"layer {layer} of baseline file {path}", "set scorers.bertscore_baseline or empty it"):
+        with path.open(newline="", encoding="utf-8") as file:
+            value = {int(row["LAYER"]): float(row["F"]) for row in csv.DictReader(file)}[layer]
+        if not value < 1:
+            raise ValueError(f"F must be below 1, got {value:g}")
+    return value

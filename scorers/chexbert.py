@@ -1,0 +1,98 @@
+"""CheXbert [Smit et al. 2020, arXiv 2004.09167]: 14 labels of a report, which Eq. 4's s_cx compares.
+
+Network, checkpoint layout and reading of a text are those of the `f1chexbert` package.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoTokenizer, BertModel
+
+from scorers.frozen import cached, loading, local_file, of_like_length
+
+CHEXPERT_LABELS = (
+    "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
+    "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding")
+FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
+BLANK, POSITIVE, NEGATIVE, UNCERTAIN = range(4)  # CheXbert's classes; No Finding knows only the first two
+
+
+class CheXbert(torch.nn.Module):
+    """BERT with one linear head per label on the [CLS] state: 13 heads of 4 classes and No Finding's of 2.
+
+    forward(input_ids (n, T), attention_mask (n, T)) returns 14 logit tensors, (n, 4) each and (n, 2) at the end.
+    """
+
+    def __init__(self, bert: BertModel):
+        super().__init__()
+        self.bert, width = bert, bert.config.hidden_size
+        self.linear_heads = torch.nn.ModuleList(torch.nn.Linear(width, 4) for _ in range(13))
+        self.linear_heads.append(torch.nn.Linear(width, 2))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+        state = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+        return [head(state) for head in self.linear_heads]
+
+
+def save_chexbert(model: CheXbert, path: str | Path) -> None:
+    """Write the checkpoint layout of CheXbert's `chexbert.pth`: {"model_state_dict": {"module.<name>": tensor}}."""
+    state = {f"module.{name}": value.detach().cpu() for name, value in model.state_dict().items()}
+    torch.save({"model_state_dict": state}, path)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a CheXbert checkpoint (path or hf-hub: name) by name, without `module.`."""
+    state = torch.load(local_file(path), map_location="cpu", weights_only=True)["model_state_dict"]
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
+    return state
+
+
+def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str | torch.device = "cpu") -> "Labeller":
+    """The frozen labeller of a CheXbert checkpoint on the BERT (config, tokenizer) it sits on.
+
+    checkpoint: a path or `hf-hub:OWNER/REPO/FILE` (the published one: hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth on
+    bert-base-uncased). bert_folder: a folder or hub name; its weights are not read, the checkpoint has them. ValueError
+    (one line) for what cannot be read, and for weights that are missing, unknown or misshapen.
+    """
+    with loading("chexbert", bert_folder, "give the BERT (config, tokenizer) that the checkpoint sits on"):
+        model = CheXbert(BertModel(AutoConfig.from_pretrained(bert_folder, trust_remote_code=False)))
+        tokenizer = AutoTokenizer.from_pretrained(bert_folder, trust_remote_code=False)
+    with loading("chexbert", checkpoint, "give the path of chexbert.pth or hf-hub:OWNER/REPO/chexbert.pth"):
+        model.load_state_dict(read_checkpoint(checkpoint), strict=True)
+    return Labeller(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+class Labeller:
+    """Labels texts in CHEXPERT_LABELS' order: `labeller(texts)` gives the positives, (n, 14) bool.
+
+    White space is normalised and a text cut at 512 tokens as the `f1chexbert` package does, and positive means its
+    report mode: positive or uncertain. An empty text is blank throughout, where the package asks the model about "".
+    Each distinct text is labelled once and remembered.
+    """
+
+    def __init__(self, model: CheXbert, tokenizer):
+        self.model, self.tokenizer, self.cache = model, tokenizer, OrderedDict()
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        classes = self.classes(texts)
+        return (classes == POSITIVE) | (classes == UNCERTAIN)
+
+    def classes(self, texts: list[str]) -> np.ndarray:
+        """CheXbert's class of each label, (n, 14) int64: 0 blank, 1 positive, 2 negative, 3 uncertain."""
+        rows = cached(self.cache, [" ".join(text.split()) for text in texts], self.classify)
+        return np.array(rows, dtype=np.int64).reshape(len(texts), 14)
+
+    @torch.no_grad()
+    def classify(self, texts: list[str]) -> list[list[int]]:
+        """The 14 classes of each text, asked of the model; texts of like length share a batch."""
+        device, found = self.model.linear_heads[0].weight.device, {"": [BLANK] * 14}
+        ids = {text: self.tokenizer(text, truncation=True, max_length=512)["input_ids"] for text in texts if text}
+        for chunk in of_like_length(list(ids), lambda text: len(ids[text]), device):
+            batch = self.tokenizer.pad({"input_ids": [ids[text] for text in chunk]}, return_tensors="pt").to(device)
+            logits = self.model(batch["input_ids"], batch["attention_mask"])
+            classes = torch.stack([head.argmax(dim=1) for head in logits], dim=1).tolist()
+            found.update(zip(chunk, classes, strict=True))
+        return [found[text] for text in texts]

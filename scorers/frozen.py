@@ -1,0 +1,63 @@
+"""What all frozen models here share: files by path or hub name, one-line errors, batches, and a memory of answers."""
+
+import pickle
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+
+CACHED = 65_536  # answers kept per scorer; the one unused for longest goes first
+# what the loaders of torch, transformers, open_clip and the metrics' packages raise on files that are absent or broken
+BAD_FILES = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError,
+             SafetensorError, pickle.UnpicklingError, tarfile.TarError)  # fmt: skip
+
+
+@contextmanager
+def loading(scorer: str, what: str | Path, advice: str) -> Iterator[None]:
+    """Turns what goes wrong inside a `with loading(...):` that reads files into a ValueError of one line."""
+    try:
+        yield
+    except BAD_FILES as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"{scorer}: cannot load {what} ({why}); {advice}") from error
+
+
+def local_file(name: str | Path) -> Path:
+    """A file's path; `hf-hub:OWNER/REPO/FILE` is fetched into the hub's cache once."""
+    if not str(name).startswith("hf-hub:"):
+        return Path(name)
+    owner, repo, file = [*str(name).removeprefix("hf-hub:").split("/", 2), "", ""][:3]
+    if not file:
+        raise ValueError("this names no file; write hf-hub:OWNER/REPO/FILE")
+    return Path(hf_hub_download(f"{owner}/{repo}", file))
+
+
+def of_like_length(items: list, length: Callable, device: str | torch.device) -> Iterator[list]:
+    """Batches of a model's inputs, the longest first, each padded to at most 512 tokens in all, 16,384 on a GPU.
+
+    More overflow a CPU's cache, fewer starve a GPU. length(item): its tokens.
+    """
+    most = 512 if torch.device(device).type == "cpu" else 16_384
+    rest = sorted(items, key=length)
+    while rest:
+        n = max(1, most // max(1, length(rest[-1])))
+        yield rest[-n:]
+        del rest[-n:]
+
+
+def cached(cache: OrderedDict, keys: list, compute: Callable[[list], list]) -> list:
+    """The value of each key, from `cache` where known; `compute` gets the missing keys once each."""
+    missing = [key for key in dict.fromkeys(keys) if key not in cache]
+    if missing:
+        cache.update(zip(missing, compute(missing), strict=True))
+    for key in keys:
+        cache.move_to_end(key)
+    values = [cache[key] for key in keys]
+    while len(cache) > CACHED:
+        cache.popitem(last=False)
+    return values

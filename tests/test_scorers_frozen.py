@@ -1,0 +1,22 @@
+"""What the frozen models share: batches and their memory."""
+
+from collections import OrderedDict
+
+from scorers import frozen
+
+
+def test_batches_stay_within_a_cpus_cache():
+    lengths = [100, 300, 50, 200, 900]
+    batches = list(frozen.of_like_length(lengths, lambda n: n, "cpu"))  # 512 // the longest of the rest
+    assert batches == [[900], [300], [100, 200], [50]]
+    assert list(frozen.of_like_length(lengths, lambda n: n, "cuda")) == [sorted(lengths)]
+    assert list(frozen.of_like_length([0, 0], lambda n: n, "cpu")) == [[0, 0]] and lengths[0] == 100
+
+
+def test_cache_is_bounded(monkeypatch):
+    monkeypatch.setattr(frozen, "CACHED", 3)
+    cache, seen = OrderedDict(), []
+    for text in ("a", "b", "a", "c", "d", "a", "b"):
+        frozen.cached(cache, [text], lambda new: [seen.append(t) or t.upper() for t in new])
+    assert list(cache) == ["d", "a", "b"] and seen == ["a", "b", "c", "d", "b"]  # "a" was used, so "b" had to go
+    assert frozen.cached(cache, ["x", "y", "z", "w", "x"], lambda new: [t.upper() for t in new]) == list("XYZWX")

@@ -1,0 +1,71 @@
+"""RadGraph by rules: what its lexicon reads, and its F1 against the package's."""
+
+import pytest
+
+from scorers import radgraph_rules
+
+READINGS = [  # (text, word, certainty)
+    ("There is a small left pleural effusion.", "effusion", "definitely present"),
+    ("No pleural effusion or pneumothorax.", "pneumothorax", "definitely absent"),
+    ("No focal consolidation, effusion, or pneumothorax is seen.", "pneumothorax", "definitely absent"),
+    ("No pneumothorax, small effusion on the left.", "effusion", "definitely present"),
+    ("No pneumothorax, but the heart is enlarged.", "enlarged", "definitely present"),
+    ("Small pneumothorax without effusion.", "pneumothorax", "definitely present"),
+    ("Small pneumothorax without effusion.", "effusion", "definitely absent"),
+    ("Lungs are clear of consolidation.", "clear", "definitely present"),
+    ("Lungs are clear of consolidation.", "consolidation", "definitely absent"),
+    ("Pleural effusion is not seen.", "effusion", "definitely absent"),
+    ("The effusion has resolved.", "effusion", "definitely absent"),
+    ("No change in the left effusion.", "effusion", "definitely present"),
+    ("The heart is not enlarged.", "enlarged", "definitely absent"),
+    ("Pneumothorax cannot be excluded.", "pneumothorax", "uncertain"),
+    ("We cannot exclude a pneumothorax.", "pneumothorax", "uncertain"),
+    ("Possible left effusion, right lower lobe consolidation.", "effusion", "uncertain"),
+    ("Possible left effusion, right lower lobe consolidation.", "consolidation", "definitely present"),
+    ("Opacity may represent pneumonia or atelectasis.", "atelectasis", "uncertain"),
+    ("Opacity may represent pneumonia or atelectasis.", "opacity", "definitely present"),
+    ("No opacity to suggest pneumonia.", "pneumonia", "definitely absent"),
+    ("No effusion, possible pneumonia.", "pneumonia", "uncertain"),
+    ("Findings are consistent with severe edema.", "edema", "definitely present"),
+    ("No effusion. Cardiomegaly.", "cardiomegaly", "definitely present"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, word, certainty", READINGS)
+def test_negation_and_uncertainty(text, word, certainty):
+    labels = [e["label"] for e in radgraph_rules.annotate(text)["entities"].values() if e["tokens"] == word]
+    assert labels == [f"Observation::{certainty}"]
+
+
+def test_annotation_layout_and_relations():
+    annotation = radgraph_rules.annotate("FINDINGS: Small left pleural effusion. Opacity in the right lower lobe.")
+    entities, words = annotation["entities"], annotation["text"].split()
+    assert list(entities) == [str(i + 1) for i in range(len(entities))]
+    assert all(words[e["start_ix"]] == e["tokens"] and e["end_ix"] == e["start_ix"] for e in entities.values())
+    named = {e["tokens"]: [(kind, entities[i]["tokens"]) for kind, i in e["relations"]] for e in entities.values()}
+    assert named == {
+        "small": [("modify", "effusion")], "left": [("modify", "pleural")], "pleural": [], "effusion":
+        [("located_at", "pleural")], "opacity": [("located_at", "lobe")], "right": [("modify", "lobe")],
+        "lower": [("modify", "lobe")], "lobe": []}  # fmt: skip
+    assert entities["2"]["label"] == "Anatomy::definitely present" and "findings" not in named
+    suggested = radgraph_rules.annotate("Consolidation suggesting pneumonia.")["entities"]
+    assert suggested["1"]["relations"] == [["suggestive_of", "2"]]
+
+
+def test_radgraph_score_sees_side_and_negation():
+    reference = "There is a small left pleural effusion. The lungs are clear."
+    flipped, denied = reference.replace("left", "right"), reference.replace("There is a small", "No")
+    worse = [flipped, denied, "The lungs are clear.", ""]
+    scores = radgraph_rules.rule_radgraph([reference, *worse, ""], [reference] * 5 + [""])
+    assert scores[0] == 1 and all(0 < value < 1 for value in scores[1:4]) and scores[4:] == [0, 1]
+
+
+def test_radgraph_f1_equals_the_package():
+    rewards = pytest.importorskip("radgraph.rewards")
+    texts = ["Small left effusion. Heart is enlarged.", "No pleural effusion or pneumothorax. Heart is enlarged.",
+             "Opacity in the left base may represent pneumonia.", "Left base opacity. Right pacemaker. Lungs clear.",
+             "Left effusion and right effusion. No effusion at the base."]  # fmt: skip
+    for level in ("simple", "partial", "complete"):
+        for a in map(radgraph_rules.annotate, texts):
+            for b in map(radgraph_rules.annotate, texts):
+                assert radgraph_rules.radgraph_f1(a, b, level) == pytest.approx(rewards.compute_reward(a, b, level))

@@ -9,7 +9,7 @@ import pytest
 
 import rewards
 from evidence import metrics
-from scorers.clinical import CHEXPERT_LABELS
+from scorers.chexbert import CHEXPERT_LABELS
 
 SHARED = Path(os.environ.get("VALOR_SHARED") or Path(__file__).parents[2] / "shared" / "data")
 PAIRS = SHARED / "metrics_iu_xray"

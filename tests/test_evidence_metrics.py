@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evidence import metrics, reader
-from scorers.clinical import CHEXPERT_LABELS, FIVE
+from scorers.chexbert import CHEXPERT_LABELS, FIVE
 
 TEXTS = [
     ("The heart is enlarged. No effusion.", "The heart is mildly enlarged. No pleural effusion is seen."),

@@ -10,7 +10,7 @@ from PIL import Image
 from phantom import world as phantom
 from phantom.config import PhantomConfig
 from phantom.world import LABELS, finding_of, sample_findings
-from scorers.clinical import CHEXPERT_LABELS
+from scorers.chexbert import CHEXPERT_LABELS
 
 CFG = PhantomConfig()
 TINY = PhantomConfig(expert=3, base=5, sft=4, train=3, val=2, test=4)

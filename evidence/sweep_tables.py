@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from data import read_jsonl
 from evidence.compare import COMPARED, estimate, load_runs
+from formats.files import read_jsonl
 
 REFERENCES = ("stage1_continued", "sft")  # what the arms are compared with, pair by pair
 

@@ -1,4 +1,4 @@
-"""What the layouts of iu_xray.py and mimic.py share: text files, the name of a split, the order of a study's views.
+"""What iu_xray.py and mimic.py share: a study's row, text files and tables, the name of a split, the order of views.
 
 Each unusable file is a ValueError of one line: the file, the place in it, what to do.
 """
@@ -9,39 +9,52 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 VIEW_RANK = {"frontal": 0, None: 1}  # anything else (lateral, oblique) comes after a view that is not known
 
 
+class Row(NamedTuple):
+    """A study as its data set tells it."""
+
+    id: str
+    report: str | dict[str, str] | None  # a text, or its {"findings", "impression"}; None without a report file
+    images: list[Path]  # frontal first
+    fault: str  # why there is no image that can be used, else ""
+    labels: list[str] | None = None  # exact labels, where truth.jsonl gives them
+
+
 def read_text(path: Path) -> str:
-    """A UTF-8 file; ValueError with one line when it is missing or no UTF-8."""
+    """A UTF-8 file; ValueError when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); convert the file first") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); is it there, whole, and UTF-8 text?") from error
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object that a file holds; ValueError when it holds none."""
+    return _json_object(read_text(path), str(path))
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON-lines file, blank lines left out; ValueError names file and line."""
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number}: not JSON ({error})") from error
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}: line {number}: not a JSON object")
-    return rows
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [_json_object(line, f"{path}: line {number}") for number, line in lines if line.strip()]
+
+
+def _json_object(text: str, place: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: not a JSON object")
+    return value
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
     """Yield the rows of a .csv or .csv.gz file, {column: text}; ValueError names file and absent column or line."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -53,10 +66,8 @@ def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}: line {reader.line_num}: not {len(names)} fields as in line 1")
                 yield row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text; convert the file first") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
-        raise ValueError(f"{path}: broken file ({error}); fetch it again") from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); is it there, whole, and UTF-8 text?") from error
 
 
 def pick_split(path: Path, known: Iterable[str], split: str) -> str:
@@ -67,10 +78,10 @@ def pick_split(path: Path, known: Iterable[str], split: str) -> str:
     raise ValueError(f"{path}: no split '{split}'; it has {', '.join(known)}")
 
 
-def frontal_first(views: list[tuple[Path, str | None]]) -> tuple[list[Path], str]:
+def frontal_first(views: Iterable[tuple[Path, str | None]]) -> tuple[list[Path], str]:
     """(image files, frontal views first, then views not known, then the others; "") or ([], why there is none).
 
-    views: (file, "frontal", "lateral" or None) in the order to keep among equals. Only lateral views is a reason.
+    views: (file, "frontal", "lateral" or None) in the order to keep among equals. Only lateral views is a fault.
     """
     ordered = sorted(views, key=lambda pair: VIEW_RANK.get(pair[1], 2))
     if not ordered:

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 MIN_SIDE = 8  # pixels; anything smaller is no radiograph but a broken file
-BROKEN = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)  # what PIL raises for bad files
+BROKEN = (OSError, SyntaxError, Image.DecompressionBombError, InvalidDicomError)  # PIL and pydicom on bad files
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -16,8 +20,6 @@ def read_image(path: str | Path) -> Image.Image:
     inverted, so that bone is always bright. Raises ValueError with one line naming the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"image {path}: {'a folder, not one image file' if path.is_dir() else 'no such file'}")
     try:
         image = _read_dicom(path) if _is_dicom(path) else _read_picture(path)
     except BROKEN as error:
@@ -68,38 +70,21 @@ def _read_picture(path: Path) -> Image.Image:
         return image.convert("RGBA" if "transparency" in image.info else image.mode).convert("RGB")
 
 
-def _open_dicom(path: Path, defer_size: str | None = None):
-    """The pydicom data set; values above `defer_size` are skipped over until they are asked for."""
-    # pydicom takes a while to import and few data sets need it
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
-    try:
-        dataset = dcmread(path, defer_size=defer_size)
-    except InvalidDicomError as error:
-        raise ValueError(f"image {path}: not a DICOM file ({error})") from error
-    if "PixelData" not in dataset:
-        raise ValueError(f"image {path}: DICOM without pixel data (a report, a directory, or cut off?)")
-    return dataset
-
-
 def _check_dicom(path: Path) -> str:
-    from pydicom.dataelem import RawDataElement
-
-    header = _open_dicom(path, defer_size="1 KB")
+    header = dcmread(path, defer_size="1 KB")  # larger values are skipped over
+    if "PixelData" not in header:
+        return "unreadable image"
     if min(header.get("Rows", 0), header.get("Columns", 0)) < MIN_SIDE:
         return "image too small"
-    pixels = header.get_item("PixelData")
-    if not isinstance(pixels, RawDataElement) or pixels.length == 0xFFFFFFFF:  # compressed: its length is not given
-        return ""
+    pixels = header.get_item("PixelData", keep_deferred=True)
+    if pixels.length == 0xFFFFFFFF or header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        return ""  # compressed: its length in the file is not given
     return "unreadable image" if pixels.value_tell + pixels.length > path.stat().st_size else ""
 
 
 def _read_dicom(path: Path) -> Image.Image:
     """One DICOM frame as RGB: rescale, window (or VOI table), invert MONOCHROME1 [DICOM PS3.3 C.7.6.3, C.11.2]."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
-
-    dataset = _open_dicom(path)
+    dataset = dcmread(path)
     try:
         pixels = pixel_array(dataset, index=0)
     except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
@@ -108,12 +93,12 @@ def _read_dicom(path: Path) -> Image.Image:
     if pixels.ndim == 3:
         return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
     values = apply_modality_lut(pixels, dataset).astype(np.float64)
-    center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    if center is not None and width is not None and "VOILUTSequence" not in dataset:
+    center, width, table = dataset.get("WindowCenter"), dataset.get("WindowWidth"), "VOILUTSequence" in dataset
+    if center is not None and width is not None and not table:
         center, width = (float(np.atleast_1d(value)[0]) for value in (center, width))
         low, high = center - width / 2, center + width / 2
     else:
-        values = apply_voi_lut(values if "VOILUTSequence" not in dataset else pixels, dataset).astype(np.float64)
+        values = apply_voi_lut(pixels if table else values, dataset).astype(np.float64)
         low, high = values.min(), values.max()
     return _to_rgb(values, low, high, invert=dataset.get("PhotometricInterpretation") == "MONOCHROME1")
 

@@ -19,47 +19,37 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from formats.files import frontal_first, pick_split, read_csv, read_text
+from formats.files import Row, frontal_first, pick_split, read_csv, read_text
 
 HEADER = re.compile(r"^[ \t]*([A-Z][A-Z ()/,&-]*|Findings|Impression)[ \t]*:(?=\s)", re.MULTILINE)
 RULE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)  # the line of underscores between a report and its addendum
 OTHER_HEADERS = ("indication", "reason", "history", "comparison", "technique", "exam", "addendum",
                  "wet read", "recommendation", "notification", "clinical", "pfi")  # fmt: skip
 VIEW_HEADERS = ("chest", "portable", "view", "ap and lat", "pa and lat", "frontal", "lateral and", "ribs")
-CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-            "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
-            "Fracture", "Support Devices")  # fmt: skip
 
 
-def mimic_rows(folder: Path, split: str) -> Iterator[tuple[str, dict[str, str] | None, list[Path], str, None]]:
-    """Yield (study id, sections or None without a report, image files, skip reason, None) of one split's studies."""
-    views = _views(folder)
-    splits, studies = {}, {}
-    table = _table(folder, "split")
+def mimic_rows(folder: Path, split: str) -> Iterator[Row]:
+    """The rows of one split's studies, in the order of the split's table."""
+    table, views = _table(folder, "split"), _views(folder)
+    studies = {}  # {(split, subject, study): [dicom_id, ...]}
     for row in read_csv(table, ("dicom_id", "study_id", "subject_id", "split")):
-        splits[row["split"]] = None
         images = studies.setdefault((row["split"], row["subject_id"], row["study_id"]), [])
         if row["dicom_id"] in images:
             raise ValueError(f"{table}: dicom_id {row['dicom_id']} of study {row['study_id']} occurs twice")
         images.append(row["dicom_id"])
-    split = pick_split(table, splits, split)
+    split = pick_split(table, dict.fromkeys(key[0] for key in studies), split)
     reports = folder / "mimic-cxr-reports" / "files"
     reports = reports if reports.is_dir() else folder / "files"
     for (its_split, subject, study), dicoms in studies.items():
         if its_split != split:
             continue
-        place = Path(f"p{subject[:2]}") / f"p{subject}" / f"s{study}"
-        dicoms = sorted(dicoms, key=lambda dicom: not views.get(dicom, "").startswith("PA"))
-        found = [(_image_file(folder / "files" / place / dicom), view_kind(views.get(dicom, ""))) for dicom in dicoms]
-        images, reason = frontal_first([(path, kind) for path, kind in found if path])
+        place, found = Path(f"p{subject[:2]}") / f"p{subject}" / f"s{study}", []
+        for dicom in sorted(dicoms, key=lambda dicom: not views.get(dicom, "").startswith("PA")):
+            files = (folder / "files" / place / f"{dicom}{suffix}" for suffix in (".jpg", ".png", ".dcm"))
+            found += [(path, view_kind(views.get(dicom, ""))) for path in files if path.is_file()][:1]
         path = reports / place.with_suffix(".txt")
         sections = report_sections(read_text(path)) if path.is_file() else None
-        yield study, sections, images, reason, None
-
-
-def _image_file(stem: Path) -> Path | None:
-    candidates = (stem.with_name(stem.name + suffix) for suffix in (".jpg", ".png", ".dcm"))
-    return next((path for path in candidates if path.is_file()), None)
+        yield Row(study, sections, *frontal_first(found))
 
 
 def view_kind(view: str) -> str | None:
@@ -81,9 +71,6 @@ def _table(folder: Path, name: str) -> Path:
         return found[0]
     raise ValueError(f"{folder}: no mimic-cxr-2.0.0-{name}.csv.gz; copy it from MIMIC-CXR-JPG "
                      "(physionet.org/content/mimic-cxr-jpg), which holds it for the DICOM release too")  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------- text
 
 
 def report_sections(text: str) -> dict[str, str]:
@@ -114,11 +101,12 @@ def section_name(header: str) -> str:
     return "view" if named_view else "other"
 
 
-def chexpert_line(folder: Path, ids: set[str]) -> str:
-    """"CheXpert positive %: No Finding 33, ..." over the studies `ids`, "" where the folder has no such table."""
+def chexpert_lines(folder: Path, ids: set[str]) -> list[str]:
+    """["CheXpert positive %: Atelectasis 33, ..."] over the studies `ids`; [] where the folder has no such table."""
     if not any(folder.glob("mimic-cxr-*-chexpert.csv*")):
-        return ""
-    rows = [row for row in read_csv(_table(folder, "chexpert"), ("study_id", *CHEXPERT)) if row["study_id"] in ids]
-    positive = {label: sum(row[label] in ("1", "1.0") for row in rows) for label in CHEXPERT}
-    shares = ", ".join(f"{label} {100 * n / max(len(rows), 1):.0f}" for label, n in positive.items())
-    return f"CheXpert positive % ({len(rows)} of {len(ids)} studies labelled): {shares}"
+        return []
+    rows = [row for row in read_csv(_table(folder, "chexpert"), ("subject_id", "study_id")) if row["study_id"] in ids]
+    labels = [column for column in (rows[0] if rows else ()) if column not in ("subject_id", "study_id")]
+    counts = {label: sum(row[label] in ("1", "1.0") for row in rows) for label in labels}
+    shares = ", ".join(f"{label} {100 * count / len(rows):.0f}" for label, count in counts.items())
+    return [f"CheXpert positive % ({len(rows)} of {len(ids)} studies labelled): {shares}"]

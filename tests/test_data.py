@@ -2,15 +2,18 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
-from formats import files as data_files
+from formats.files import read_jsonl
+from running import parallel
 
 SHARED = Path(os.environ.get("VALOR_SHARED", Path(__file__).parents[2] / "shared" / "data"))
 REPORT = "FINDINGS: The heart is large. IMPRESSION: Cardiomegaly."
@@ -49,18 +52,24 @@ def row(study_id, report=REPORT):
 def test_sections_at_word_boundaries_and_case_sensitive():
     text = "INDICATION: cough.\nFINDINGS: No\n findings: old. PREFINDINGS: x IMPRESSION: Clear. FINDINGS: More."
     assert data.split_sections(text) == {"findings": "No findings: old. PREFINDINGS: x More.", "impression": "Clear."}
-    assert data.split_sections("The lungs\nare clear.") == {"findings": "The lungs are clear.", "impression": ""}
+    assert data.split_sections("The lungs\nare clear.") == {"findings": "The lungs are clear."}
 
 
 def test_target_text():
-    assert data.target_text(REPORT, "both") == REPORT
-    assert data.target_text(REPORT, "findings") == "The heart is large."
-    assert data.target_text(REPORT, "impression") == "Cardiomegaly."
-    assert data.target_text("Clear lungs.", "both") == data.target_text("Clear lungs.", "findings") == "Clear lungs."
-    assert data.target_text("Clear lungs.", "impression") == ""
-    assert data.target_text({"findings": "a", "impression": "b"}, "both") == "FINDINGS: a IMPRESSION: b"
-    assert data.target_text({"findings": "a", "impression": ""}, "both") == ""
-    assert data.target_text("IMPRESSION: Clear.", "both") == ""
+    assert data.target_text(REPORT, "both") == (REPORT, "")
+    assert data.target_text(REPORT, "findings") == ("The heart is large.", "")
+    assert data.target_text(REPORT, "impression") == ("Cardiomegaly.", "")
+    for target in ("both", "findings"):
+        assert data.target_text("Clear\nlungs.", target) == ("Clear lungs.", "")
+    assert data.target_text({"findings": "a", "impression": "b"}, "both") == ("FINDINGS: a IMPRESSION: b", "")
+
+
+def test_why_there_is_no_target_text():
+    assert data.target_text("Clear lungs.", "impression") == ("", "no impression")
+    assert data.target_text({"findings": "a", "impression": ""}, "both") == ("", "no impression")
+    assert data.target_text("IMPRESSION: Clear.", "both") == ("", "no findings")
+    assert data.target_text(" ", "impression") == ("", "empty report")
+    assert data.target_text(None, "both") == ("", "no report file")
 
 
 # --------------------------------------------------------------------------------------------------------- r2gen
@@ -102,11 +111,11 @@ def test_r2gen_skips_are_counted_with_three_examples(tmp_path, capsys):
         ({"train": [row("a")]}, "no split 'test'; it has train"),
         ({"test": [row("a"), row("a")]}, "id a occurs twice"),
         ({"test": [row("a", "")]}, "no usable study among 1: 1: empty report 1"),
-        ({"test": []}, "the split is empty"),
-        ({"test": [{"id": "a", "image_path": []}]}, r"test\[0\]: no 'report'"),
-        ({"test": [row("a", 5)]}, "'report' must be a text"),
+        ({"test": []}, "no usable study among 0"),
+        ({"test": [{"id": "a", "image_path": []}]}, r"test\[0\] \(a\): needs a text 'report'"),
+        ({"test": [row("a", 5)]}, r"test\[0\] \(a\): needs a text 'report'"),
         ({"test": {"a": 1}}, "split 'test' must be a list"),
-        ({"test": [{"report": "x", "image_path": []}]}, r"test\[0\]: no 'id'"),
+        ({"test": [{"report": "x", "image_path": []}]}, "split 'test' must be a list of records, each with an 'id'"),
     ],
 )
 def test_r2gen_errors(tmp_path, rows, message):
@@ -119,13 +128,13 @@ def test_r2gen_errors(tmp_path, rows, message):
 def test_files_that_are_no_data_set(tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         data.load_studies(config(tmp_path / "none"), "test")
-    with pytest.raises(ValueError, match="annotation.json: no such file"):
+    with pytest.raises(ValueError, match="annotation.json: cannot be read .*No such file"):
         data.load_studies(config(tmp_path), "test")
     (tmp_path / "annotation.json").write_text("{")
     with pytest.raises(ValueError, match="annotation.json: not JSON"):
         data.load_studies(config(tmp_path), "test")
     (tmp_path / "annotation.json").write_bytes(b'{"test": "\xff"}')
-    with pytest.raises(ValueError, match=r"not UTF-8 text \(byte 10\)"):
+    with pytest.raises(ValueError, match="annotation.json: cannot be read .*in position 10"):
         data.load_studies(config(tmp_path), "test")
     folder = r2gen(tmp_path, {"test": [row("a")]}, [{"id": "b", "labels": []}])
     with pytest.raises(ValueError, match="no labels for study a"):
@@ -253,10 +262,10 @@ def test_kaggle_errors(tmp_path):
             data.load_studies(config(kaggle(tmp_path, text), format="kaggle"), "test")
         assert "\n" not in str(error.value)
     (tmp_path / "indiana_reports.csv").write_bytes(b"uid,findings,impression\n1,\xe9,x\n")
-    with pytest.raises(ValueError, match="indiana_reports.csv: not UTF-8 text"):
+    with pytest.raises(ValueError, match="indiana_reports.csv: cannot be read .*'utf-8' codec"):
         data.load_studies(config(tmp_path, format="kaggle"), "test")
     (tmp_path / "indiana_projections.csv").unlink()
-    with pytest.raises(ValueError, match="indiana_projections.csv: no such file"):
+    with pytest.raises(ValueError, match="indiana_projections.csv: cannot be read .*No such file"):
         data.load_studies(config(tmp_path, format="kaggle"), "test")
 
 
@@ -264,6 +273,34 @@ def test_card(tmp_path):
     folder = r2gen(tmp_path, {"train": [row("a")], "val": [row("b")], "test": [row("c"), row("d", "")]})
     text = data.card(config(folder))
     assert "test            1  7 / 7 / 7 / 7" in text and "skipped 1: empty report 1 (d)" in text
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def one_of_two(rank: int, port: int, folder: Path) -> None:
+    """One process of a job of two: reads a split and one that is not there, and writes what came of both."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    parallel.start("cpu")
+    read, asked = data.read_split, []
+    data.read_split = lambda cfg, split: asked.append(split) or read(cfg, split)
+    studies = [(s.id, str(s.image), s.report) for s in data.load_studies(config(folder), "train")]
+    with pytest.raises(ValueError) as error:
+        data.load_studies(config(folder), "none")
+    (folder / f"rank{rank}.json").write_text(json.dumps([asked, studies, str(error.value)]))
+    parallel.stop()
+
+
+def test_the_first_process_reads_for_all_and_its_error_ends_all(tmp_path):
+    folder = r2gen(tmp_path, {"train": [row("a"), row("b", ""), row("c")]})
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, folder), nprocs=2)
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first[0] == ["train", "none"] and second[0] == []
+    assert first[1] == second[1] == [[i, str(folder / f"images/{i}/0.png"), REPORT] for i in "ac"]
+    assert first[2] == second[2] == f"{folder / 'annotation.json'}: no split 'none'; it has train"
 
 
 # ---------------------------------------------------------------------------------------------------- real files
@@ -306,20 +343,18 @@ def test_real_openi():
 # --------------------------------------------------------------------------------------------------------- order
 
 
-def test_order_is_a_permutation_and_depends_on_its_arguments():
-    assert sorted(data.epoch_order(10, 0, 3)) == list(range(10))
-    assert data.epoch_order(10, 0, 3) == data.epoch_order(10, 0, 3)
-    assert len({tuple(data.epoch_order(10, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+def test_a_pass_is_a_permutation_that_depends_on_seed_and_pass():
+    assert sorted(data.batch_ids(10, 10, seed=0, step=3)) == list(range(10))
+    assert len({tuple(data.batch_ids(10, 10, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert data.batch_ids(10, 4, seed=0, step=1) == [3, 5, 9, 0]  # runs of any version see this order
 
 
 def test_batches_run_through_the_epochs_without_dropping():
     seen = [i for step in range(10) for i in data.batch_ids(7, 3, seed=1, step=step)]
-    assert seen == [i for epoch in range(5) for i in data.epoch_order(7, 1, epoch)][:30]
+    assert seen == [i for epoch in range(5) for i in data.batch_ids(7, 7, 1, epoch)][:30]
     assert len(data.batch_ids(3, 8, 0, 0)) == 8
-    with pytest.raises(ValueError, match="from 0 studies"):
-        data.batch_ids(0, 8, 0, 0)
 
 
 def test_a_unicode_line_break_inside_a_text_does_not_end_its_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"id": "a", "report": "one\u2028two"}\n\n{"id": "b"}\n', encoding="utf-8")
-    assert [row["id"] for row in data_files.read_jsonl(tmp_path / "rows.jsonl")] == ["a", "b"]
+    assert [row["id"] for row in read_jsonl(tmp_path / "rows.jsonl")] == ["a", "b"]

@@ -7,7 +7,12 @@ import pytest
 from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+)
 from test_data import SHARED, picture
 
 from formats import images
@@ -63,12 +68,12 @@ def test_image_errors_are_one_line(tmp_path):
     broken = write_dicom(tmp_path / "short.dcm", np.zeros((16, 16)))
     broken.write_bytes(broken.read_bytes()[:-200])
     cases = {
-        "none.png": "no such file",
+        "none.png": "No such file",
         "text.png": "unreadable",
         "cut.png": "unreadable",
         "one.png": "only 1 x 1 pixels",
-        "text.dcm": "not a DICOM",
-        "empty.dcm": "without pixel data",
+        "text.dcm": "missing DICOM",
+        "empty.dcm": "no pixel data",
         "short.dcm": "cannot be decoded",
     }
     for name, message in cases.items():
@@ -101,3 +106,19 @@ def test_a_jpeg_with_bytes_after_its_end_is_read(tmp_path):
     path = picture(tmp_path / "a.jpg")
     path.write_bytes(path.read_bytes() + bytes(100))
     assert images.check_image(path) == "" and isinstance(images.read_image(path), Image.Image)
+
+
+def test_a_cut_off_dicom_is_found_by_its_length(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.linspace(0, 4000, 4096).reshape(64, 64))
+    assert images.check_image(path) == ""
+    path.write_bytes(path.read_bytes()[:-200])
+    assert images.check_image(path) == "unreadable image"
+
+
+def test_a_deflated_dicom_is_longer_than_its_file(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((64, 64)))
+    dataset = dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(path)
+    assert path.stat().st_size < 64 * 64 * 2 and images.check_image(path) == ""
+    assert images.read_image(path).size == (64, 64)

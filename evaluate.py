@@ -30,17 +30,20 @@ import tyro
 
 import rewards
 from config import Config, check, merge, parse, to_dict
-from data import load_studies, read_image, read_jsonl, target_text
+from data import load_studies, target_text
 from evidence import metrics, reader
 from evidence.compare import compare
 from evidence.tables import finish, save
-from model import load_policy, pick_device
+from formats.files import read_jsonl
+from formats.images import read_image
+from model import load_policy
 from phantom import world as phantom
 from phantom.assets import resolve
-from rollout import generate_reports, generate_split
+from evidence.generate import generate_split
+from rollout import generate_reports
 from running import parallel
 from running.folder import write_text
-from scorers.clinical import CHEXPERT_LABELS
+from scorers.chexbert import CHEXPERT_LABELS
 from scorers.green import load_green
 from scorers.load import load_scorers
 from scorers.ratescore import load_ratescore
@@ -130,7 +133,7 @@ def derangement(n: int, seed: int) -> list[int]:
 
 def normal_template(references: list[str], labels, target: str) -> str:
     """The normal report in the references' form: their sections, and headers only where they have them."""
-    text = target_text(phantom.NORMAL_TEMPLATE if labels else GENERIC_TEMPLATE, target)
+    text, _ = target_text(phantom.NORMAL_TEMPLATE if labels else GENERIC_TEMPLATE, target)
     if target == "both" and not any("FINDINGS:" in reference for reference in references):
         text = re.sub(r"(FINDINGS|IMPRESSION): ", "", text)
     return text
@@ -150,7 +153,7 @@ def make_judge(cfg: Config, references: list[str], labels: list[list[str]] | Non
         notes.append(f"{why}. METEOR ex.+st. (exact and stem matches only) stands in and must not be compared with it")
         costly = {"meteor_exact_stem": metrics.meteor_exact_stem}
     if cfg.eval.green:
-        costly["green"] = load_green(cfg.eval.green, pick_device(cfg))
+        costly["green"] = load_green(cfg.eval.green, parallel.pick_device(cfg.device))
     if cfg.eval.ratescore:
         costly["ratescore"] = load_ratescore(cfg.eval.ratescore)
     collect = partial(metrics.collect, references=references, truth_counts=reader.truth_counts, labels=labels, **known)
@@ -224,7 +227,7 @@ def evaluate_run(cfg: EvalRun) -> None:
     ids, references = [s.id for s in studies], [s.report for s in studies]
     labels = None if studies[0].labels is None else [s.labels for s in studies]
     if parallel.rank() == 0:  # the one that scores and writes
-        scorers = load_scorers(cfg, pick_device(cfg), with_expert=False)
+        scorers = load_scorers(cfg, parallel.pick_device(cfg.device), with_expert=False)
         judge, notes = make_judge(cfg, references, labels, scorers)
         template = judge([[normal_template(references, labels, cfg.data.target)]] * len(studies), formats=False)
     folder = Path(cfg.run) / "eval" / split
@@ -267,7 +270,7 @@ def evaluate_predictions(cfg: EvalRun) -> None:
         notes.append("CheXbert F1, RadGraph F1 and BERTScore need --scorers.*: the phantom's know only its reports")
     else:
         cfg = resolve(cfg, ("labeller",))
-        scorers = load_scorers(cfg, pick_device(cfg), with_expert=False)
+        scorers = load_scorers(cfg, parallel.pick_device(cfg.device), with_expert=False)
     judge, more = make_judge(cfg, references, labels, scorers)
     outputs = [[given[study_id]["report"]] for study_id in wanted]
     empty = [study_id for study_id in wanted if not given[study_id]["report"].strip()]

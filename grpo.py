@@ -6,7 +6,9 @@ Differences from the paper, each on purpose:
   Ours is -(clipped objective) + beta KL.
 * The ratio written r^vis in Eq. 10 is the importance ratio pi / pi_old, not Eq. 7's reward.
 * KL is the per-token k3 estimator of GRPO (DeepSeekMath, arXiv 2402.03300, Eq. 4): exp(d) - d - 1 with
-  d = ref_logp - logp. It is never negative and unbiased for samples of the current policy.
+  d = ref_logp - logp, never negative. Its *value* is unbiased for samples of the current policy; its gradient is
+  not the gradient of KL(pi || ref) (nearer to that of KL(ref || pi)), and after an inner update the samples are the
+  old policy's, not the current one's.
 """
 
 import torch
@@ -28,8 +30,8 @@ def group_advantages(rewards: Tensor, kind: str = "rank") -> Tensor:
     """Rewards (..., G) -> advantages (..., G) by `rank` (Eq. 9), `zscore` (GRPO, DeepSeekMath) or `mean` (Dr. GRPO)."""
     if kind == "rank":
         return rank_norm(rewards)
-    centred = rewards - rewards.mean(dim=-1, keepdim=True)
-    spread = rewards.std(dim=-1, keepdim=True, correction=0)
+    centred = rewards - rewards.mean(dim=-1, keepdim=True)  # (..., G)
+    spread = rewards.std(dim=-1, keepdim=True, correction=0)  # (..., 1)
     # eight rewards of 0.1 have a float residue as "spread": dividing by it would invent an advantage of -0.4
     centred = torch.where(spread > 1e-6, centred, torch.zeros_like(centred))
     if kind == "mean":
@@ -54,32 +56,34 @@ def grpo_loss(
 
     logps, old_logps, ref_logps: (N, T) log-probs of the sampled tokens under the current policy (the only one with
     a gradient), the policy that sampled them, and the SFT policy. advantages: (N,). completion_mask: (N, T), 1 =
-    report token. Returns (scalar loss, stats): `kl`, `clipfrac` and `approx_kl` (k3 to the old policy), each averaged
-    like the loss.
+    report token. Returns (scalar loss, stats): `kl`, `clipfrac` and `approx_kl`, KL(old || current), of which the sampled
+    tokens are samples [CleanRL's (r - 1) - log r]; each averaged like the loss.
     """
-    mask = completion_mask.to(logps.dtype)
+    mask = completion_mask.to(logps.dtype)  # (N, T)
 
     def per_report_mean(x: Tensor) -> Tensor:  # (N, T) -> scalar
         return ((x * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean()
 
-    log_ratio = logps - old_logps.detach()
-    ratio = log_ratio.exp()  # (N, T)
-    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    ratio = (logps - old_logps.detach()).exp()  # (N, T)
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)  # (N, T)
     advantage = advantages.detach()[:, None]  # (N, 1)
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
-    kl = k3(logps, ref_logps.detach())
+    objective = torch.minimum(ratio * advantage, clipped * advantage)  # (N, T)
+    kl = k3(logps, ref_logps.detach())  # (N, T)
     loss = per_report_mean(beta * kl - objective)
     with torch.no_grad():
-        is_clipped = (ratio * advantage > clipped * advantage).to(mask.dtype)
+        is_clipped = (ratio * advantage > clipped * advantage).to(mask.dtype)  # (N, T)
         stats = {
             "kl": per_report_mean(kl).item(),
             "clipfrac": per_report_mean(is_clipped).item(),
-            "approx_kl": per_report_mean(k3(logps, old_logps)).item(),
+            "approx_kl": per_report_mean(k3(old_logps, logps)).item(),
         }
     return loss, stats
 
 
 def k3(logps: Tensor, other_logps: Tensor) -> Tensor:
-    """Per-token k3 estimate of KL(pi || other) at tokens sampled from pi: exp(d) - d - 1 with d = other - logp."""
-    difference = other_logps - logps
+    """Per-token k3 estimate of KL(pi || other) at tokens sampled from pi: exp(d) - d - 1 with d = other - logp.
+
+    logps, other_logps: (N, T) -> (N, T).
+    """
+    difference = other_logps - logps  # (N, T)
     return difference.exp() - difference - 1

@@ -14,7 +14,6 @@ holding the SFT policy: `disable_adapter()` would give the base model instead, w
 
 import contextlib
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +26,9 @@ from config import Config
 from running import parallel
 from vlm import attention
 from vlm.attention import Decoding, pack, run_layers
-from vlm.families import PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
+from vlm.families import embed_prompt, load_family, parts_of, placeholder_ids, prompt_positions
 
 LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
-
-# PEFT asks for the first at every load, the second has a new name from 5.2x on; nothing a user could do about them
-warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
-
 
 @dataclass
 class SamplingRules:
@@ -58,24 +53,16 @@ def sampling_rules(model, processor, cfg: Config) -> SamplingRules:
 
 def policy_logits(logits: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
     """Logits (n, V) of the tokens at report positions (n,) -> float32 logits of the policy's distribution."""
-    logits = logits.float() / rules.temperature  # float32 first: log_softmax in bf16 loses digits
+    logits = logits.float() / rules.temperature  # (n, V); float32 first: log_softmax in bf16 loses digits
     logits[:, rules.banned_ids] = float("-inf")
     too_early = (positions < rules.min_new_tokens)[:, None]  # (n, 1)
-    logits[:, rules.eos_ids] = logits[:, rules.eos_ids].masked_fill(too_early, float("-inf"))
+    logits[:, rules.eos_ids] = logits[:, rules.eos_ids].masked_fill(too_early, float("-inf"))  # (n, E)
     return logits
 
 
 def get_base(model):
     """The Hugging Face model inside a PeftModel (LoRA layers stay active), or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def parts_of(model) -> dict[str, str]:
-    """Regexes of the model family's parts; ValueError for a family that PARTS does not know."""
-    family = get_base(model).config.model_type
-    if family not in PARTS:
-        raise ValueError(f"model family '{family}' is not supported; known: {', '.join(PARTS)} (see families.PARTS)")
-    return PARTS[family]
 
 
 def load_policy(cfg: Config, adapter: str | Path | None = None, new_lora: bool = False):
@@ -96,7 +83,7 @@ def load_policy(cfg: Config, adapter: str | Path | None = None, new_lora: bool =
     prepare(model, cfg)
     if cfg.fsdp:
         parallel.shard(get_base(model))
-    return model.to(pick_device(cfg)).eval(), processor
+    return model.to(parallel.pick_device(cfg.device)).eval(), processor
 
 
 def prepare(model, cfg: Config) -> None:
@@ -113,23 +100,14 @@ def lora_config(cfg: Config, model) -> LoraConfig:
         r=cfg.model.lora_r,
         lora_alpha=cfg.model.lora_alpha,
         lora_dropout=cfg.model.lora_dropout,
-        target_modules="|".join(parts_of(model).values()),
+        target_modules="|".join(parts_of(get_base(model).config).values()),
         base_model_name_or_path=cfg.model.path,
     )
 
 
-def pick_device(cfg: Config) -> torch.device:
-    """cfg.device, or this process's GPU under `auto`, or the CPU."""
-    if cfg.device != "auto":
-        if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {cfg.device}: torch sees no GPU; use --device cpu")
-        return torch.device(cfg.device)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def set_trainable(model, trainable: str) -> list[str]:
     """Let exactly the policy's LoRA weights of the named parts ("language+projector") train; return their names."""
-    parts = parts_of(model)
+    parts = parts_of(get_base(model).config)
     patterns = [re.compile(parts[part]) for part in trainable.split("+")]
     names = []
     for name, parameter in model.named_parameters():
@@ -196,39 +174,30 @@ def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Te
     return dict(inputs.to(device)) | {"image_counts": torch.tensor([len(study) for study in views], device=device)}
 
 
-def select_studies(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-    """Inputs of studies first .. last - 1. Images lie one after the other, Qwen's as patches, not one row per study."""
-    counts = inputs["image_counts"]
-    image = slice(int(counts[:first].sum()), int(counts[:last].sum()))
-    rows = {name: slice(first, last) for name in inputs} | {"pixel_values": image, "vision": image}
-    if "image_grid_thw" in inputs:
-        patches = inputs["image_grid_thw"].prod(dim=-1)  # (images,)
-        rows["image_grid_thw"] = image
-        rows["pixel_values"] = slice(int(patches[: image.start].sum()), int(patches[: image.stop].sum()))
-        rows["vision"] = rows["pixel_values"]
-    return {name: x[rows[name]] for name, x in inputs.items()}
+def prefill(model, inputs: dict[str, Tensor]) -> tuple[Decoding, Tensor, Tensor]:
+    """Read image and prompt once per study.
 
-
-def prefill(model, inputs: dict[str, Tensor]) -> tuple[Decoding, Tensor]:
-    """Read image and prompt once per study: (their keys and values, hidden states (B, D) that predict token 0)."""
-    base = get_base(model)
+    Returns (their keys and values, hidden states (B, D) that predict token 0, the position (B,) of token 0).
+    """
+    base, positions = get_base(model), prompt_positions(get_base(model), inputs)  # (B, P) or (3, B, P)
     cache = Decoding(inputs["attention_mask"], base.dtype)
-    hidden = run_layers(base, embed_prompt(base, inputs), prompt_positions(base, inputs), cache)
-    return cache, hidden[:, -1]
+    hidden = run_layers(base, embed_prompt(base, inputs), positions, cache)  # (B, P, D)
+    return cache, hidden[:, -1], report_start(positions)
 
 
 def next_hidden(model, cache: Decoding, tokens: Tensor, positions: Tensor) -> Tensor:
     """Hidden states (N, D) after one more token (N,) of each report, at positions (N,)."""
     base = get_base(model)
-    hidden = run_layers(base, base.get_input_embeddings()(tokens[:, None]), positions[:, None], cache)
+    embeds = base.get_input_embeddings()(tokens[:, None])  # (N, 1, D)
+    hidden = run_layers(base, embeds, positions[:, None], cache)  # (N, 1, D)
     cache.t += 1
     return hidden[:, -1]
 
 
-def report_start(base, inputs: dict[str, Tensor]) -> Tensor:
-    """Position (B,) of a report's first token: the number of prompt tokens, less under mRoPE."""
+def report_start(positions: Tensor) -> Tensor:
+    """Position (B,) of a report's first token behind a prompt at positions (B, P), or (3, B, P) under mRoPE."""
     # the prompt ends in text, whose three mRoPE positions are one number; from there on they count up by 1
-    return prompt_positions(base, inputs).view(-1, *inputs["input_ids"].shape)[0, :, -1] + 1
+    return positions.view(-1, *positions.shape[-2:])[0, :, -1] + 1
 
 
 def completion_logps(
@@ -240,17 +209,27 @@ def completion_logps(
     right-padded. completion_mask: (N, T), 1 up to and including the first EOS, by position. A study's reports lie in
     one row behind its image and prompt (attention.py); the result is that of N forwards of their own.
     """
-    base, mask, group = get_base(model), inputs["attention_mask"], len(completions) // len(inputs["input_ids"])
+    base, mask = get_base(model), inputs["attention_mask"]  # (B, P)
+    group = len(completions) // len(mask)  # G
     packing = pack(mask, completion_mask, base.dtype)
     tokens = completions[:, :-1].reshape(len(mask), -1).gather(1, packing.order)  # (B, S)
     embeds = torch.cat([embed_prompt(base, inputs), base.get_input_embeddings()(tokens)], dim=1)  # (B, P + S, D)
-    positions = prompt_positions(base, inputs)  # (B, P) or (3, B, P)
-    after = (report_start(base, inputs)[:, None] + packing.positions).expand(*positions.shape[:-1], -1)
-    hidden = run_layers(base, embeds, torch.cat([positions, after], dim=-1), packing)  # (B, P + S, D)
-    row, position = completion_mask.nonzero(as_tuple=True)  # one entry per real token
-    places = packing.outputs.flatten(0, 1)[row, position]
-    chosen = token_logps(base.lm_head, hidden[row // group, places], completions[row, position], position, rules)
+    before = prompt_positions(base, inputs)  # (B, P) or (3, B, P)
+    after = (report_start(before)[:, None] + packing.positions).expand(*before.shape[:-1], -1)  # (B, S) or (3, B, S)
+    hidden = run_layers(base, embeds, torch.cat([before, after], dim=-1), packing)  # (B, P + S, D)
+    row, position = completion_mask.nonzero(as_tuple=True)  # (n,) each: one entry per real token
+    places = packing.outputs.flatten(0, 1)[row, position]  # (n,) where in its study's row each is predicted
+    hidden = hidden[row // group, places]  # (n, D)
+    chosen = token_logps(base.lm_head, hidden, completions[row, position], position, rules)  # (n,)
     return torch.zeros(completions.shape, device=hidden.device).index_put((row, position), chosen)
+
+
+def require_finite(logps: Tensor, ids: list[str]) -> None:
+    """Stop with the name of the first study whose log-probs (N, T) are not finite; N is a multiple of the studies."""
+    bad = (~torch.isfinite(logps).all(dim=1)).nonzero().flatten()  # (rows,)
+    if len(bad):
+        study_id = ids[int(bad[0]) * len(ids) // len(logps)]
+        raise ValueError(f"the log-probs of study {study_id} are not finite: lower the learning rate")
 
 
 def token_logps(lm_head, hidden: Tensor, tokens: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
@@ -278,6 +257,6 @@ def tokenize_reports(processor, texts: list[str], max_tokens: int, device) -> tu
     cut = sum(len(row) > max_tokens for row in rows)
     rows = [row[:max_tokens] for row in rows]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [eos] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    ids = torch.tensor([row + [eos] * (width - len(row)) for row in rows], device=device)  # (B, T)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)  # (B, T)
     return ids, mask, cut

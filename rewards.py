@@ -126,14 +126,19 @@ def mix_visual(r_text: Tensor, r_vis: Tensor, lambda_vis: float, mix: str = "raw
     return (1 - lambda_vis) * r_text + lambda_vis * r_vis
 
 
+def image_text_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Eq. 6: cosine of image features (B, D) and text embeddings (B, G, D), both of length 1 -> (B, G) in [-1, 1]."""
+    return torch.einsum("bd,bgd->bg", image_features, text_features).clamp(-1, 1)
+
+
 @dataclass
 class Scorers:
-    """The frozen models behind the rewards, as plain functions on lists of texts."""
+    """The frozen models behind the rewards, as plain functions on lists of texts (scorers/load.py)."""
 
     label: Callable  # texts -> (n, 14) bool, CheXbert's positives
     bertscore: Callable  # candidates, references -> list of floats
     radgraph: Callable  # candidates, references -> list of floats
-    similarity: Callable | None  # images, ids, groups [B][G] -> (B, G) cosine; None: no expert loaded
+    similarity: Callable | None  # images, ids, groups [B][G] -> (B, G), Eq. 6; None: no expert loaded
 
 
 def text_components(
@@ -175,15 +180,15 @@ def compute_rewards(
     """Rewards of G candidates for each of B studies at global update k (counted from 1, over both stages).
 
     outputs: [B][G] raw decoded texts. references: B texts without tags. Returns (total (B, G), components by name,
-    each (B, G)). Raises ValueError naming study and component when a value is not finite.
+    each (B, G)); the component `similarity` is NaN where a candidate is not readable. Raises ValueError naming study
+    and component when a value is not finite.
     """
-    group_size = len(outputs[0])
     texts = [[unwrap(output) for output in group] for group in outputs]
     readable = torch.tensor([[text is not None for text in group] for group in texts])  # (B, G)
     flat = [(text, ref) for group, ref in zip(texts, references, strict=True) for text in group if text is not None]
     clinical_too = cfg.k_clin > 0 and k % cfg.k_clin == 0  # Eq. 5
     columns = text_components([t for t, _ in flat], [r for _, r in flat], scorers, clinical_too)
-    parts = {name: torch.zeros(readable.shape).masked_scatter(readable, torch.tensor(v)) for name, v in columns.items()}
+    parts = {name: spread_out(values, readable) for name, values in columns.items()}
     total = text_reward(parts, cfg)
     if stage == 2 and cfg.lambda_vis > 0:
         s = scorers.similarity(images, ids, [[text or "" for text in group] for group in texts])  # Eq. 6, (B, G)
@@ -192,10 +197,17 @@ def compute_rewards(
         parts["visual"] = rank_reward(s, cfg.rank, cfg.tau) * readable  # Eq. 7
         total = mix_visual(total, parts["visual"], cfg.lambda_vis, cfg.mix)  # Eq. 8
     formats = format_reward([output for group in outputs for output in group], None, cfg.required_sections)
-    parts["format"] = torch.tensor(formats).view(-1, group_size)
+    parts["format"] = torch.tensor(formats).view(readable.shape)
     total = total + cfg.lambda_format * parts["format"]  # after Eq. 8, so that lambda_vis = 1 keeps it
     check_finite(parts, ids)
+    if "similarity" in parts:  # the log's mean and spread are of texts that there are
+        parts["similarity"] = parts["similarity"].masked_fill(~readable, math.nan)
     return total, parts
+
+
+def spread_out(values: list[float], readable: Tensor) -> Tensor:
+    """One value for each readable candidate, in order -> (B, G) float32 with 0 for the others."""
+    return torch.zeros(readable.shape).masked_scatter(readable, torch.tensor(values, dtype=torch.float32))
 
 
 def check_finite(parts: dict[str, Tensor], ids: list[str]) -> None:
@@ -204,3 +216,14 @@ def check_finite(parts: dict[str, Tensor], ids: list[str]) -> None:
         for study_id, row in zip(ids, values.tolist(), strict=True):
             if not all(map(math.isfinite, row)):
                 raise ValueError(f"reward '{name}' of study {study_id} is not finite: {row}")
+
+
+def require_format(references: list[str], required_sections: tuple[str, ...]) -> None:
+    """Score the references' own format; ValueError where most fail it: then every correct report would be punished."""
+    failed = format_reward([wrap(reference) for reference in references], None, required_sections).count(0.0)
+    if failed:
+        wanted = " and ".join(f"'{name}:'" for name in required_sections)
+        said = f"{failed} of {len(references)} references lack {wanted} exactly once: their own format reward is 0"
+        if 2 * failed > len(references):
+            raise ValueError(f"{said}; set rewards.required_sections to what data.target gives, e.g. to nothing")
+        print(f"rewards: {said}")

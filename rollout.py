@@ -1,7 +1,10 @@
 """Hand-written group sampling: G candidate reports per study, with the log-prob of every token.
 
-    prefill(image + prompt)    once per study: keys and values (B, ...), never copied G times
-    loop: one token per row    logits -> temperature -> top-k/top-p -> inverse-CDF draw, until EOS by position (N rows)
+    1) prefill      image + prompt, once per study: keys and values (B, ...), never copied G times
+    2) logits       of each report's next token, as the loss will see them: temperature, banned tokens (N, V)
+    3) draw         top-k / top-p, then an inverse-CDF draw from the study's own uniform numbers (N,)
+    4) record       token and log-prob; a report is finished by its first EOS, whatever comes after
+    5) loop         one more token for the reports still being written; the finished leave the batch now and then
 
 The draw uses uniform numbers made from (seed, update, study id) alone, so a study's candidates do not depend on its
 batch mates, on the number of processes or on what ran before.
@@ -12,10 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import Config
-from data import Study, read_views
 from model import (
     SamplingRules,
     encode_prompts,
@@ -23,7 +24,6 @@ from model import (
     next_hidden,
     policy_logits,
     prefill,
-    report_start,
     sampling_rules,
 )
 from running import parallel
@@ -102,27 +102,27 @@ def sample(
     """
     base = get_base(model)
     with lean_layers(base):
-        cache, hidden = prefill(model, inputs)
+        cache, hidden, first = prefill(model, inputs)  # 1); hidden (B, D), first (B,)
         cache.start(group_size, max_new_tokens - 1)  # the last token is never read
         hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)
-        first = report_start(base, inputs).repeat_interleave(group_size)  # (N,) position of token 0
+        first = first.repeat_interleave(group_size)  # (N,) position of token 0
         out = empty_rollout(len(hidden), max_new_tokens, rules.eos_ids[0], hidden.device)
         eos, u = torch.tensor(rules.eos_ids, device=hidden.device), u if u is None else u.to(hidden.device)
-        rows = torch.arange(len(hidden), device=hidden.device)  # those in the batch; finished ones leave now and then
+        rows = torch.arange(len(hidden), device=hidden.device)  # (n,) the reports in the batch, n = N at first
         for t in range(max_new_tokens):
-            logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # (rows, V)
-            logps = logits.log_softmax(dim=-1)
-            token = logits.argmax(dim=-1) if u is None else draw(truncate(logps.exp(), top_k, top_p), u[rows, t])
-            out.record(rows, t, token, logps, eos)
-            writing = ~out.finished[rows]
+            logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # 2) (n, V)
+            logps = logits.log_softmax(dim=-1)  # (n, V)
+            token = logits.argmax(-1) if u is None else draw(truncate(logps.exp(), top_k, top_p), u[rows, t])  # 3) (n,)
+            out.record(rows, t, token, logps, eos)  # 4)
+            writing = ~out.finished[rows]  # (n,)
             left = int(writing.sum())
             if t == max_new_tokens - 1 or not (parallel.any_process(left > 0) if together else left):
                 break
             if 0 < left < SHRINK * len(rows):  # a copy of what the others have written so far: not at every token
-                stay = writing.nonzero()[:, 0]
+                stay = writing.nonzero()[:, 0]  # (n',)
                 cache.keep(stay)
                 rows, token = rows[stay], token[stay]
-            hidden = next_hidden(model, cache, token, first[rows] + t)
+            hidden = next_hidden(model, cache, token, first[rows] + t)  # 5) (n, D)
     return Rollout(out.completions[:, : t + 1], out.completion_mask[:, : t + 1], out.logps[:, : t + 1], out.finished)
 
 
@@ -169,22 +169,3 @@ def generate_reports(
     rules = sampling_rules(model, processor, cfg)
     texts = decode(processor, sample(model, inputs, rules, u, r.max_new_tokens, per, r.top_p, r.top_k, cfg.fsdp))
     return [texts[i : i + per] for i in range(0, len(texts), per)]
-
-
-def generate_split(
-    model, processor, studies: list[Study], cfg: Config, samples: int = 0, what: str = ""
-) -> list[list[str]]:
-    """`generate_reports` of all studies, shared out over the processes; every process gets all of them.
-
-    `eval.batch_size` studies are decoded together. Each process has equally many: the tail begins again at the first
-    study, and what is written twice is dropped. what: the progress bar's text; without it there is none.
-    """
-    world, rank, size, outputs = parallel.world(), parallel.rank(), cfg.eval.batch_size, []
-    mine = [studies[i % len(studies)] for i in range(rank, -(-len(studies) // world) * world, world)]
-    starts = range(0, len(mine), size)
-    for start in tqdm(starts, desc=f"{what:<28}", unit="batch", mininterval=1, disable=not what or rank > 0):
-        batch = mine[start : start + size]
-        views = [read_views(study) for study in batch]
-        outputs += generate_reports(model, processor, views, cfg, ids=[study.id for study in batch], samples=samples)
-    shares = parallel.gather(outputs)
-    return [shares[i % world][i // world] for i in range(len(studies))]

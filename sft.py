@@ -8,7 +8,10 @@ gradient does not depend on how long the reports are.
 from torch import Tensor
 
 from config import Config
-from model import completion_logps, sampling_rules, tokenize_reports
+from data import Study, read_views
+from model import completion_logps, encode_prompts, require_finite, sampling_rules, tokenize_reports
+from rewards import wrap
+from running import parallel
 
 
 def sft_loss(logps: Tensor, completion_mask: Tensor, total_tokens: int | Tensor | None = None) -> Tensor:
@@ -28,3 +31,25 @@ def text_logps(
     rules.temperature, rules.min_new_tokens = 1.0, 0  # Eq. 2 is about the model itself, not about how it is sampled
     tokens, mask, cut = tokenize_reports(processor, texts, cfg.rollout.max_new_tokens, inputs["input_ids"].device)
     return completion_logps(model, inputs, tokens, mask, rules), mask, cut
+
+
+def sft_update(model, processor, optimizer, batch: list[Study], cfg: Config, step: int, steps: int) -> dict[str, float]:
+    """One update of Stage 0; `batch` is this process's share of the studies. Returns the row for metrics.jsonl.
+
+    Learning rate: 3% warm-up, then linear decay to 0 over `steps` updates; `step` counts from 0.
+    """
+    lr = cfg.sft.lr * min(1.0, (step + 1) / max(1.0, 0.03 * steps)) * (1 - step / steps)
+    optimizer.param_groups[0]["lr"] = lr
+    model.train()  # dropout, if any, belongs to Stage 0 alone
+    part = {"nll": 0.0, "tokens": 0, "cut": 0}
+    for start in range(0, len(batch), cfg.sft.micro_batch):
+        studies = batch[start : start + cfg.sft.micro_batch]
+        inputs = encode_prompts(processor, [read_views(s) for s in studies], cfg.data.prompt, model.device)
+        logps, mask, cut = text_logps(model, processor, inputs, [wrap(s.report) for s in studies], cfg)  # (b, T)
+        require_finite(logps, [s.id for s in studies])
+        loss = sft_loss(logps, mask, total_tokens=1)  # the sum: divided by the global token count below
+        loss.backward()
+        part = {"nll": part["nll"] + loss.item(), "tokens": part["tokens"] + int(mask.sum()), "cut": part["cut"] + cut}
+    total = {name: sum(p[name] for p in parallel.gather(part)) for name in part}
+    norm = parallel.optimizer_step(optimizer, cfg.sft.max_grad_norm, divide_by=total["tokens"])
+    return {"loss": total["nll"] / total["tokens"], "grad_norm": norm, "lr": lr, "cut_reports": total["cut"]}

@@ -1,16 +1,27 @@
 """Train VALOR: Stage 0 (SFT), Stage 1 (GRPO on text rewards), Stage 2 (GRPO with the visual reward mixed in).
 
     python train.py --stage all                          # one process
-    python train.py --check --config C                   # is everything there that this run needs? (preflight.py)
+    python train.py --check --config C                   # is everything there that this run needs?
     torchrun --nproc-per-node 2 train.py --stage 2       # a missing Stage 0 or 1 is trained first
 
-Algorithm 1 of the paper: `sft_update` and `grpo_update` are one policy update each, `run_stage` repeats one of them,
-`main` strings the stages together. What a run leaves behind, and how it goes on after a kill: runs.py.
+Algorithm 1 of the paper, and where each line stands below:
+
+    theta <- SFT (Eq. 2), theta_ref <- theta, k <- 0                                     sft_update, load_stage
+    for t in {1, 2}:                                                                     train
+        choose what of the model stage t trains                                          load_stage
+        for minibatch B of the data:                                                     run_stage
+            k <- k + 1
+            1.  sample G candidates o_i of pi_theta(. | image, prompt) for each study    grpo_update
+            2.  R_text(o_i, g; k) (Eqs. 3-5); in Stage 2 S_i, r_vis, R_vis (Eqs. 6-8)
+            3.  A_i <- RankNorm over the group (Eq. 9)
+            4.  log-probs of the candidates under pi_ref                                 policy_step
+            5.  loss of Eq. 10: clipped ratio to the sampling policy, KL to pi_ref
+            6.  gradient step on theta
+    return theta
 """
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,274 +31,248 @@ from tqdm import tqdm
 
 from config import Config, parse
 from data import Study, batch_ids, load_studies, read_views
-from evidence import metrics
+from evidence.generate import generate_split
+from evidence.metrics import validation_row
 from grpo import group_advantages, grpo_loss
 from model import (
+    SamplingRules,
     add_reference,
     completion_logps,
     disable_dropout,
-    encode_prompts,
     get_base,
     load_policy,
+    require_finite,
     sampling_rules,
-    select_studies,
     set_trainable,
     use_reference,
 )
-from phantom.assets import NAMES, resolve
+from phantom.assets import resolve
 from phantom.oracle import exact_labels, oracle_similarity
-from rewards import Scorers, compute_rewards, wrap
-from rollout import Rollout, generate_split, rollout
+from rewards import Scorers, compute_rewards, require_format
+from rollout import Rollout, rollout
 from running import parallel, preflight
 from running.folder import (
-    Log,
     adapter_folder,
     adapter_state,
-    average,
     claim_folder,
     load_checkpoint,
     lock,
-    sample_record,
     save_adapter,
     save_checkpoint,
 )
+from running.log import Log, average, group_metrics, sample_record, shown
 from scorers.load import load_scorers
-from sft import sft_loss, text_logps
+from sft import sft_update
+from vlm.families import select_studies
 from vlm.fast_linear import lean_layers
 
 FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}
 HIGH_KL = 0.25  # nats per token; beyond it reward hacking was seen (two IMPRESSION sections in one report)
 
 
+# ------------------------------------------------------------------------------------------ one policy update
+
+
 @dataclass
-class Trainer:
-    """What every update of a stage needs."""
+class MicroBatch:
+    """n candidates of b studies, the part of a batch that one forward and backward pass holds."""
 
-    cfg: Config
-    stage: int
-    model: torch.nn.Module
-    processor: object
-    scorers: Scorers | None
-    optimizer: torch.optim.Optimizer
-    parameters: list[torch.nn.Parameter]
-
-    def step(self, max_norm: float, divide_by: float = 1.0) -> float:
-        """Sum gradients over the processes, divide, clip, update. Returns the gradient norm before clipping."""
-        parallel.sum_gradients(self.parameters)
-        for parameter in self.parameters:
-            parameter.grad /= divide_by
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm).item()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+    ids: list[str]  # of the b studies
+    inputs: dict[str, Tensor]  # their encoded prompts
+    completions: Tensor  # (n, T)
+    mask: Tensor  # (n, T)
+    advantages: Tensor  # (n,)
+    share: float  # of the global batch's B * G candidates: weighs the loss, so that any split gives the same gradient
 
 
-def sft_update(t: Trainer, batch: list[Study], step: int, steps: int) -> dict[str, float]:
-    """One update of Stage 0 (Eq. 2); `batch` is this process's share. Returns the row for metrics.jsonl."""
-    cfg, lr = t.cfg, t.cfg.sft.lr * min(1.0, (step + 1) / max(1.0, 0.03 * steps)) * (1 - step / steps)
-    t.optimizer.param_groups[0]["lr"] = lr
-    part = {"nll": 0.0, "tokens": 0, "cut": 0}
-    t.model.train()  # dropout, if any, belongs to Stage 0 alone
-    for block in blocks(len(batch), cfg.sft.micro_batch):
-        some = batch[block.start : block.stop]
-        inputs = encode_prompts(t.processor, [read_views(s) for s in some], cfg.data.prompt, t.model.device)
-        logps, mask, cut = text_logps(t.model, t.processor, inputs, [wrap(s.report) for s in some], cfg)
-        require_finite(logps, some)
-        loss = sft_loss(logps, mask, total_tokens=1)  # the sum: divided by the global token count below
-        loss.backward()
-        part = {"nll": part["nll"] + loss.item(), "tokens": part["tokens"] + int(mask.sum()), "cut": part["cut"] + cut}
-    total = {name: sum(p[name] for p in parallel.gather(part)) for name in part}
-    norm = t.step(cfg.sft.max_grad_norm, divide_by=total["tokens"])
-    return {"loss": total["nll"] / total["tokens"], "grad_norm": norm, "lr": lr, "cut_reports": total["cut"]}
-
-
-def grpo_update(t: Trainer, batch: list[Study], k: int) -> tuple[dict[str, float], dict | None]:
-    """One policy update k of Algorithm 1; `batch` is this process's share of the studies.
+def grpo_update(
+    model, processor, scorers: Scorers, optimizer, batch: list[Study], cfg: Config, *, k: int, stage: int
+) -> tuple[dict[str, float], dict | None]:
+    """Policy update k of Algorithm 1; `batch` is this process's share of the studies.
 
     Returns (the row for metrics.jsonl, the first study's candidates with their rewards for samples.jsonl).
     """
-    cfg, views, ids = t.cfg, [read_views(s) for s in batch], [s.id for s in batch]
-    part, sample, passes = {}, None, []
-    if batch:
-        out, outputs, inputs = rollout(t.model, t.processor, views, ids, cfg, step=k)
-        references = [s.report for s in batch]
-        rewards, parts = compute_rewards(
-            outputs, references, [v[0] for v in views], ids, t.scorers, cfg.rewards, k=k, stage=t.stage
-        )  # (B, G) each
-        advantages = group_advantages(rewards, cfg.grpo.advantage).flatten().to(t.model.device)  # (B * G,)
-        passes = loss_passes(t, inputs, out, advantages, batch)
-        part = group_metrics(out, rewards, parts)
-        sample = sample_record(batch, outputs, rewards, parts, k)
-    stats, norm = [], 0.0
-    for _ in range(cfg.grpo.num_iterations):
-        stats += [stat for backward in passes for stat in backward()]
-        norm = t.step(cfg.grpo.max_grad_norm)
+    part, sample, micro_batches = {}, None, []
+    if batch:  # fewer studies than processes leave some without
+        ids, views, references = [s.id for s in batch], [read_views(s) for s in batch], [s.report for s in batch]
+        # 1. sample G candidates of each study from the policy as it is now
+        out, texts, inputs = rollout(model, processor, views, ids, cfg, step=k)  # N = B * G rows, texts [B][G]
+        # 2. reward each: Eqs. 3-5, in Stage 2 Eqs. 6-8 too
+        frontal = [images[0] for images in views]
+        rewards, parts = compute_rewards(texts, references, frontal, ids, scorers, cfg.rewards, k=k, stage=stage)
+        # 3. what counts is to be better than the other candidates of the same study: Eq. 9
+        advantages = group_advantages(rewards, cfg.grpo.advantage)  # (B, G), as rewards
+        micro_batches = split_batch(inputs, out, advantages, ids, cfg)
+        part, sample = group_metrics(out, rewards, parts), sample_record(batch[0], texts[0], rewards, parts, k)
+    # 4. - 6. make the better candidates likelier
+    stats, norm = policy_step(model, optimizer, micro_batches, sampling_rules(model, processor, cfg), cfg)
     if stats:
         part |= {name: [s[name] for s in stats] for name in stats[0]}
     row = average(parallel.gather(part)) | {"grad_norm": norm, "lr": cfg.grpo.lr}
     if row["kl"] > HIGH_KL:
-        tqdm.write(
-            f"update {k}: KL {row['kl']:.2f} is above {HIGH_KL}: read samples.jsonl for reward hacking", sys.stderr
-        )
+        said = f"update {k}: KL {row['kl']:.2f} is above {HIGH_KL}: read samples.jsonl for reward hacking"
+        tqdm.write(said, sys.stderr)
     return row, sample
 
 
-def loss_passes(
-    t: Trainer, inputs: dict[str, Tensor], out: Rollout, advantages: Tensor, batch: list[Study]
-) -> list[Callable]:
-    """Eq. 10 over micro-batches: functions that add their share of the gradient and return it with its statistics.
+def policy_step(
+    model, optimizer, micro_batches: list[MicroBatch], rules: SamplingRules, cfg: Config
+) -> tuple[list[dict[str, float]], float]:
+    """Lines 4-6 of Algorithm 1 on this process's candidates: `grpo.num_iterations` gradient steps on Eq. 10.
 
-    A micro-batch is some studies, and of these all candidates or some. Each is weighted so that the gradient is the
-    mean over the global batch, however that is split over micro-batches and processes. The reference's log-probs are
-    computed here, once per batch of rollouts.
+    Returns ([statistics of each candidate's pass], gradient norm of the last step before clipping).
     """
-    cfg, group, rules = t.cfg.grpo, t.cfg.rollout.group_size, sampling_rules(t.model, t.processor, t.cfg)
-    t.model.train(t.cfg.model.gradient_checkpointing)  # it acts in train mode only; dropout is off
+    g, stats, norm = cfg.grpo, [], 0.0
+    model.train(cfg.model.gradient_checkpointing)  # it acts in train mode only; dropout is off
 
-    def one_pass(studies: range, candidates: range) -> Callable:
-        some = select_studies(inputs, studies.start, studies.stop)
-        rows = torch.tensor([study * group + i for study in studies for i in candidates], device=advantages.device)
-        mask, old_logps = out.completion_mask[rows], None  # (n, T)
-        share = len(rows) / (cfg.batch_size * group)  # of the global batch
+    # 4. log-probs under the reference policy, once per batch of rollouts
+    with torch.no_grad(), use_reference(model), lean_layers(get_base(model)):
+        ref_logps = [completion_logps(model, m.inputs, m.completions, m.mask, rules) for m in micro_batches]  # (n, T)
 
-        def logps_now() -> Tensor:  # (n, T)
-            return completion_logps(t.model, some, out.completions[rows], mask, rules)
-
-        ref_logps = logps_now()  # within use_reference, below
-
-        def backward() -> list[dict[str, float]]:
-            nonlocal old_logps
-            logps = logps_now()
-            require_finite(logps, batch[studies.start : studies.stop])
-            if old_logps is None:  # the first pass is by the policy that sampled: its ratio is 1 exactly
-                old_logps = logps.detach()
-            loss, stats = grpo_loss(
-                logps, old_logps, ref_logps, advantages[rows], mask,
-                eps_low=cfg.eps_low, eps_high=cfg.eps_high, beta=cfg.beta,
+    old_logps: list[Tensor] = []
+    for iteration in range(g.num_iterations):
+        for i, m in enumerate(micro_batches):
+            # 5. Eq. 10; the first pass is by the policy that sampled: its log-probs are the old ones, its ratio is 1
+            logps = completion_logps(model, m.inputs, m.completions, m.mask, rules)  # (n, T)
+            require_finite(logps, m.ids)
+            if iteration == 0:
+                old_logps.append(logps.detach())
+            loss, found = grpo_loss(
+                logps, old_logps[i], ref_logps[i], m.advantages, m.mask,
+                eps_low=g.eps_low, eps_high=g.eps_high, beta=g.beta,
             )  # fmt: skip
-            (loss * share).backward()
-            return [{"loss": loss.item()} | stats] * len(rows)
-
-        return backward
-
-    with torch.no_grad(), use_reference(t.model), lean_layers(get_base(t.model)):
-        return [
-            one_pass(studies, candidates)
-            for studies in blocks(len(batch), cfg.micro_batch)
-            for candidates in blocks(group, cfg.micro_group or group)
-        ]
+            (loss * m.share).backward()
+            stats += [{"loss": loss.item()} | found] * len(logps)
+        # 6. gradients are summed over the processes, clipped, and taken one step along
+        norm = parallel.optimizer_step(optimizer, g.max_grad_norm)
+    return stats, norm
 
 
-def blocks(n: int, size: int) -> list[range]:
-    """0 .. n - 1 in runs of `size`; the last may be shorter."""
-    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+def split_batch(
+    inputs: dict[str, Tensor], out: Rollout, advantages: Tensor, ids: list[str], cfg: Config
+) -> list[MicroBatch]:
+    """B studies with their G candidates, advantages (B, G), in parts of grpo.micro_batch studies x grpo.micro_group."""
+    b, group = advantages.shape
+    studies, candidates = cfg.grpo.micro_batch, cfg.grpo.micro_group or group
+    grid = torch.arange(b * group, device=out.completions.device).view(b, group)  # row b * G + g of `out`
+    advantages, parts = advantages.flatten().to(grid.device), []
+    for i in range(0, b, studies):
+        some = select_studies(inputs, i, min(i + studies, b))
+        for j in range(0, group, candidates):
+            rows = grid[i : i + studies, j : j + candidates].flatten()  # (n,)
+            mask, share = out.completion_mask[rows], len(rows) / (cfg.grpo.batch_size * group)
+            parts.append(MicroBatch(ids[i : i + studies], some, out.completions[rows], mask, advantages[rows], share))
+    return parts
 
 
-def group_metrics(out: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Per-study metrics of a rollout: mean and within-group spread of each reward, length, entropy, rates."""
-    metrics = {}
-    for name, values in {"total": rewards, **parts}.items():
-        metrics[f"reward/{name}"] = values.mean(dim=1).tolist()
-        metrics[f"spread/{name}"] = values.std(dim=1, correction=0).tolist()
-    lengths = out.completion_mask.sum(dim=1)  # (N,)
-    per_row = {
-        "length": lengths.float(),
-        "entropy": -out.logps.sum(dim=1) / lengths,  # mean -log p of sampled tokens: unbiased for the entropy
-        "finished_rate": out.finished.float(),
-        "format_rate": parts["format"].flatten(),
-    }
-    return metrics | {name: x.view(rewards.shape).mean(dim=1).tolist() for name, x in per_row.items()}
+# ------------------------------------------------------------------------------------------------------ stages
 
 
-def require_finite(logps: Tensor, batch: list[Study]) -> None:
-    """Stop with the name of the first study whose log-probs (N, T) are not finite; N is a multiple of the studies."""
-    bad = (~torch.isfinite(logps).all(dim=1)).nonzero().flatten()
-    if len(bad):
-        study = batch[int(bad[0]) * len(batch) // len(logps)]
-        raise ValueError(f"the log-probs of study {study.id} are not finite: lower the learning rate")
-
-
-def load_trainer(cfg: Config, stage: int, init: Path | None, reference: Path | None) -> Trainer:
-    """Model, reference, scorers and optimizer of a stage. init None: a new adapter."""
+def load_stage(cfg: Config, stage: int, init: Path | None, reference: Path | None):
+    """(model, processor, scorers or None, optimizer) of a stage that starts from adapter `init`; None: a new one."""
     torch.manual_seed(cfg.seed)
     model, processor = load_policy(cfg, init, new_lora=init is None)
     scorers = None
     if stage > 0:
         add_reference(model, reference)
         disable_dropout(model)
-        oracle, visual = cfg.scorers.expert == "oracle", stage == 2 and cfg.rewards.lambda_vis > 0
-        scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
-        if oracle and visual:
+        oracle = cfg.scorers.expert == "oracle"
+        scorers = load_scorers(cfg, model.device, with_expert=uses_expert(cfg, stage) and not oracle)
+        if oracle and uses_expert(cfg, stage):
             scorers.similarity = oracle_similarity(exact_labels(cfg))
     set_trainable(model, {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    lr = cfg.sft.lr if stage == 0 else cfg.grpo.lr
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    return Trainer(cfg, stage, model, processor, scorers, optimizer, parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.sft.lr if stage == 0 else cfg.grpo.lr, weight_decay=0.0)
+    return model, processor, scorers, optimizer
+
+
+def uses_expert(cfg: Config, stage: int) -> bool:
+    """Whether this stage's reward looks at images."""
+    return stage == 2 and cfg.rewards.lambda_vis > 0
 
 
 def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
     """Train one stage from adapter `init` and save `folder/adapter`; goes on from a checkpoint where there is one."""
     rank, world, cfg = parallel.rank(), parallel.world(), resolve(cfg, needs=())
     studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
-    t = load_trainer(cfg, stage, init, reference)
+    if cfg.stage != "0":  # also before the Stage 0 of a longer run
+        require_format([study.report for study in studies], cfg.rewards.required_sections)
+    held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every else []
     stage_cfg = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage]
     batch_size = cfg.sft.batch_size if stage == 0 else cfg.grpo.batch_size
     if cfg.fsdp and batch_size % world:
         raise ValueError(f"fsdp: the batch of {batch_size} studies must be a multiple of the {world} processes")
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
+    model, processor, scorers, optimizer = load_stage(cfg, stage, init, reference)
     k0 = adapter_state(init).get("k", 0) if stage > 0 else 0  # k counts policy updates over both RL stages
-    done = load_checkpoint(folder, t.model, t.optimizer)
+    done = load_checkpoint(folder, model, optimizer)
     log = Log(folder, k0 + done, active=rank == 0)
-    held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every else []
-    bar = tqdm(range(done, steps), initial=done, total=steps, desc=f"{folder.name:<18}", disable=rank > 0)
+    bar = tqdm(range(done, steps), folder.name.ljust(18), steps, initial=done, disable=rank > 0)
     for step in bar:
         k, began = k0 + step + 1, time.perf_counter()
         order = batch_ids(len(studies), batch_size, cfg.seed, k - 1)  # Stage 2 reads on where Stage 1 stopped
         batch = [studies[i] for i in order[rank::world]]
-        row, sample = (sft_update(t, batch, step, steps), None) if stage == 0 else grpo_update(t, batch, k)
+        if stage == 0:
+            row, sample = sft_update(model, processor, optimizer, batch, cfg, step, steps), None
+        else:
+            row, sample = grpo_update(model, processor, scorers, optimizer, batch, cfg, k=k, stage=stage)
         row["seconds"] = time.perf_counter() - began
         if held_out and (step + 1) % cfg.val_every == 0:
-            t.model.eval()
-            outputs = generate_split(t.model, t.processor, held_out, cfg)
-            row |= metrics.validation_row(outputs, held_out, cfg.rewards.required_sections)
+            outputs = generate_split(model.eval(), processor, held_out, cfg)
+            row |= validation_row(outputs, held_out, cfg.rewards.required_sections)
         log.write(k, row, None if step % cfg.sample_every else sample)
-        shown = {n.split("/")[-1]: f"{row[n]:.3f}" for n in ("loss", "reward/total", "kl") if n in row}
-        bar.set_postfix(shown, refresh=False)  # drawn with the bar, so that a log file is not flooded
+        bar.set_postfix(shown(row), refresh=False)  # drawn with the bar, so that a log file is not flooded
         if (step + 1) % cfg.save_every == 0 and rank == 0:
-            save_checkpoint(folder, t.model, t.optimizer, step + 1)
+            save_checkpoint(folder, model, optimizer, step + 1)
     log.close()
     if rank == 0:
-        save_adapter(folder, t.model, {"stage": stage, "k": k0 + steps if stage else 0, "seed": cfg.seed})
+        save_adapter(folder, model, {"stage": stage, "k": k0 + steps if stage else 0, "seed": cfg.seed})
     parallel.barrier()
 
 
 def train(cfg: Config) -> None:
     """Run the stages that `cfg.stage` asks for, the missing ones before them first."""
-    run = Path(cfg.run)
-    last = 2 if cfg.stage == "all" else int(cfg.stage)
-    first = last if cfg.init_from else 0
-    for stage in range(first, last + 1):
+    run, last = Path(cfg.run), 2 if cfg.stage == "all" else int(cfg.stage)
+    if cfg.init_from and cfg.stage == "all":
+        raise ValueError("init_from starts one stage from an adapter: say which by --stage 0, 1 or 2")
+    for stage in range(last if cfg.init_from else 0, last + 1):
         asked = cfg.stage == "all" or stage == last
         folder = run / (cfg.name if cfg.name and stage == last else FOLDERS[stage])
-        done = parallel.gather((folder / "adapter").exists())[0]  # the writing process's word, for all
-        if parallel.rank() == 0 and (asked or not done):
-            claim_folder(folder, cfg)
-        parallel.barrier()
-        if done:
+        done = held = None
+        if parallel.rank() == 0:
+            done = (folder / "adapter").exists()
+            if not done:
+                held = lock(folder / ".lock", wait=False)  # freed at the end of the stage or of the process
+                done = (folder / "adapter").exists()  # another process may have finished it just now
+            if asked or not done:
+                claim_folder(folder, cfg)
+        if parallel.gather(done)[0]:  # the writing process's word, for all
             print(f"{folder.name} is complete: {folder / 'adapter'} (delete the folder to train it again)")
             continue
         if not asked:
             print(f"stage {last} needs {folder / 'adapter'}, which is missing: training it first")
         init = run / FOLDERS[stage - 1] / "adapter" if stage > 0 else None
         init = adapter_folder(cfg.init_from) if cfg.init_from else init
-        reference = run / FOLDERS[0] / "adapter"
-        if stage > 0 and not reference.exists():
-            print(f"{reference} is missing: the KL reference is {init} instead")
-            reference = init
-        held = lock(folder / ".lock", wait=False) if parallel.rank() == 0 else None  # noqa: F841, freed at exit
-        run_stage(cfg, stage, folder, init, reference)
+        run_stage(cfg, stage, folder, init, kl_reference(cfg, init) if stage > 0 else None)
+        del held
         print(f"{folder.name} is done: {folder / 'adapter'}")
+
+
+def kl_reference(cfg: Config, init: Path) -> Path:
+    """The adapter of Eq. 10's reference policy: `cfg.reference`, else the run's own SFT policy. ValueError for none."""
+    reference = adapter_folder(cfg.reference) if cfg.reference else Path(cfg.run) / FOLDERS[0] / "adapter"
+    if not reference.exists():
+        raise ValueError(f"no {reference}: name the SFT policy that {init} descends from by --reference, for the KL")
+    print(f"starting from {init}; the KL is taken to {reference}")
+    return reference
+
+
+def needed_assets(cfg: Config) -> tuple[str, ...]:
+    """The phantom's assets that the stages of this run read (phantom/assets.py)."""
+    if cfg.stage == "0":
+        return ("data", "base")
+    expert = ("expert", "expert_noisy") if uses_expert(cfg, 2) and cfg.stage != "1" else ()
+    return ("data", "base", "labeller", *expert)
 
 
 @dataclass
@@ -301,13 +286,10 @@ def main() -> None:
     cfg = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
     if args.check:
         sys.exit(preflight.preflight(cfg))
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    parallel.start(cfg.device)
     try:
-        needs = ("data", "base") if cfg.stage == "0" else NAMES
+        parallel.start(cfg.device, cfg.threads)
         if parallel.rank() == 0:
-            resolve(cfg, needs)  # builds what is missing, once
+            resolve(cfg, needed_assets(cfg))  # builds what is missing, once
         parallel.barrier()
         train(cfg)
     except (ValueError, OSError) as error:

@@ -4,7 +4,7 @@
 
 Each row is a process of its own: the model is loaded, then one loss pass (forward and backward) or one sampling runs;
 its highest resident size less the size after loading is compared with `loss_bytes` or `sampling_bytes`; to the latter
-comes the copy of the weights that the sampler makes on a CPU (lean.py).
+comes the copy of the weights that the sampler makes on a CPU (vlm/fast_linear.py).
 """
 
 import json
@@ -57,7 +57,7 @@ def measure(what: str, studies: int, group: int, length: int, image_tokens: int,
         sides.mark_memory()
         sample(model.eval(), inputs, rules, u, length, group)
         kept = [*base.model.language_model.layers.parameters(), *base.lm_head.parameters()]
-        copy = sum(p.numel() * p.element_size() for p in kept)  # lean.py's, on the CPU alone
+        copy = sum(p.numel() * p.element_size() for p in kept)  # vlm/fast_linear.py's, on the CPU alone
         return copy + memory.sampling_bytes(shape_of("mini"), prefix, length, studies, group, 4), sides.peak_memory()
     policy.set_trainable(model, trains)
     completions = torch.randint(20, 2000, (studies * group, length))

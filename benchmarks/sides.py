@@ -26,10 +26,9 @@ from llava_mini import PROMPT, build, lora_config, pictures, with_lora  # noqa: 
 
 import model as policy  # noqa: E402
 from config import Config, GRPOConfig, ModelConfig, RolloutConfig  # noqa: E402
-from data import Study  # noqa: E402
 from grpo import group_advantages, grpo_loss  # noqa: E402
 from rollout import rollout, sample, uniforms  # noqa: E402
-from train import Trainer, loss_passes  # noqa: E402
+from train import policy_step, split_batch  # noqa: E402
 
 
 @dataclass
@@ -83,23 +82,20 @@ def our_model(case: Case):
 
 
 def our_step(case: Case) -> Callable[[], None]:
-    """One update: rollout, reward, advantages, reference and loss passes, optimizer (`train.grpo_update` less logs)."""
+    """One update: rollout, reward, advantages, then `train.policy_step` (`train.grpo_update` less logs)."""
     cfg, (model, processor) = case.config(), our_model(case)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.grpo.lr, weight_decay=0.0)
-    trainer = Trainer(cfg, 1, model, processor, None, optimizer, parameters)
-    images, k = pictures(case.studies, case.views), 0
-    batch = [Study(str(i), [], "", "") for i in range(case.studies)]
+    rules, images, k = policy.sampling_rules(model, processor, cfg), pictures(case.studies, case.views), 0
+    ids = [str(i) for i in range(case.studies)]
 
     def step() -> None:
         nonlocal k
         k += 1
-        out, texts, inputs = rollout(model, processor, images, [s.id for s in batch], cfg, step=k)
+        out, texts, inputs = rollout(model, processor, images, ids, cfg, step=k)
         rewards = torch.tensor([reward(group) for group in texts])
-        advantages = group_advantages(rewards, cfg.grpo.advantage).flatten().to(DEVICE)
-        for backward in loss_passes(trainer, inputs, out, advantages, batch):
-            backward()
-        trainer.step(cfg.grpo.max_grad_norm)
+        advantages = group_advantages(rewards, cfg.grpo.advantage)
+        policy_step(model, optimizer, split_batch(inputs, out, advantages, ids, cfg), rules, cfg)
 
     return step
 

@@ -2,11 +2,11 @@
 
     <run>/<stage>/config.json     the resolved config; a later start with other settings is refused
                   metrics.jsonl   one row per policy update k, also as TensorBoard events in tb/
-                  samples.jsonl   groups of candidates with every reward
+                  samples.jsonl   groups of candidates with every reward (both: running/log.py)
                   checkpoint.pt   adapter, optimizer, RNG state, number of updates done: one file, replaced atomically
                   adapter/        the finished policy, for `peft.PeftModel.from_pretrained`; its presence = stage done
 
-After a kill, rows written since the last checkpoint are dropped and written again, so each k stands once.
+A second start with the same command goes on from the checkpoint and ends with the same weights, bit by bit.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from config import Config, to_dict
-from data import Study
+from config import Config, flatten, from_recorded, to_dict
+from running.weights import read_json
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
-FREE_FIELDS = ("stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp",
-               "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "model.gradient_checkpointing")  # fmt: skip
+FREE_FIELDS = (
+    "stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp", "device",
+    "threads", "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "model.gradient_checkpointing",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -63,14 +63,6 @@ def write_text(path: Path, text: str) -> None:
     os.replace(tmp, path)
 
 
-def flatten(tree: dict, where: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    items = {}
-    for key, value in tree.items():
-        items |= flatten(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
-    return items
-
-
 def claim_folder(folder: Path, cfg: Config) -> None:
     """Write the resolved config, or check that the folder's earlier one agrees; ValueError naming a difference."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,12 +70,14 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt", "adapter"))
     if not path.exists() or not begun:  # a start that failed before its first update binds nobody
         return write_text(path, json.dumps(to_dict(cfg), indent=2) + "\n")
-    default, new = flatten(to_dict(Config())), flatten(to_dict(cfg))
-    old = default | flatten(json.loads(path.read_text()))  # a field added since had its default's meaning
-    for key in sorted(old.keys() | new.keys()):
-        if not {key, key.split(".")[0]} & set(FREE_FIELDS) and old.get(key) != new.get(key):
+    recorded, ignored = from_recorded(read_json(path), Config())
+    if ignored:
+        print(f"{path}: settings of an earlier version are ignored: {', '.join(ignored)}")
+    old, new = flatten(to_dict(recorded)), flatten(to_dict(cfg))
+    for key, value in new.items():
+        if not {key, key.split(".")[0]} & set(FREE_FIELDS) and old[key] != value:
             raise ValueError(
-                f"{folder} was started with {key} = {old.get(key)}, now it is {new.get(key)}: "
+                f"{folder} was started with {key} = {old[key]}, now it is {value}: "
                 f"give the old value, choose another --run or --name, or delete the folder"
             )
 
@@ -121,66 +115,10 @@ def save_adapter(folder: Path, model, state: dict) -> None:
 def adapter_state(adapter: Path) -> dict:
     """trainer_state.json of an adapter folder, {} for an adapter that was made elsewhere."""
     path = Path(adapter) / "trainer_state.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def adapter_folder(path: str) -> Path:
     """The adapter folder that `init_from` names, itself or the stage folder around it."""
     inside = Path(path) / "adapter"
     return inside if inside.is_dir() else Path(path)
-
-
-class Log:
-    """metrics.jsonl, samples.jsonl and TensorBoard of one stage; does nothing on processes other than the first."""
-
-    def __init__(self, folder: Path, last_k: int, active: bool = True):
-        self.folder, self.active = folder, active
-        if active:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                keep_rows(folder / name, last_k)
-            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=last_k + 1)
-
-    def write(self, k: int, row: dict[str, float], sample: dict | None = None) -> None:
-        """Append the row of update k, and a group of candidates where one is given."""
-        if not self.active:
-            return
-        append(self.folder / "metrics.jsonl", {"k": k} | row)
-        if sample is not None:
-            append(self.folder / "samples.jsonl", sample)
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, k)
-
-    def close(self) -> None:
-        if self.active:
-            self.tensorboard.close()
-
-
-def append(path: Path, row: dict) -> None:
-    """Add one line to a .jsonl."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def keep_rows(path: Path, last_k: int) -> None:
-    """Drop the rows after update `last_k`, and a last line that a kill cut short: they will be written again."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        write_text(path, "".join(line for line in lines if json.loads(line)["k"] <= last_k))
-
-
-def average(parts: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Mean of each metric over all studies of all processes."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    values = {name: [v for part in parts for v in part.get(name, [])] for name in names}
-    return {name: sum(v) / len(v) for name, v in values.items()}
-
-
-def sample_record(
-    batch: list[Study], outputs: list[list[str]], rewards: Tensor, parts: dict[str, Tensor], k: int
-) -> dict:
-    """The first study's candidates with every reward."""
-    rows = [
-        {"text": text, "reward": rewards[0, i].item()} | {name: values[0, i].item() for name, values in parts.items()}
-        for i, text in enumerate(outputs[0])
-    ]
-    return {"k": k, "id": batch[0].id, "reference": batch[0].report, "candidates": rows}

@@ -6,22 +6,39 @@ GPU is spread over all of them by PyTorch's FSDP2 (`shard`): then every process 
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+UPDATE = timedelta(minutes=30)  # longest wait for another process inside an update: beyond it, that one hangs
+ALONE = timedelta(hours=24)  # and at a barrier, where the first process may be building assets or asking a 7B judge
+patient = None  # the process group of the barriers
 
-def start(device: str) -> None:
+
+def start(device: str, threads: int = 0) -> None:
     """Join torchrun's process group, if there is one; all processes but the first fall silent on stdout."""
+    if threads:
+        torch.set_num_threads(threads)
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # the first process builds assets and validates alone, for longer than torch's limit of 10 or 30 minutes
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=24))
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=UPDATE)
+        global patient
+        patient = dist.new_group(backend="gloo", timeout=ALONE)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that the config's `device` means: under `auto` this process's GPU, or the CPU where there is none."""
+    if device != "auto":
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {device}: torch sees no GPU; use --device cpu")
+        return torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def rank() -> int:
@@ -41,9 +58,9 @@ def stop() -> None:
 
 
 def barrier() -> None:
-    """Wait for every process."""
+    """Wait for every process, also while the first one builds or scores alone."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=patient)
 
 
 def gather(value) -> list:
@@ -53,6 +70,23 @@ def gather(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast(make: Callable):
+    """What make() gives in the first process, on every process; its ValueError or OSError likewise, so none hangs."""
+    result = None
+    if rank() == 0:
+        try:
+            result = make()
+        except (ValueError, OSError) as error:
+            result = error
+    if dist.is_initialized():
+        shared = [result]
+        dist.broadcast_object_list(shared, group=patient)  # the first process may take hours
+        result = shared[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def any_process(flag: bool) -> bool:
@@ -90,3 +124,15 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad.copy_(grad.view_as(parameter))
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, max_norm: float, divide_by: float = 1.0) -> float:
+    """Sum gradients over the processes, divide, clip, update. Returns the gradient norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    sum_gradients(parameters)
+    for parameter in parameters:
+        parameter.grad /= divide_by
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -19,7 +19,7 @@ import torch
 
 from config import Config
 from data import describe_skips, read_split
-from model import PARTS
+from vlm.families import PARTS
 from running.memory import GIB, KNOWN, Shape, checkpoint_bytes, estimate, read_shape
 from running.weights import (
     TOKENIZER_FILES,

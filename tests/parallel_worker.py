@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import train
 from config import Config, GRPOConfig, ModelConfig, RolloutConfig
 from data import Study
+from evidence.generate import generate_split
 from model import add_reference, disable_dropout, load_policy, set_trainable
-from rollout import generate_split
 from running import parallel
 
 
@@ -28,13 +28,15 @@ def rewards_of(outputs, references, images, ids, scorers, cfg, k, stage):
     return values, {"format": values}
 
 
-class Recorder(train.Trainer):
-    """Keeps the summed gradient that a step would use."""
+seen = {}
 
-    def step(self, max_norm: float, divide_by: float = 1.0) -> float:
-        parallel.sum_gradients(self.parameters)
-        self.seen = torch.cat([p.grad.flatten() for p in self.parameters])
-        return 0.0
+
+def keep_gradient(optimizer, max_norm: float, divide_by: float = 1.0) -> float:
+    """Keeps the summed gradient that a step would use."""
+    parameters = optimizer.param_groups[0]["params"]
+    parallel.sum_gradients(parameters)
+    seen["gradient"] = torch.cat([p.grad.flatten() for p in parameters])
+    return 0.0
 
 
 def main(folder: Path, fsdp: bool, crash: bool) -> None:
@@ -52,8 +54,7 @@ def main(folder: Path, fsdp: bool, crash: bool) -> None:
     set_trainable(model, "language+projector")
     model.get_base_model().generation_config.eos_token_id = list(range(20, 60))  # reports of different lengths
     parameters = [p for p in model.parameters() if p.requires_grad]
-    t = Recorder(cfg, 1, model, processor, None, torch.optim.SGD(parameters, lr=0.0), parameters)
-    train.compute_rewards = rewards_of
+    train.compute_rewards, parallel.optimizer_step = rewards_of, keep_gradient
     written, real = {}, train.rollout
 
     def rollout(model, processor, views, ids, cfg, step):
@@ -64,13 +65,14 @@ def main(folder: Path, fsdp: bool, crash: bool) -> None:
         return out, texts, inputs
 
     train.rollout = rollout
-    row, _ = train.grpo_update(t, studies[parallel.rank() :: parallel.world()], k=1)
+    mine, optimizer = studies[parallel.rank() :: parallel.world()], torch.optim.SGD(parameters, lr=0.0)
+    row, _ = train.grpo_update(model, processor, None, optimizer, mine, cfg, k=1, stage=1)
     split = generate_split(model, processor, studies, replace(cfg, eval=replace(cfg.eval, batch_size=2)))
     sharded = sum(hasattr(p, "full_tensor") for p in model.parameters())
     shares = parallel.gather(written)
     if parallel.rank() == 0:
         candidates = {study_id: texts for share in shares for study_id, texts in share.items()}
-        state = {"gradient": t.seen, "candidates": candidates, "row": row, "split": split, "sharded": sharded}
+        state = {"gradient": seen["gradient"], "candidates": candidates, "row": row, "split": split, "sharded": sharded}
         torch.save(state, folder / f"result_{parallel.world()}.pt")
     parallel.barrier()
     parallel.stop()

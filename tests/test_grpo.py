@@ -123,6 +123,16 @@ def test_k3_is_never_negative():
     assert k3(torch.randn(1000), torch.randn(1000)).min() >= 0
 
 
+def test_approx_kl_is_the_divergence_of_the_old_policy_from_the_current_one():
+    """Four tokens drawn as the old policy (1/2, 1/4, 1/4) says: their mean is KL(old || current) without error."""
+    old, current = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.05, 0.05, 0.9])
+    token = torch.tensor([[0], [0], [1], [2]])  # four reports of one token each
+    logps, old_logps = current.log()[token], old.log()[token]
+    stats = grpo_loss(logps, old_logps, old_logps, torch.zeros(4), torch.ones(4, 1), **ARGS)[1]
+    assert stats["approx_kl"] == pytest.approx((old * (old / current).log()).sum().item())
+    assert stats["approx_kl"] != pytest.approx((current * (current / old).log()).sum().item(), rel=0.01)
+
+
 def test_first_gradient_is_that_of_plain_policy_gradient():
     logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     loss, stats = grpo_loss(logps, logps.detach(), logps.detach(), torch.tensor([0.5]), torch.ones(1, 2), **ARGS)

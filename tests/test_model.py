@@ -9,7 +9,6 @@ from conftest import randomise
 from transformers import AutoConfig, AutoProcessor, BioGptConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from model import (
-    PARTS,
     SamplingRules,
     add_reference,
     completion_logps,
@@ -17,7 +16,6 @@ from model import (
     encode_prompts,
     get_base,
     load_policy,
-    parts_of,
     policy_logits,
     sampling_rules,
     set_trainable,
@@ -25,6 +23,7 @@ from model import (
     use_reference,
 )
 from rollout import draw, generate_reports, rollout, sample, truncate, uniforms
+from vlm.families import PARTS, parts_of
 
 
 def plain_logps(model, inputs, tokens, mask, rules):
@@ -316,4 +315,4 @@ def test_bad_models_and_adapters_are_named(cfg, policy, tmp_path):
     model = copy.deepcopy(policy[0])
     get_base(model).config.model_type = "gpt9"
     with pytest.raises(ValueError, match="'gpt9' is not supported; known: " + ", ".join(PARTS)):
-        parts_of(model)
+        parts_of(get_base(model).config)

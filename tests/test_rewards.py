@@ -1,4 +1,5 @@
 import math
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from rewards import (
     bleu4,
     compute_rewards,
     format_reward,
+    image_text_similarity,
     mix_visual,
     rank_reward,
+    require_format,
     rouge_l,
     text_reward,
     unwrap,
@@ -79,7 +82,8 @@ def test_mix_visual():
 
 
 def test_text_reward_is_eqs_3_to_5():
-    parts = {"bleu4": torch.tensor(0.2), "rouge_l": torch.tensor(0.4), "bertscore": torch.tensor(0.9)}
+    parts = defaultdict(lambda: torch.tensor(0.0))  # a component of somebody's own is 0 here
+    parts |= {"bleu4": torch.tensor(0.2), "rouge_l": torch.tensor(0.4), "bertscore": torch.tensor(0.9)}
     cfg = RewardConfig(lambda_lex=0.3, lambda_sem=0.7, lambda_clin=2, lambda_cx=0.25, lambda_rg=0.75)
     assert text_reward(parts, cfg).item() == pytest.approx(0.3 * 0.6 + 0.7 * 0.9)
     parts |= {"chexbert": torch.tensor(0.8), "radgraph": torch.tensor(0.4)}
@@ -134,8 +138,34 @@ def test_unreadable_candidates_score_zero_everywhere_and_rank_last(scorers):
         assert parts[name][0, [0, 2]].tolist() == [0, 0], name
     assert total[0, [0, 2]].tolist() == [0, 0]
     assert parts["bleu4"][0, 3] == pytest.approx(1)  # the scores land on the rows they belong to
+    assert parts["similarity"][0].isnan().tolist() == [True, False, True, False]  # no -1 in the log's mean and spread
     nothing = run(scorers, [["a", "b"]], RewardConfig(k_clin=1), k=1, stage=2)[0]
     assert nothing.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("values", [[1, 0], np.array([0.25, 1.0]), [np.float64(0.5), True]])
+def test_a_reward_may_return_any_numbers(scorers, values):
+    scorers.bertscore = lambda candidates, references: values
+    total, parts = run(scorers, [[wrap("one"), wrap("two")]], RewardConfig(k_clin=0), k=1, stage=1)
+    assert parts["bertscore"].tolist() == [list(map(float, values))] and total.dtype == torch.float32
+
+
+def test_similarity_is_the_cosine():
+    """Eq. 6 by hand: (0.6, 0.8) against three directions; rounding above 1 is cut off."""
+    image, text = torch.tensor([[0.6, 0.8]]), torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]])
+    torch.testing.assert_close(image_text_similarity(image, text), torch.tensor([[0.6, 1.0, -0.8]]))
+    assert image_text_similarity(1.001 * image, text).max() == 1
+
+
+def test_references_must_have_the_format_that_is_asked_for(capsys):
+    both, findings = "FINDINGS: a IMPRESSION: b", "clear lungs"
+    require_format([both, both], ("FINDINGS", "IMPRESSION"))
+    require_format([findings], ())
+    assert capsys.readouterr().out == ""
+    require_format([both, both, findings], ("FINDINGS", "IMPRESSION"))
+    assert "1 of 3 references lack 'FINDINGS:' and 'IMPRESSION:'" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="2 of 3 references lack .*; set rewards.required_sections"):
+        require_format([both, findings, findings], ("FINDINGS", "IMPRESSION"))
 
 
 def test_a_non_finite_reward_names_study_and_component(scorers):

@@ -21,9 +21,9 @@ def command(*torchrun: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *torchrun, str(WORKER)]
 
 
-def start(words: list[str]) -> subprocess.Popen:
+def start(words: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -103,3 +103,29 @@ def test_a_crashed_process_ends_the_run_with_an_error(folder):
     text = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and ("SIGKILL" in text or "exitcode:-9" in text.replace(" ", ""))
     assert time.monotonic() - began < 60
+
+
+HANG = """
+import sys, time
+from datetime import timedelta
+from running import parallel
+
+parallel.UPDATE = timedelta(seconds=3)
+parallel.start("cpu")
+time.sleep(6 * (parallel.rank() == 0))  # builds an asset, say
+parallel.barrier()
+print("past the barrier", flush=True)
+time.sleep(200 * (parallel.rank() == 1))
+parallel.gather(parallel.rank())
+print("past the update", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_the_run_while_one_that_works_alone_does_not(tmp_path):
+    (tmp_path / "hang.py").write_text(HANG)
+    words = [*command("--standalone", "--nproc-per-node", "2")[:-1], str(tmp_path / "hang.py")]
+    began = time.monotonic()
+    text = start(words, PYTHONPATH=str(WORKER.parents[1])).communicate(timeout=150)[0]
+    assert "past the barrier" in text and "past the update" not in text
+    assert time.monotonic() - began < 100

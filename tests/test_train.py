@@ -1,6 +1,7 @@
 """The loop, the run folder and the two updates, on the smallest phantom."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from config import Config, RewardConfig
 from data import load_studies
-from model import get_base, load_policy
+from model import get_base, load_policy, require_finite
 from phantom import world as phantom
 from phantom.assets import resolve
 from rewards import compute_rewards, wrap
-from running.folder import Log, claim_folder, keep_rows, lock
+from running import parallel
+from running.folder import claim_folder, lock
+from running.log import Log, keep_rows
 from scorers.load import load_scorers
+from sft import sft_update
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,7 +141,7 @@ def test_two_branches_start_from_one_checkpoint(finished, capsys):
 
 
 def test_validation_passes_are_logged_and_change_nothing(finished, cfg):
-    watched = replace(cfg, stage="1", val_every=2, init_from=str(Path(finished.run) / "sft" / "adapter"))
+    watched = replace(from_sft(finished, cfg), val_every=2)
     train.train(watched)
     logged = [row["k"] for row in rows(Path(cfg.run) / "stage1") if "val/bleu_4" in row]
     assert logged == [2, 4]
@@ -145,34 +150,77 @@ def test_validation_passes_are_logged_and_change_nothing(finished, cfg):
 
 def test_the_oracle_takes_the_experts_place(finished):
     oracle = replace(finished, scorers=replace(finished.scorers, expert="oracle"))
-    t = train.load_trainer(oracle, 2, Path(finished.run) / "sft" / "adapter", Path(finished.run) / "sft" / "adapter")
+    adapter = Path(finished.run) / "sft" / "adapter"
+    scorers = train.load_stage(oracle, 2, adapter, adapter)[2]
     study = load_studies(finished.data, "train")[0]
     said = phantom.write_report([phantom.finding_of(n, np.random.default_rng(0)) for n in study.labels],
                                 np.random.default_rng(0), finished.phantom, noisy=False)[0]  # fmt: skip
-    s = t.scorers.similarity([None], [study.id], [[said, "<report>"]])
+    s = scorers.similarity([None], [study.id], [[said, "<report>"]])
     assert s[0, 0] == pytest.approx(1) and s.shape == (1, 2)
 
 
+def from_sft(finished, cfg, stage="1"):
+    """Stage 1 in a run of its own from `finished`'s SFT policy, which is its KL reference too."""
+    sft = str(Path(finished.run) / "sft")
+    return replace(cfg, stage=stage, init_from=sft, reference=sft)
+
+
 def test_init_from_skips_the_earlier_stages(finished, cfg, capsys):
-    adapter = Path(finished.run) / "sft" / "adapter"
-    train.train(replace(cfg, stage="1", init_from=str(adapter.parent)))
+    train.train(from_sft(finished, cfg))
     assert not (Path(cfg.run) / "sft").exists()
     assert same(weights(Path(cfg.run) / "stage1"), weights(Path(finished.run) / "stage1"))
-    assert "the KL reference is" in capsys.readouterr().out
+    assert f"the KL is taken to {finished.run}/sft/adapter" in capsys.readouterr().out
+
+
+def test_init_from_must_say_its_stage_and_its_reference(finished, cfg):
+    with pytest.raises(ValueError, match="init_from starts one stage.*--stage 0, 1 or 2"):
+        train.train(from_sft(finished, cfg, stage="all"))
+    with pytest.raises(ValueError, match="by --reference, for the KL"):
+        train.train(replace(from_sft(finished, cfg), reference=""))
+    assert not list(Path(cfg.run).glob("*/adapter"))
+
+
+def test_a_stage_builds_only_the_assets_that_it_reads():
+    text = Config(rewards=RewardConfig(lambda_vis=0.0))
+    assert train.needed_assets(Config(stage="0")) == ("data", "base")
+    assert train.needed_assets(Config(stage="1")) == train.needed_assets(text) == ("data", "base", "labeller")
+    assert {"expert", "labeller"} < set(train.needed_assets(Config(stage="2"))) == set(train.needed_assets(Config()))
+
+
+def test_references_that_fail_the_format_themselves_end_the_run_before_it_begins(cfg):
+    findings = replace(cfg, data=replace(cfg.data, target="findings"))
+    with pytest.raises(ValueError, match="12 of 12 references lack 'FINDINGS:' and 'IMPRESSION:' exactly once"):
+        train.train(findings)
+    assert not (Path(cfg.run) / "sft" / "metrics.jsonl").exists()
+    train.train(replace(findings, stage="0"))  # SFT alone has no format reward
 
 
 def test_a_run_folder_refuses_other_settings(finished, tmp_path):
     other = replace(finished, stage="1", grpo=replace(finished.grpo, lr=1e-9))
     with pytest.raises(ValueError, match="grpo.lr = 0.0015, now it is 1e-09"):
         train.train(other)
-    claim_folder(Path(finished.run) / "stage1", replace(finished, stage="0", save_every=9))  # free fields
+    free = replace(finished, stage="0", save_every=9, threads=2, device="cpu")
+    claim_folder(Path(finished.run) / "stage1", free)
+
+
+def test_a_run_of_an_earlier_version_goes_on(finished, tmp_path, capsys):
+    """A field that was removed since is named and ignored, one that was added since has its default."""
+    shutil.copytree(Path(finished.run) / "stage1", tmp_path / "stage1")
+    recorded = json.loads((tmp_path / "stage1" / "config.json").read_text())
+    recorded["grpo"]["gone"] = recorded["lost"] = 1
+    del recorded["reference"], recorded["grpo"]["eps_low"]
+    (tmp_path / "stage1" / "config.json").write_text(json.dumps(recorded))
+    claim_folder(tmp_path / "stage1", finished)
+    assert "settings of an earlier version are ignored: grpo.gone, lost" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="grpo.eps_low = 0.2, now it is 0.3"):
+        claim_folder(tmp_path / "stage1", replace(finished, grpo=replace(finished.grpo, eps_low=0.3)))
 
 
 def test_a_start_that_failed_before_its_first_update_does_not_bind_the_folder(finished, cfg):
-    wrong = replace(cfg, stage="1", init_from=str(Path(cfg.run) / "nowhere" / "adapter"))
+    right = from_sft(finished, cfg)
     with pytest.raises(ValueError, match="no adapter_config.json"):
-        train.train(wrong)
-    train.train(replace(wrong, init_from=str(Path(finished.run) / "sft" / "adapter")))
+        train.train(replace(right, init_from=str(Path(cfg.run) / "nowhere" / "adapter")))
+    train.train(right)
     assert (Path(cfg.run) / "stage1" / "adapter").exists()
 
 
@@ -182,20 +230,18 @@ def test_two_runs_in_one_folder_are_refused(cfg):
 
 
 @pytest.mark.parametrize("change", [dict(micro_batch=1), dict(micro_batch=2)])
-def test_gradients_do_not_depend_on_the_micro_batch(finished, change):
+def test_gradients_do_not_depend_on_the_micro_batch(finished, change, monkeypatch):
     def gradients(cfg):
-        t = train.load_trainer(
-            cfg, 1, Path(finished.run) / "stage1" / "adapter", Path(finished.run) / "sft" / "adapter"
-        )
+        run, taken = Path(finished.run), {}
+        model, processor, scorers, optimizer = train.load_stage(cfg, 1, run / "stage1/adapter", run / "sft/adapter")
         batch = load_studies(cfg.data, "train")[:3]
-        taken = {}
 
-        def keep(max_norm, divide_by=1.0):
-            taken.update({n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None})
+        def keep(optimizer, max_norm):
+            taken.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
             return 0.0
 
-        t.step = keep
-        train.grpo_update(t, batch, k=2)
+        monkeypatch.setattr(parallel, "optimizer_step", keep)
+        train.grpo_update(model, processor, scorers, optimizer, batch, cfg, k=2, stage=1)
         return taken
 
     whole = gradients(finished)
@@ -207,31 +253,33 @@ def test_gradients_do_not_depend_on_the_micro_batch(finished, change):
 
 def test_inner_epochs_move_the_ratio_away_from_one(finished, tmp_path):
     cfg = replace(finished, run=str(tmp_path), grpo=replace(finished.grpo, num_iterations=3, lr=0.02))
-    adapter = Path(finished.run) / "sft" / "adapter"
-    train.train(replace(cfg, stage="1", init_from=str(adapter)))
+    train.train(from_sft(finished, cfg))
     assert max(row["approx_kl"] for row in rows(tmp_path / "stage1")) > 0
 
 
 def test_a_non_finite_loss_names_the_study(finished):
-    t = train.load_trainer(finished, 1, Path(finished.run) / "sft" / "adapter", Path(finished.run) / "sft" / "adapter")
+    adapter = Path(finished.run) / "sft" / "adapter"
+    model, processor, _, optimizer = train.load_stage(finished, 1, adapter, adapter)
     batch = load_studies(finished.data, "train")[:2]
-    with pytest.raises(ValueError, match=batch[1].id):
-        train.require_finite(torch.tensor([[0.0, 1.0]] * 3 + [[0.0, float("nan")]] * 3), batch)
+    with pytest.raises(ValueError, match="study b are not finite"):
+        require_finite(torch.tensor([[0.0, 1.0]] * 3 + [[0.0, float("nan")]] * 3), ["a", "b"])
     with torch.no_grad():
-        next(p for n, p in t.model.named_parameters() if n.endswith("lora_B.default.weight")).fill_(float("nan"))
+        next(p for n, p in model.named_parameters() if n.endswith("lora_B.default.weight")).fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        train.sft_update(t, batch, 0, 4)
+        sft_update(model, processor, optimizer, batch, finished, 0, 4)
 
 
 def test_micro_batches_of_sft_add_up(finished):
     adapter = Path(finished.run) / "sft" / "adapter"
     batch, results = load_studies(finished.data, "train")[:5], []
     for size in (5, 2, 1):
-        t = train.load_trainer(replace(finished, sft=replace(finished.sft, micro_batch=size)), 0, adapter, None)
-        t.optimizer = torch.optim.SGD(t.parameters)  # the weights then move by the gradient, by sft_update's own rate
-        before = [p.detach().clone() for p in t.parameters]
-        row = train.sft_update(t, batch, 1, 4)
-        moves = [(p.detach() - b).flatten() for p, b in zip(t.parameters, before, strict=True)]
+        cfg = replace(finished, sft=replace(finished.sft, micro_batch=size))
+        model, processor, _, optimizer = train.load_stage(cfg, 0, adapter, None)
+        parameters = optimizer.param_groups[0]["params"]
+        before = [p.detach().clone() for p in parameters]
+        # by SGD the weights move by the gradient, at sft_update's own rate
+        row = sft_update(model, processor, torch.optim.SGD(parameters), batch, cfg, 1, 4)
+        moves = [(p.detach() - b).flatten() for p, b in zip(parameters, before, strict=True)]
         results.append((row["loss"], torch.cat(moves)))
     (loss, move), *others = results
     for other_loss, other_move in others:

@@ -17,13 +17,12 @@ from model import (
     load_policy,
     policy_logits,
     sampling_rules,
-    select_studies,
     set_trainable,
 )
 from rollout import sample
 from vlm import attention
 from vlm.attention import Decoding, causal_mask, pack
-from vlm.families import encode_images
+from vlm.families import encode_images, select_studies
 
 G, T = 3, 9
 LENGTHS = [9, 1, 4, 2, 9, 6]  # of the G reports of two studies: ragged, one of them EOS alone
@@ -208,6 +207,15 @@ def test_pack_by_hand():
     assert packing.outputs[0].tolist() == [[2, 3, 4], [2, 0, 0], [2, 5, 0]]  # 0: nothing is predicted there
     assert (packing.prefix_mask[0, 0] == 0).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert causal_mask(torch.ones(2, 4), torch.float32) is None
+
+
+def test_the_packing_that_the_module_explains():
+    """The numbers in the head of vlm/attention.py: prefix x y, reports a b $ and c $."""
+    packing = pack(torch.ones(1, 2), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert packing.order.tolist() == [[0, 1, 2]] and packing.positions.tolist() == [[0, 1, 0]]
+    assert packing.outputs.tolist() == [[[1, 2, 3], [1, 4, 0]]]
+    [(*_, mask)] = packing.strips
+    assert (mask[0, 0] == 0).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]  # xya, xyab, xyc
 
 
 def test_strips_by_hand(monkeypatch):

@@ -23,11 +23,11 @@ from model import (
     policy_logits,
     report_start,
     sampling_rules,
-    select_studies,
     set_trainable,
 )
 from rollout import generate_reports, rollout
-from vlm.families import PARTS, load_family, prompt_positions
+from running import parallel
+from vlm.families import PARTS, load_family, prompt_positions, select_studies
 
 FAMILIES = list(PARTS)
 SHARED = Path(os.environ.get("VALOR_SHARED", Path(__file__).parents[2] / "shared" / "data"))
@@ -112,22 +112,30 @@ def test_sampler_shared_prefix_and_plain_forwards_agree(family, views):
         assert grad.norm() > 0 and (grads[name] - grad).norm() < 1e-5 * grad.norm(), name
 
 
+def take_gradient(optimizer) -> torch.Tensor:
+    """The gradient that a step would use; there is none afterwards."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
+    optimizer.zero_grad()
+    return gradient
+
+
 @pytest.mark.parametrize("family_cfg", FAMILIES, indirect=True)
-def test_micro_batches_add_up_to_the_gradient_of_the_batch(family, views, tmp_path):
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(family, views, tmp_path, monkeypatch):
     cfg, model, processor = family
     model.save_pretrained(tmp_path / "sft")
     add_reference(model, tmp_path / "sft")
     set_trainable(model, "language+projector")
     parameters = [p for p in model.parameters() if p.requires_grad]
     out, _, inputs = rollout(model, processor, views, list("abcd"), cfg, step=1)
-    advantages, grads = torch.randn(16, generator=torch.Generator().manual_seed(0)), []
+    advantages, grads = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), []
+    taken = []
+    monkeypatch.setattr(parallel, "optimizer_step", lambda optimizer, max_norm: taken.append(take_gradient(optimizer)))
     for size in (4, 3, 1):
         cfg = replace(cfg, grpo=replace(cfg.grpo, micro_batch=size, batch_size=4))
-        t = train.Trainer(cfg, 1, model, processor, None, torch.optim.SGD(parameters), parameters)
-        model.zero_grad()
-        for backward in train.loss_passes(t, inputs, out, advantages, views):
-            backward()
-        grads.append(torch.cat([p.grad.flatten() for p in parameters]))
+        parts = train.split_batch(inputs, out, advantages, list("abcd"), cfg)
+        train.policy_step(model, torch.optim.SGD(parameters), parts, sampling_rules(model, processor, cfg), cfg)
+        grads.append(taken.pop())
     assert (grads[1] - grads[0]).norm() < 1e-5 * grads[0].norm()
     assert (grads[2] - grads[0]).norm() < 1e-5 * grads[0].norm()
 
@@ -207,7 +215,7 @@ def test_qwen_positions_by_hand(folders, views):
     assert row[:, at : at + 4].tolist() == [[at] * 4, [at, at, at + 1, at + 1], [at, at + 1, at, at + 1]]
     rest = row.shape[1] - at - 4
     assert row[:, at + 4 :].tolist() == [list(range(at + 2, at + 2 + rest))] * 3  # 4 tokens took 2 positions
-    first = report_start(model, inputs)
+    first = report_start(positions)
     assert first[0].item() == at + 2 + rest
     assert (first < inputs["attention_mask"].sum(1)).all()
 

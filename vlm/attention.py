@@ -13,14 +13,26 @@ In training all reports of a study lie in one row, one after the other, without 
          o_3   |  every key     |       |       |causal |
                +----------------+-------+-------+-------+
 
+With numbers: a prefix of P = 2 tokens x y and G = 2 reports of 3 and 2 tokens, o_1 = a b $ and o_2 = c $ ($ ends one).
+A report's last token predicts nothing, so a, b and c are the inputs and the row has P + S = 5 places (`Packing`):
+
+        place in the row    0   1   2   3   4       order      0 1 2   a, b, c in the grid of inputs [a b | c -]
+        token               x   y   a   b   c       positions  0 1 0   tokens of its own report before each
+        sees                x   xy  xya xyab xyc    outputs    1 2 3   a comes from place 1 (y), b from 2, $ from 3
+        predicts                ac  b   $   $                  1 4 -   c comes from place 1 too, its $ from 4
+
 In sampling each report is a row of its own with one new token, its own keys and values in a buffer that is allocated
 once, and the prefix's keys and values stay one copy per study. One softmax runs over both parts of the scores:
 
         softmax([ q @ prefix_keys.T | q @ own_keys.T ])
 
 The cost of the prefix therefore does not grow with G, and the result is that of G separate forwards, up to float
-rounding. `attend` is registered as an attention function of transformers: the models' own layers call it, and no
-layer is rewritten. Called without a plan (`generate`, a plain forward) it is transformers' `sdpa`.
+rounding.
+
+How a plan reaches a layer: `run_layers` passes `plan=` (a `Packing` or a `Decoding`) to the language model, whose
+layers hand on every keyword that they do not know to their attention function. That is `attend`, registered with
+transformers under NAME and chosen by `model.prepare`; it calls `plan.attend` with the layer's queries, keys and
+values. No layer is rewritten. Without a plan (`generate`, a plain forward) `attend` is transformers' `sdpa`.
 """
 
 from dataclasses import dataclass, field
@@ -79,15 +91,16 @@ class Packing:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Packed rows (B, H, P + S, d) -> (B, H, P + S, d)."""
         groups, slots = query.shape[1] // key.shape[1], self.order.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # (B, H, P + S, d)
         sizes = [query.shape[2] - slots, slots]
+        # the prefix's (B, H, P, d) and the reports' (B, H, S, d)
         (query, queries), (key, keys), (value, values) = (x.split(sizes, dim=2) for x in (query, key, value))
         causal = self.prefix_mask is None
         outputs = [scaled_dot_product_attention(query, key, value, self.prefix_mask, is_causal=causal, scale=scaling)]
         for first, last, start, mask in self.strips:
-            seen_keys = torch.cat([key, keys[:, :, start:last]], dim=2)
+            seen_keys = torch.cat([key, keys[:, :, start:last]], dim=2)  # (B, H, P + last - start, d)
             seen_values = torch.cat([value, values[:, :, start:last]], dim=2)
-            strip = queries[:, :, first:last]
+            strip = queries[:, :, first:last]  # (B, H, last - first, d)
             outputs.append(scaled_dot_product_attention(strip, seen_keys, seen_values, mask, scale=scaling))
         return torch.cat(outputs, dim=2)
 
@@ -102,8 +115,8 @@ def causal_mask(prompt_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     if bool(prompt_mask.all()):
         return None
     length = prompt_mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=prompt_mask.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=prompt_mask.device)
+    causal = torch.ones(length, length, dtype=torch.bool, device=prompt_mask.device).tril()  # (P, P)
+    itself = torch.eye(length, dtype=torch.bool, device=prompt_mask.device)  # (P, P)
     return additive((causal & prompt_mask.bool()[:, None, :] | itself)[:, None], dtype)  # padding sees itself, not NaN
 
 
@@ -119,10 +132,10 @@ def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torc
     order = (~is_input).byte().argsort(dim=1, stable=True)[:, :slots]  # real tokens first, in their order
     real = is_input.gather(1, order)  # (B, S)
     step = order % max(length - 1, 1)  # (B, S) which token of its report
-    places = torch.arange(slots, device=order.device).expand_as(order) + prefix
-    after_first = torch.zeros_like(is_input, dtype=torch.long).scatter(1, order, places).view(b, group, -1)
+    places = torch.arange(slots, device=order.device).expand_as(order) + prefix  # (B, S)
+    after_first = torch.zeros_like(is_input, dtype=torch.long).scatter(1, order, places)  # (B, G * (T - 1))
     first = torch.full((b, group, 1), prefix - 1, device=order.device)
-    outputs = torch.cat([first, after_first], dim=2)
+    outputs = torch.cat([first, after_first.view(b, group, -1)], dim=2)  # (B, G, T)
     strips = list(strips_of(prompt_mask.bool(), order // max(length - 1, 1), real, dtype))
     return Packing(order, step, outputs, causal_mask(prompt_mask, dtype), strips)
 
@@ -133,9 +146,9 @@ def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dty
     size, slot = max(STRIP, prefix // 2), torch.arange(slots, device=owner.device)
     for first in range(0, slots, size):
         last = min(first + size, slots)
-        before = (owner < owner[:, first : first + 1]) & real  # padding has owners too
+        before = (owner < owner[:, first : first + 1]) & real  # (B, S); padding has owners too
         start = int(before.sum(dim=1).min())  # where the first slot's report begins
-        mine = owner[:, first:last, None] == owner[:, None, start:last]
+        mine = owner[:, first:last, None] == owner[:, None, start:last]  # (B, last - first, last - start)
         mine &= (slot[first:last, None] >= slot[start:last]) & real[:, None, start:last]
         seen = prompt_mask[:, None, :].expand(b, last - first, prefix)
         yield first, last, start, additive(torch.cat([seen, mine], dim=2)[:, None], dtype)
@@ -174,10 +187,10 @@ class Decoding:
         """Lay rows (N,), whose studies ascend, out as a grid of B studies x W rows, W = the most that a study has."""
         counts = torch.bincount(study, minlength=len(self.prompt_mask))  # (B,)
         self.study, self.width = study, int(counts.max())
-        rank = torch.arange(len(study), device=study.device) - (counts.cumsum(0) - counts)[study]
+        rank = torch.arange(len(study), device=study.device) - (counts.cumsum(0) - counts)[study]  # (N,)
         self.full = len(study) == len(counts) * self.width  # then rows and grid are the same thing
         self.slot = study * self.width + rank  # (N,) a row's place in the grid
-        self.grid = torch.zeros(len(counts) * self.width, dtype=torch.long, device=study.device)
+        self.grid = torch.zeros(len(counts) * self.width, dtype=torch.long, device=study.device)  # (B * W,)
         self.grid[self.slot] = torch.arange(len(study), device=study.device)  # places without a row repeat row 0
         padding = self.prompt_mask.logical_not()[:, None, None, :]  # (B, 1, 1, P)
         self.padding = padding if bool(padding.any()) else None
@@ -202,9 +215,9 @@ class Decoding:
             return scaled_dot_product_attention(query, key, value, self.causal, is_causal=causal, scale=scaling)
         (prefix_keys, prefix_values), (own_keys, own_values) = self.prefix[layer], self.own[layer]
         own_keys[:, :, self.t], own_values[:, :, self.t] = key[:, :, 0], value[:, :, 0]
-        own_keys, own_values = own_keys[:, :, : self.t + 1], own_values[:, :, : self.t + 1]
+        own_keys, own_values = own_keys[:, :, : self.t + 1], own_values[:, :, : self.t + 1]  # (N, Hkv, t + 1, d)
         n, heads = key.shape[:2]
-        query = query.view(n, heads, groups, -1) * scaling  # query heads that share a key head side by side
+        query = query.view(n, heads, groups, -1) * scaling  # (N, Hkv, groups, d): heads that share a key side by side
         scores = self.to_grid(query) @ prefix_keys.transpose(2, 3)  # (B, Hkv, W * groups, P)
         if self.padding is not None:
             scores = scores.masked_fill(self.padding, float("-inf"))
@@ -216,7 +229,7 @@ class Decoding:
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Rows (N, Hkv, groups, c) -> (B, Hkv, W * groups, c)."""
-        x = x if self.full else x[self.grid]
+        x = x if self.full else x[self.grid]  # (B * W, Hkv, groups, c)
         return x.unflatten(0, (-1, self.width)).transpose(1, 2).flatten(2, 3)
 
     def to_rows(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ text ever becomes it, the vision features replace its embedding, and every matri
 """
 
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -58,6 +59,16 @@ MISTRAL_INSTRUCT = (
     "{% for m in messages %}[INST] {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<unk>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}"
 )
+
+# PEFT asks for the first at every load, the second has a new name from 5.2x on; nothing a user could do about them
+warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+
+
+def parts_of(config) -> dict[str, str]:
+    """Regexes of the parts of a model with this configuration; ValueError for a family that PARTS does not know."""
+    if config.model_type not in PARTS:
+        raise ValueError(f"model family '{config.model_type}' is not supported; known: {', '.join(PARTS)}")
+    return PARTS[config.model_type]
 
 
 def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
@@ -242,6 +253,19 @@ def encode_images(base, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             skip = base.config.vision_feature_select_strategy == "default"  # the class token, CLIP's first
             vision = layers[base.config.vision_feature_layer][:, int(skip) :]
     return inputs | {"vision": vision}
+
+
+def select_studies(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """Inputs of studies first .. last - 1. Images lie one after the other, Qwen's as patches, not one row per study."""
+    counts = inputs["image_counts"]
+    image = slice(int(counts[:first].sum()), int(counts[:last].sum()))
+    rows = {name: slice(first, last) for name in inputs} | {"pixel_values": image, "vision": image}
+    if "image_grid_thw" in inputs:
+        patches = inputs["image_grid_thw"].prod(dim=-1)  # (images,)
+        rows["image_grid_thw"] = image
+        rows["pixel_values"] = slice(int(patches[: image.start].sum()), int(patches[: image.stop].sum()))
+        rows["vision"] = rows["pixel_values"]
+    return {name: x[rows[name]] for name, x in inputs.items()}
 
 
 def embed_prompt(base, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,98 @@
+"""What an update leaves in a stage's folder: metrics.jsonl and TensorBoard, and now and then a group of candidates.
+
+After a kill, rows written since the last checkpoint are dropped and written again, so each k stands once.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from data import Study
+from rollout import Rollout
+from running.folder import write_text
+
+
+class Log:
+    """metrics.jsonl, samples.jsonl and TensorBoard of one stage; does nothing on processes other than the first."""
+
+    def __init__(self, folder: Path, last_k: int, active: bool = True):
+        self.folder, self.active = folder, active
+        if active:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                keep_rows(folder / name, last_k)
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=last_k + 1)
+
+    def write(self, k: int, row: dict[str, float], sample: dict | None = None) -> None:
+        """Append the row of update k, and a group of candidates where one is given."""
+        if not self.active:
+            return
+        append(self.folder / "metrics.jsonl", {"k": k} | row)
+        if sample is not None:
+            append(self.folder / "samples.jsonl", sample)
+        for name, value in row.items():
+            self.tensorboard.add_scalar(name, value, k)
+
+    def close(self) -> None:
+        if self.active:
+            self.tensorboard.close()
+
+
+def append(path: Path, row: dict) -> None:
+    """Add one line to a .jsonl."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def keep_rows(path: Path, last_k: int) -> None:
+    """Drop the rows after update `last_k`, and a last line that a kill cut short: they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        write_text(path, "".join(line for line in lines if json.loads(line)["k"] <= last_k))
+
+
+def group_metrics(out: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Per-study metrics of a rollout: mean and spread inside the group of each reward (B, G), length, entropy, rates.
+
+    NaN, the similarity of a candidate that is not readable, does not count.
+    """
+    found = {}
+    for name, values in {"total": rewards, **parts}.items():
+        mean = values.nanmean(dim=1)  # (B,)
+        found[f"reward/{name}"] = mean.tolist()
+        found[f"spread/{name}"] = (values - mean[:, None]).square().nanmean(dim=1).sqrt().tolist()
+    lengths = out.completion_mask.sum(dim=1)  # (N,)
+    per_row = {
+        "length": lengths.float(),
+        # mean -log p of the sampled tokens: estimates the entropy of the distribution they were drawn from, so with
+        # top_k or top_p, whose tails `logps` still hold, it is a cross-entropy a little above that
+        "entropy": -out.logps.sum(dim=1) / lengths,
+        "finished_rate": out.finished.float(),
+        "format_rate": parts["format"].flatten(),
+    }
+    return found | {name: x.view(rewards.shape).mean(dim=1).tolist() for name, x in per_row.items()}
+
+
+def average(parts: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Mean of each metric over all studies of all processes; what is NaN everywhere is left out."""
+    row = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [v for part in parts for v in part.get(name, []) if not math.isnan(v)]
+        if values:
+            row[name] = sum(values) / len(values)
+    return row
+
+
+def sample_record(study: Study, texts: list[str], rewards: Tensor, parts: dict[str, Tensor], k: int) -> dict:
+    """The G candidates of a batch's first study with every reward, of (B, G) tensors; null for what there is not."""
+    columns = {"reward": rewards, **parts}
+    rows = [{"text": text} | {name: None if (x := values[0, i].item()) != x else x for name, values in columns.items()}
+            for i, text in enumerate(texts)]  # fmt: skip
+    return {"k": k, "id": study.id, "reference": study.report, "candidates": rows}
+
+
+def shown(row: dict[str, float]) -> dict[str, str]:
+    """What stands behind the progress bar."""
+    return {name.split("/")[-1]: f"{row[name]:.3f}" for name in ("loss", "reward/total", "kl") if name in row}

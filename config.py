@@ -9,18 +9,26 @@ gives only: LoRA, batch size 8, learning rate 1e-6, 3 epochs, lambda_vis 0.5, a 
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import tomllib
-import typing
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from phantom.config import AssetsConfig, PhantomConfig
+
+# what a number may be; pydantic checks it wherever a config comes from (`check`)
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+UNKNOWN = {"unexpected_keyword_argument": "unknown key '{name}'"}  # in place of pydantic's words
 
 
 @dataclass
@@ -30,7 +38,7 @@ class DataConfig:
     format: Literal["r2gen", "openi", "kaggle", "mimic"] = "r2gen"
     """r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/; kaggle: indiana_reports.csv,
     indiana_projections.csv + images/; mimic: PhysioNet's files/ and tables (iu_xray.py, mimic.py) [R2Gen]"""
-    views: int = 1
+    views: AtLeastOne = 1
     """most images per study that the policy sees, frontal first; the expert sees the first alone [ours]"""
     target: Literal["findings", "impression", "both"] = "both"
     """which sections the model writes and is scored on [paper: both]"""
@@ -44,7 +52,7 @@ class DataConfig:
     """split for choosing settings [R2Gen]"""
     test_split: str = "test"
     """split that is reported [R2Gen]"""
-    limit: int = 0
+    limit: Count = 0
     """use only the first N studies of each split; 0 = all [ours]"""
     strict: bool = False
     """an unusable study is an error instead of a counted skip [ours]"""
@@ -55,7 +63,7 @@ class ModelConfig:
     path: str = "phantom:base"
     """folder or hub name of the base vision-language model: LLaVA in Hugging Face layout, LLaVA-Med v1.5 in its
     original one, or Qwen2.5-VL [paper: LLaVA-Med v1.5]"""
-    max_pixels: int = 0
+    max_pixels: Count = 0
     """Qwen2.5-VL: pixels to which larger images are scaled down, 784 of them a token; 0 = what the model's folder says,
     usually 12.8 million, so 401408 (512 tokens) is a better start for radiographs [ours]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,53 +71,53 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """keep one hidden state per layer and compute the rest again in the backward pass: a third more time, a fraction of
     the memory, the same gradient [TRL's flag]"""
-    lora_r: int = 16
+    lora_r: AtLeastOne = 16
     """LoRA rank [ours; not in the paper]"""
-    lora_alpha: int = 32
+    lora_alpha: AtLeastOne = 32
     """LoRA alpha, the update is scaled by alpha / r [ours; not in the paper]"""
-    lora_dropout: float = 0.0
+    lora_dropout: Share = 0.0
     """LoRA dropout probability, active in Stage 0 only: RL needs deterministic log-probs [ours]"""
 
 
 @dataclass
 class RolloutConfig:
-    group_size: int = 8
+    group_size: Annotated[int, Field(ge=2)] = 8
     """G, candidate reports per study [TRL's default; not in the paper]"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """softmax temperature of sampling and of every log-prob in the loss [TRL; not in the paper]"""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """nucleus mass kept when sampling, 1 = off [TRL; not in the paper]"""
-    top_k: int = 0
+    top_k: Count = 0
     """number of most likely tokens kept when sampling, 0 = off [TRL; not in the paper]"""
-    min_new_tokens: int = 4
+    min_new_tokens: Count = 4
     """tokens before the end-of-sequence token is allowed [ours; not in the paper]"""
-    max_new_tokens: int = 96
+    max_new_tokens: AtLeastOne = 96
     """tokens at which a report is cut off; it then stays in the loss [ours; not in the paper]"""
 
 
 @dataclass
 class RewardConfig:
-    lambda_lex: float = 0.5
+    lambda_lex: Weight = 0.5
     """Eq. 3 weight of BLEU-4 + ROUGE-L; lambda_lex + lambda_sem must be 1 [ours; not in the paper]"""
-    lambda_sem: float = 0.5
+    lambda_sem: Weight = 0.5
     """Eq. 3 weight of BERTScore [ours; not in the paper]"""
-    lambda_clin: float = 1.0
+    lambda_clin: Weight = 1.0
     """Eq. 5 weight of the clinical reward [ours; not in the paper]"""
-    lambda_cx: float = 0.5
+    lambda_cx: Weight = 0.5
     """Eq. 4 weight of CheXbert F1 [ours; not in the paper]"""
-    lambda_rg: float = 0.5
+    lambda_rg: Weight = 0.5
     """Eq. 4 weight of RadGraph F1 [ours; not in the paper]"""
-    k_clin: int = 4
+    k_clin: Count = 4
     """Eq. 5: clinical reward every k_clin updates, 0 = never [paper: "moderate"; 4 is ours]"""
-    lambda_vis: float = 0.5
+    lambda_vis: Share = 0.5
     """Eq. 8 share of the visual reward in Stage 2, in [0, 1] [paper: 0.5]"""
-    lambda_format: float = 0.5
+    lambda_format: Weight = 0.5
     """weight of the format reward, added after Eq. 8's mix [ours; not in the paper]"""
     required_sections: tuple[str, ...] = ("FINDINGS", "IMPRESSION")
     """headers that must stand exactly once inside the tags for the format reward; empty = tags only [ours]"""
     rank: Literal["soft", "literal"] = "soft"
     """Eq. 7 as printed (literal) or softened (soft): why, see rewards.rank_reward [paper: literal]"""
-    tau: float = 0.03
+    tau: Positive = 0.03
     """temperature of the soft rank, in cosine-similarity units [ours]"""
     mix: Literal["raw", "ranked"] = "raw"
     """Eq. 8 mixes R_text as it is (raw) or ranked to [0, 1] like r_vis (ranked) [paper: raw]"""
@@ -127,7 +135,7 @@ class ScorerConfig:
     bert-base-uncased [Smit et al. 2020]"""
     bertscore: str = "phantom:labeller"
     """folder or hub name of BERTScore's encoder [ours]"""
-    bertscore_layer: int = 2
+    bertscore_layer: AtLeastOne = 2
     """encoder layer whose states BERTScore compares [ours]"""
     bertscore_baseline: str = ""
     """rescales BERTScore to (F - b) / (1 - b), below 0 = 0: path of a baseline file, or `package` for the one that
@@ -144,17 +152,17 @@ class ScorerConfig:
 
 @dataclass
 class SFTConfig:
-    steps: int = 220
+    steps: Count = 220
     """optimizer updates; 0 = `epochs` passes over the split [ours]"""
-    epochs: float = 3.0
+    epochs: Positive = 3.0
     """passes over the split when steps = 0 [paper: 3]"""
-    batch_size: int = 32
+    batch_size: AtLeastOne = 32
     """studies per update, over all processes [ours]"""
-    micro_batch: int = 8
+    micro_batch: AtLeastOne = 8
     """studies per forward/backward pass: the gradient stays the same; fewer need less memory [ours]"""
-    lr: float = 4e-3
+    lr: Positive = 4e-3
     """peak learning rate of AdamW; 3% warm-up, then linear decay to 0 [ours]"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """gradient norm above which gradients are scaled down [TRL]"""
     trainable: Literal["language", "projector", "language+projector"] = "language+projector"
     """whose LoRA weights Stage 0 trains [ours; not in the paper]"""
@@ -162,34 +170,34 @@ class SFTConfig:
 
 @dataclass
 class GRPOConfig:
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
     """studies per update, over all processes; each has G candidates [paper: 8]"""
-    micro_batch: int = 2
+    micro_batch: AtLeastOne = 2
     """studies per forward/backward pass: the gradient stays the same; fewer need less memory, and on a CPU stay in its
     cache [ours]"""
-    micro_group: int = 0
+    micro_group: Count = 0
     """candidates of a study per forward/backward pass, 0 = all of them: when one study is still too much [ours]"""
-    lr: float = 1.5e-3
+    lr: Positive = 1.5e-3
     """constant learning rate of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]"""
-    beta: float = 0.04
+    beta: Weight = 0.04
     """Eq. 10 weight of the KL to the SFT policy [DeepSeekMath; not in the paper]"""
-    eps_low: float = 0.2
+    eps_low: Share = 0.2
     """Eq. 10 lower clip range of the importance ratio [DeepSeekMath; not in the paper]"""
-    eps_high: float = 0.2
+    eps_high: Positive = 0.2
     """Eq. 10 upper clip range of the importance ratio [DeepSeekMath; not in the paper]"""
-    num_iterations: int = 1
+    num_iterations: AtLeastOne = 1
     """optimizer updates per batch of rollouts, TRL's mu [TRL; not in the paper]"""
     advantage: Literal["rank", "zscore", "mean"] = "rank"
     """Eq. 9 RankNorm, GRPO's z-score, or reward minus group mean [paper: rank]"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """gradient norm above which gradients are scaled down [TRL]"""
 
 
 @dataclass
 class StageConfig:
-    steps: int = 60
+    steps: Count = 60
     """policy updates (rollout batches) in this stage; 0 = `epochs` passes over the split [ours]"""
-    epochs: float = 3.0
+    epochs: Positive = 3.0
     """passes over the split when steps = 0 [paper: 3]"""
     trainable: Literal["language", "projector", "language+projector"] = "language"
     """whose LoRA weights this stage trains [paper: Stage 1 language, Stage 2 vision projection]"""
@@ -197,13 +205,13 @@ class StageConfig:
 
 @dataclass
 class EvalConfig:
-    batch_size: int = 64
+    batch_size: AtLeastOne = 64
     """studies decoded together [ours]"""
-    samples: int = 4
+    samples: Count = 4
     """sampled reports per study beside the greedy one, at rollout.temperature; 0 = greedy only [ours]"""
-    val_studies: int = 128
+    val_studies: AtLeastOne = 128
     """studies of the validation split in the passes during training (val_every) [ours]"""
-    bootstrap: int = 1000
+    bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """resamples of the studies for the 95% intervals [ours]"""
     green: str = ""
     """folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (green.py)
@@ -211,17 +219,15 @@ class EvalConfig:
     ratescore: str = ""
     """Python interpreter of an environment with RaTEScore; empty = no RaTEScore (ratescore_runner.py)
     [Zhao et al. 2024]"""
-    gate: float = 57.0
+    gate: Annotated[float, Field(ge=0, le=100)] = 57.0
     """percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;
     Stage 2 was seen to hurt a policy that hardly looks at the image [ours]"""
 
 
-def _default_stage2() -> StageConfig:
-    return StageConfig(steps=100, trainable="language+projector")
-
-
 @dataclass
 class Config:
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # and of all the tables below
+
     stage: Literal["0", "1", "2", "all"] = "all"
     """0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]"""
     run: Annotated[str, tyro.conf.arg(aliases=("--run-dir",))] = "runs/phantom"
@@ -230,10 +236,12 @@ class Config:
     name: str = ""
     """folder of this stage inside the run; empty = sft, stage1 or stage2. For branches off one predecessor [ours]"""
     init_from: str = ""
-    """start this stage from this adapter (or stage) folder instead of the predecessor's [ours]"""
-    seed: int = 0
+    """start --stage 0, 1 or 2 from this adapter (or stage) folder instead of the predecessor's [ours]"""
+    reference: str = ""
+    """adapter (or stage) folder of the KL's reference policy; empty = the run's own sft [paper: the SFT policy]"""
+    seed: Count = 0
     """seed of everything: data order, sampling, initial LoRA weights [ours]"""
-    assets_seed: int = 0
+    assets_seed: Count = 0
     """seed of the phantom's images, reports and small models, apart from `seed` so that runs share them [ours]"""
     assets_dir: str = "assets"
     """cache of the phantom's data set and models, one folder per setting [ours]"""
@@ -241,13 +249,13 @@ class Config:
     """auto = cuda where there is one, else cpu [ours]"""
     fsdp: bool = False
     """spread the frozen base over the GPUs of torchrun (PyTorch's FSDP2), for one that does not fit on each [ours]"""
-    threads: int = 1
+    threads: Count = 1
     """CPU threads per process, 0 = torch's choice; for small models one thread and two processes win [ours]"""
-    save_every: int = 20
+    save_every: AtLeastOne = 20
     """updates between checkpoints [ours]"""
-    sample_every: int = 20
+    sample_every: AtLeastOne = 20
     """updates between groups written to samples.jsonl with their rewards [ours]"""
-    val_every: int = 0
+    val_every: Count = 0
     """updates between greedy passes over eval.val_studies of data.val_split, logged as val/*; 0 = never [ours]"""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -257,112 +265,100 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     stage1: StageConfig = field(default_factory=StageConfig)
-    stage2: StageConfig = field(default_factory=_default_stage2)
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(steps=100, trainable="language+projector"))
     eval: EvalConfig = field(default_factory=EvalConfig)
     assets: AssetsConfig = field(default_factory=AssetsConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
 
 
-def merge(default, values: dict, where: str = ""):
-    """Return a copy of dataclass `default` with `values` (a nested dict) laid over it.
+def merge(default: Config, values: dict) -> Config:
+    """A copy of `default` with `values`, a nested dict, laid over it.
 
-    Raises ValueError naming the key when it is no field, or when a table stands where a value belongs.
+    Raises ValueError, one line that names every field of an unknown name, a wrong type or a value out of range.
     """
-    names = {f.name: f for f in dataclasses.fields(default)}
-    changes = {}
-    for key, value in values.items():
-        if key not in names:
-            raise ValueError(f"unknown key '{where}{key}'; known here: {', '.join(names)}")
-        old = getattr(default, key)
-        if dataclasses.is_dataclass(old) != isinstance(value, dict):
-            raise ValueError(f"'{where}{key}' must be {'a table' if dataclasses.is_dataclass(old) else 'a value'}")
-        if isinstance(value, dict):
-            value = merge(old, value, f"{where}{key}.")
-        changes[key] = fitting(value, names[key].type, f"{where}{key}")
-    return dataclasses.replace(default, **changes)
+    try:
+        return TypeAdapter(type(default)).validate_json(json.dumps(overlay(dataclasses.asdict(default), values)))
+    except ValidationError as error:
+        found = [(".".join(map(str, fault["loc"])), fault) for fault in error.errors()]
+        raise ValueError("; ".join(UNKNOWN.get(fault["type"], "{name}: {msg}, got {input!r}").format(name=name, **fault)
+                                   for name, fault in found)) from None  # fmt: skip
 
 
-def fitting(value, kind, name: str):
-    """`value` as a field of type `kind` takes it; ValueError naming the field where it is of another type."""
-    if typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
-    options = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        value = str(value) if type(value) is int else value  # `stage = 2` means "2"
-        if value not in options:
-            raise ValueError(f"'{name}' must be one of {', '.join(map(str, options))}, not {value!r}")
-    elif typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, options[0]) for item in value):
-            raise ValueError(f"'{name}' must be a list of {options[0].__name__}, not {value!r}")
-        return tuple(value)
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif not dataclasses.is_dataclass(kind) and type(value) is not kind:
-        raise ValueError(f"'{name}' must be {kind.__name__}, not {value!r}")
-    return value
+def overlay(below: dict, above: dict) -> dict:
+    """Nested dicts: `below` with what `above` says in its place."""
+    both = {key: overlay(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+            for key, value in above.items()}  # fmt: skip
+    return below | both
+
+
+def from_recorded(values: dict, default: Config) -> tuple[Config, list[str]]:
+    """(`default` with a run's recorded config.json over it, names of recorded fields that are no longer known).
+
+    A field that was added since keeps its default, one that was removed says nothing today: neither ends an old run.
+    """
+    tree, ignored = dataclasses.asdict(default), []
+    for name, value in flatten(values).items():
+        *tables, key = name.split(".")
+        if name in flatten(tree):
+            functools.reduce(dict.__getitem__, tables, tree)[key] = value
+        else:
+            ignored.append(name)
+    return merge(default, tree), ignored
+
+
+def parse(cls=Config, description: str = "", argv: list[str] | None = None, default: Config | None = None):
+    """Read flags, and before them `--config FILE.toml`, into `cls`, Config or a subclass of it.
+
+    Ends the program with one line for a file that is not usable, and for values that cannot be.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = cls() if default is None else default
+    description += "\n\n--config FILE.toml sets fields from a file; flags win over it."
+    path = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
+    try:
+        if path is not None:
+            word, _, file = argv.pop(path).partition("=")
+            file = file or (argv.pop(path) if path < len(argv) else "")
+            default = load_toml(file, default)
+        return check(tyro.cli(cls, args=argv, default=default, description=description))
+    except ValueError as error:
+        sys.exit(f"config: {error}")
 
 
 def load_toml(path: str, default: Config) -> Config:
-    """`default` overlaid with a TOML file; ends the program with one line when the file is not usable."""
+    """`default` overlaid with a TOML file; ValueError with one line when the file is not usable."""
     try:
-        return merge(default, tomllib.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        sys.exit(f"config: {path or '--config needs a file;'} does not exist")
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        if type(values.get("stage")) is int:
+            values["stage"] = str(values["stage"])  # `stage = 2` means "2"
+        return merge(default, values)
     except OSError as error:
-        sys.exit(f"config: {path or '--config needs a file'}: {error.strerror}")
-    except (ValueError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        sys.exit(f"config: {path}: {error}")
+        raise ValueError(f"{path or '--config needs a file'}: {error.strerror}") from None
+    except ValueError as error:  # TOML's own errors and those of the text's encoding are ValueErrors too
+        raise ValueError(f"{path}: {error}") from None
 
 
-def parse(cls=Config, description: str = "", argv: list[str] | None = None):
-    """Read flags (and `--config FILE.toml` before them) into `cls`, Config or a subclass of it."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    default = cls()
-    for i, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            path = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-            del argv[i : i + (1 if "=" in word else 2)]
-            default = load_toml(path, default)
-            break
-    description += "\n\n--config FILE.toml sets fields from a file; flags win over it."
-    config = tyro.cli(cls, args=argv, default=default, description=description)
-    check(config)
-    return config
-
-
-def check(config: Config) -> None:
-    """End the program with one line when fields contradict each other."""
+def check(config: Config) -> Config:
+    """`config` itself; ValueError, one line, for a value out of its range or fields that contradict each other."""
+    merge(config, {})
     r, problems = config.rewards, []
     if abs(r.lambda_lex + r.lambda_sem - 1) > 1e-6:
         problems.append(f"rewards.lambda_lex + rewards.lambda_sem must be 1, got {r.lambda_lex + r.lambda_sem:g}")
-    for name in ("lambda_lex", "lambda_sem", "lambda_clin", "lambda_cx", "lambda_rg", "lambda_format"):
-        if getattr(r, name) < 0:
-            problems.append(f"rewards.{name} must not be negative")
-    if not 0 <= r.lambda_vis <= 1:
-        problems.append(f"rewards.lambda_vis must be in [0, 1], got {r.lambda_vis:g}")
-    if config.data.views < 1:
-        problems.append("data.views must be at least 1")
-    if config.rollout.group_size < 2:
-        problems.append("rollout.group_size must be at least 2: a rank within a group of one says nothing")
-    if config.rollout.temperature <= 0:
-        problems.append("rollout.temperature must be above 0")
-    if not 0 < config.rollout.top_p <= 1:
-        problems.append(f"rollout.top_p must be in (0, 1], got {config.rollout.top_p:g}")
-    if not 0 <= config.rollout.min_new_tokens < config.rollout.max_new_tokens:
-        problems.append("rollout.min_new_tokens must be at least 0 and below rollout.max_new_tokens")
-    none_below_0 = "sft.steps stage1.steps stage2.steps val_every data.limit rewards.k_clin eval.samples"
-    for name in (*none_below_0.split(), "grpo.micro_group"):
-        if attrgetter(name)(config) < 0:
-            problems.append(f"{name} must not be negative")
-    counts = ("save_every", "sample_every", "sft.batch_size", "sft.micro_batch", "grpo.batch_size", "grpo.micro_batch",
-              "eval.batch_size")  # fmt: skip
-    for name in counts:
-        if attrgetter(name)(config) < 1:
-            problems.append(f"{name} must be at least 1")
+    if config.rollout.min_new_tokens >= config.rollout.max_new_tokens:
+        problems.append("rollout.min_new_tokens must be below rollout.max_new_tokens")
     if problems:
-        sys.exit("config: " + "; ".join(problems))
+        raise ValueError("; ".join(problems))
+    return config
 
 
 def to_dict(config) -> dict:
     """The resolved config as plain JSON types (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(tree: dict, where: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    items = {}
+    for key, value in tree.items():
+        items |= flatten(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return items

@@ -1,12 +1,12 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from config import Config, load_toml, merge, parse, to_dict
+from config import Config, flatten, from_recorded, merge, parse, to_dict
 from evidence import demo
-from running.folder import flatten
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,23 +21,25 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[grpo]\nlearning_rate = 1\n", "unknown key 'grpo.learning_rate'; known here: batch_size"),
-        ("grpo = 1\n", "'grpo' must be a table"),
-        ("seed = {a = 1}\n", "'seed' must be a value"),
+        ("[grpo]\nlearning_rate = 1\n", "unknown key 'grpo.learning_rate'"),
+        ("grpo = 1\n", "grpo: Input should be an object, got 1"),
+        ("seed = {a = 1}\n", "seed: Input should be a valid integer"),
         ("seed = \n", "Invalid value"),
-        ("[rewards]\nlambda_vis = 'half'\n", "'rewards.lambda_vis' must be float, not 'half'"),
-        ("seed = 1.5\n", "'seed' must be int, not 1.5"),
-        ("[data]\nstrict = 1\n", "'data.strict' must be bool, not 1"),
-        ("run = 3\n", "'run' must be str, not 3"),
-        ("[rewards]\nrank = 'hard'\n", "'rewards.rank' must be one of soft, literal, not 'hard'"),
-        ("[rewards]\nrequired_sections = [1]\n", "'rewards.required_sections' must be a list of str, not [1]"),
+        ("[rewards]\nlambda_vis = 'half'\n", "rewards.lambda_vis: Input should be a valid number, got 'half'"),
+        ("seed = 1.5\n", "seed: Input should be a valid integer, got 1.5"),
+        ("[data]\nstrict = 1\n", "data.strict: Input should be a valid boolean, got 1"),
+        ("run = 3\n", "run: Input should be a valid string, got 3"),
+        ("[rewards]\nrank = 'hard'\n", "rewards.rank: Input should be 'soft' or 'literal', got 'hard'"),
+        ("[rewards]\nrequired_sections = [1]\n", "rewards.required_sections.0: Input should be a valid string, got 1"),
+        ("[rewards]\ntau = nan\n", "rewards.tau: Input should be a finite number"),
+        ("[grpo]\nnum_iterations = 0\nlr = -1\n", "lr: Input should be greater than 0, got -1; grpo.num_iterations: "),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_the_key(tmp_path, text, message):
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(SystemExit) as error:
-        load_toml(str(tmp_path / "c.toml"), Config())
-    assert message in str(error.value) and "\n" not in str(error.value)
+        parse(argv=["--config", str(tmp_path / "c.toml")])
+    assert message in str(error.value) and "\n" not in str(error.value) and "c.toml" in str(error.value)
 
 
 def test_whole_numbers_stand_for_floats_and_stages(tmp_path):
@@ -47,7 +49,7 @@ def test_whole_numbers_stand_for_floats_and_stages(tmp_path):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(SystemExit, match="nowhere.toml does not exist"):
+    with pytest.raises(SystemExit, match="nowhere.toml: No such file"):
         parse(argv=["--config", "nowhere.toml"])
 
 
@@ -55,15 +57,45 @@ def test_a_missing_file_is_named():
     "flags, message",
     [
         (["--rewards.lambda-lex", "0.7"], "lambda_lex .* must be 1, got 1.2"),
-        (["--rollout.group-size", "1"], "group_size must be at least 2"),
-        (["--rewards.lambda-vis", "1.5"], "lambda_vis must be in"),
-        (["--rollout.top-p", "0"], "top_p must be in"),
-        (["--rewards.lambda-cx", "-1"], "lambda_cx must not be negative"),
+        (["--rollout.min-new-tokens", "96"], "min_new_tokens must be below"),
+        (["--rollout.group-size", "1"], "rollout.group_size: Input should be greater than or equal to 2, got 1"),
+        (["--rewards.lambda-vis", "1.5"], "rewards.lambda_vis: .* less than or equal to 1"),
+        (["--rollout.top-p", "0"], "rollout.top_p: .* greater than 0"),
+        (["--rewards.lambda-cx", "-1"], "rewards.lambda_cx: .* greater than or equal to 0"),
+        (["--rewards.tau", "-0.1"], "rewards.tau: .* greater than 0"),  # would turn Eq. 7 upside down
+        (["--rewards.tau", "inf"], "rewards.tau: .* finite"),
+        (["--grpo.beta", "-1"], "grpo.beta: .* greater than or equal to 0"),
+        (["--stage2.steps", "-1"], "stage2.steps: .* greater than or equal to 0"),
+        (["--threads", "-1"], "threads: "),
+        (["--eval.bootstrap", "10000000"], "eval.bootstrap: .* less than or equal to 100000"),
+        *(([flag, "0"], "greater than or equal to 1") for flag in (
+            "--save-every", "--sft.micro-batch", "--grpo.micro-batch", "--eval.batch-size", "--grpo.num-iterations")),
     ],
-)
-def test_contradictions_are_errors(flags, message):
+)  # fmt: skip
+def test_values_that_cannot_be_are_errors(flags, message):
     with pytest.raises(SystemExit, match=message):
         parse(argv=flags)
+
+
+def test_every_number_says_its_range():
+    """Whatever field is added: an int or a float without a range is an oversight."""
+    def numbers(kind, where=""):
+        for f in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(f.type):
+                yield from numbers(f.type, f"{where}{f.name}.")
+            elif f.type in (int, float):
+                yield where + f.name
+
+    assert list(numbers(Config)) == []
+
+
+def test_a_recorded_config_of_another_version_is_read():
+    values = to_dict(parse(argv=["--seed", "7"])) | {"gone": 1, "lost": {"a": 1}}
+    values["grpo"] |= {"old": 2, "lr": 0.5}
+    del values["rollout"]
+    cfg, ignored = from_recorded(values, Config())
+    assert (cfg.seed, cfg.grpo.lr, cfg.rollout) == (7, 0.5, Config().rollout)
+    assert ignored == ["grpo.old", "gone", "lost.a"]
 
 
 def test_the_shipped_configs_parse():
@@ -96,23 +128,12 @@ def test_help_explains_the_fields():
     assert "--grpo.lr" in out and "--config FILE.toml" in out and "DeepSeekMath" in out
 
 
-@pytest.mark.parametrize("flag", ["--save-every", "--sft.micro-batch", "--grpo.micro-batch", "--eval.batch-size"])
-def test_counts_that_divide_must_not_be_zero(flag):
-    with pytest.raises(SystemExit, match=f"{flag[2:].replace('-', '_')} must be at least 1"):
-        parse(Config, argv=[flag, "0"])
-
-
 def test_run_has_a_name_that_torchrun_leaves_alone():
     """torchrun reads `--run` as its own --run-path, even behind the script's name."""
     assert parse(Config, argv=["--run-dir", "runs/x"]).run == parse(Config, argv=["--run", "runs/x"]).run == "runs/x"
     words = demo.command("train.py", ["--run", "a", "--run=b", "--stage", "1"], processes=2)
     assert words[-4:] == ["--run-dir", "a", "--run-dir=b", "--stage", "1"][-4:] and "--run" not in words
     assert demo.command("train.py", ["--run", "a"])[-2:] == ["--run", "a"]
-
-
-def test_negative_steps_are_refused():
-    with pytest.raises(SystemExit, match="stage2.steps must not be negative"):
-        parse(Config, argv=["--stage2.steps", "-1"])
 
 
 @pytest.mark.parametrize("argv", [["--config"], ["--config", "configs"], ["--config", "nowhere.toml"]])

@@ -30,20 +30,20 @@ def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     the padding. Native towers add all `context` positions at once, so their position table and mask are cut to fit.
     Other towers (bidirectional, pooled at the last column) get every column.
     """
-    text = getattr(model, "text", None)
-    hf_tower = hasattr(text, "pooler")
-    pool = getattr(model, "text_pool_type", getattr(text, "pool_type", None))
-    mask = getattr(model if text is None else text, "attn_mask", None)
-    if not hf_tower and (mask is None or pool not in ("argmax", "eos")):
+    tower = getattr(model, "text", model)  # where there is no such part, the model itself is the text tower
+    hugging_face, mask = hasattr(tower, "pooler"), getattr(tower, "attn_mask", None)
+    pool = getattr(model, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = mask is not None and pool in ("argmax", "eos")
+    if hugging_face or causal:
+        pad = tower.config.pad_token_id if hugging_face else 0
+        length = int((tokens != pad).any(dim=0).nonzero().max()) + 1  # up to the last: byte-pair id 0 is a "!" too
+        tokens = tokens[:, :length]
+    if hugging_face or not causal:
         return F.normalize(model.encode_text(tokens), dim=-1)
-    pad = text.config.pad_token_id if hf_tower else 0
-    length = int((tokens != pad).any(dim=0).nonzero().max()) + 1  # up to the last: byte-pair id 0 is a "!" too
-    if hf_tower:
-        return F.normalize(model.encode_text(tokens[:, :length]), dim=-1)
-    prefix, tower = ("", model) if text is None else ("text.", text)
+    prefix = "" if tower is model else "text."
     cut = {f"{prefix}positional_embedding": tower.positional_embedding[:length],
            f"{prefix}attn_mask": mask[:length, :length]}
-    output = torch.func.functional_call(model, cut, kwargs={"text": tokens[:, :length]})
+    output = torch.func.functional_call(model, cut, kwargs={"text": tokens})
     return output["text_features"] if isinstance(output, dict) else output[1]
 
 
@@ -106,16 +106,12 @@ class Expert:
 
         return torch.stack(cached(self.cache, ids, embed)).to(self.device)
 
-    def fits(self, text: str) -> bool:
-        """Is `text` no longer than the text context?"""
-        return count_tokens(self.tokenizer, text) <= self.tokenizer.context_length
-
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> torch.Tensor:
         """Normalised text embeddings (N, D); an empty text gets a row of zeros. Duplicates are embedded once."""
-        spans, windows = {}, []
+        spans, windows, context = {}, [], self.tokenizer.context_length
         for text in sorted(set(texts), key=lambda text: (len(text), text)):
-            found = split_windows(text, self.fits)
+            found = split_windows(text, lambda part: count_tokens(self.tokenizer, part) <= context)
             spans[text] = slice(len(windows), len(windows) + len(found))
             windows += found
         windows = windows or [""]  # something that tells D

@@ -28,12 +28,10 @@ def loading(scorer: str, what: str | Path, advice: str) -> Iterator[None]:
 
 
 def local_file(name: str | Path) -> Path:
-    """A file's path; `hf-hub:OWNER/REPO/FILE` is fetched into the hub's cache once."""
+    """A file's path; `hf-hub:OWNER/REPO/FILE` is fetched into the hub's cache once. ValueError for fewer parts."""
     if not str(name).startswith("hf-hub:"):
         return Path(name)
-    owner, repo, file = [*str(name).removeprefix("hf-hub:").split("/", 2), "", ""][:3]
-    if not file:
-        raise ValueError("this names no file; write hf-hub:OWNER/REPO/FILE")
+    owner, repo, file = str(name).removeprefix("hf-hub:").split("/", 2)
     return Path(hf_hub_download(f"{owner}/{repo}", file))
 
 

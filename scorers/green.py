@@ -19,7 +19,6 @@ from tqdm import tqdm
 from scorers.frozen import loading
 
 BATCH = 8  # pairs decoded together
-SIGNIFICANT, MATCHED = "Clinically Significant Errors", "Matched Findings"
 # what the model was tuned on, to the letter; the indent is the package's
 PROMPT = Path(__file__).with_name("green_prompt.txt").read_text(encoding="utf-8")
 CHAT = "<|user|>\n{prompt}{eos}\n<|assistant|>\n"  # what the package's chat template makes of one question
@@ -31,8 +30,8 @@ def parse(response: str) -> tuple[int, list[int]] | None:
     A section ends at the first blank line, one that starts with "No" counts 0, so does a kind that is not listed, and
     the kinds may be numbered 1-6 instead, all as in the package.
     """
-    sections = [rf"\[{name}\]:\s*([^\[\s].*?)(?:\n\s*\n|\Z)" for name in (SIGNIFICANT, MATCHED)]
-    found = [re.search(section, response, re.DOTALL) for section in sections]
+    sections = ("Clinically Significant Errors", "Matched Findings")
+    found = [re.search(rf"\[{name}\]:\s*([^\[\s].*?)(?:\n\s*\n|\Z)", response, re.DOTALL) for name in sections]
     if None in found:
         return None
     listed, matched = (match[1] for match in found)
@@ -67,23 +66,21 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
 
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     with loading("eval.green", path, "give the folder or hub name of a causal language model"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, padding_side="left", add_eos_token=True, trust_remote_code=False  # the first two as the package does
-        )
+        settings = {"padding_side": "left", "add_eos_token": True}  # as the package sets them
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **settings)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
-    tokenizer.pad_token = tokenizer.eos_token
-    stop = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    tokenizer.pad_token, end = tokenizer.eos_token, tokenizer.eos_token_id
 
     @torch.inference_mode()
     def answer(pairs: list[tuple[str, str]]) -> list[str]:
         prompts = [PROMPT.format(candidate=candidate, reference=reference) for candidate, reference in pairs]
-        texts = [CHAT.format(prompt=prompt, eos=tokenizer.eos_token) for prompt in prompts]
-        batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
-        out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
-                             temperature=None, top_p=None, max_new_tokens=max_new_tokens, **stop)  # fmt: skip
+        chats = [CHAT.format(prompt=prompt, eos=tokenizer.eos_token) for prompt in prompts]
+        batch = tokenizer(chats, padding=True, return_tensors="pt").to(device)
+        out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens,
+                             do_sample=False, temperature=None, top_p=None, eos_token_id=end, pad_token_id=end)
         return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    known: dict[tuple[str, str], float | None] = {}
+    known = {}
 
     def score(candidates: list[str], references: list[str]) -> list[float | None]:
         pairs = list(zip(candidates, references, strict=True))

@@ -39,36 +39,28 @@ def unpack(archive: Path, place: Path) -> None:
             Path(scratch, "archive").rename(place)
 
 
-def load_radgraph(model_type: str, folder: str = "", device: str | torch.device = "cpu") -> torch.nn.Module:
-    """The package's `RadGraph`, frozen: model(texts) -> {"0": annotation, ...}.
-
-    model_type: radgraph, radgraph-xl or modern-radgraph-xl. folder holds the archive in `<folder>/<model type>/`; empty
-    = the package's cache, filled from the hub where it has none. The encoder that the archive's config.json names (a
-    folder or hub name) gives config and tokenizer. Raises ValueError (one line) for what cannot be loaded.
-    """
-    restore_tokenizer_methods()
-    place = Path(folder or package.CACHE_DIR) / model_type
-    advice = f"unpack {model_type}.tar.gz into it; config.json's model_name, the encoder, is a folder or a hub name"
-    with loading("radgraph", place, advice):
-        if not folder and not any(place.glob("*")):
-            unpack(local_file(f"{HUB}/{model_type}.tar.gz"), place)
-        for name in ARCHIVE:
-            (place / name).open("rb").close()  # the package would fetch what is not there
-        # on the CPU, where the package reads its weights with weights_only=True
-        model = package.RadGraph(model_type=model_type, model_cache_dir=str(place.parent), cuda=-1)
-    model.device = torch.device(device)
-    return model.to(device).eval().requires_grad_(False)
-
-
 class PackageRadGraph:
     """Eq. 4's s_rg of pairs with the package's model and rewards: scorer(candidates, references) -> floats in [0, 1].
 
-    reward_level: simple, partial or complete. As in the package, and unlike the rules, two texts without an entity
-    score 0, two empty ones among them.
+    model_type: radgraph, radgraph-xl or modern-radgraph-xl. folder holds the archive in `<folder>/<model type>/`; empty
+    = the package's cache, filled from the hub where it has none. The encoder that the archive's config.json names (a
+    folder or hub name) gives config and tokenizer. reward_level: simple, partial or complete. As in the package, and
+    unlike the rules, two texts without an entity score 0. ValueError (one line) for what cannot be loaded.
     """
 
     def __init__(self, model_type: str, folder: str = "", reward_level: str = "partial", device="cpu"):
-        self.model, self.reward_level = load_radgraph(model_type, folder, device), reward_level
+        restore_tokenizer_methods()
+        place = Path(folder or package.CACHE_DIR) / model_type
+        advice = f"unpack {model_type}.tar.gz into it; config.json's model_name, the encoder, is a folder or a hub name"
+        with loading("radgraph", place, advice):
+            if not folder and not any(place.glob("*")):
+                unpack(local_file(f"{HUB}/{model_type}.tar.gz"), place)
+            for name in ARCHIVE:
+                (place / name).open("rb").close()  # the package would fetch what is not there
+            # on the CPU, where the package reads its weights with weights_only=True
+            model = package.RadGraph(model_type=model_type, model_cache_dir=str(place.parent), cuda=-1)
+        model.device = torch.device(device)
+        self.model, self.reward_level = model.to(device).eval().requires_grad_(False), reward_level
         self.cache = OrderedDict()
 
     def __call__(self, candidates: list[str], references: list[str]) -> list[float]:

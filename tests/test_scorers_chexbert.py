@@ -96,7 +96,7 @@ def test_checkpoint_and_bert_by_hub_name(folder, hub):
     got = chexbert.load_chexbert("hf-hub:owner/scorers/chexbert.pth", "owner/bert").classes(sentences(20))
     assert (got == chexbert.load_chexbert(folder / "chexbert.pth", folder).classes(sentences(20))).all()
     cases = [("hf-hub:owner/scorers/other.pth", "cannot load"), ("hf-hub:owner/none/f.pth", "cannot load"),
-             ("hf-hub:owner/scorers", "names no file")]  # fmt: skip
+             ("hf-hub:owner/scorers", "give .* hf-hub:OWNER/REPO/chexbert.pth")]  # fmt: skip
     for name, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
             chexbert.load_chexbert(name, folder)

@@ -4,6 +4,13 @@ import pytest
 
 from scorers import radgraph_rules
 
+
+def test_a_word_is_of_one_kind():
+    words = [word for line in radgraph_rules.LEXICON["words"].values() for word in line.split()]
+    assert set(radgraph_rules.KINDS.values()) == {"observation", "degree", "anatomy", "position"}
+    assert sorted(words) == sorted(radgraph_rules.KINDS) and " ".join(words).islower()
+
+
 READINGS = [  # (text, word, certainty)
     ("There is a small left pleural effusion.", "effusion", "definitely present"),
     ("No pleural effusion or pneumothorax.", "pneumothorax", "definitely absent"),

@@ -217,7 +217,7 @@ class EvalConfig:
     """folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (green.py)
     [Ostmeier et al. 2024]"""
     ratescore: str = ""
-    """Python interpreter of an environment with RaTEScore; empty = no RaTEScore (ratescore_runner.py)
+    """Python interpreter of an environment with RaTEScore; empty = no RaTEScore (scorers/ratescore.py)
     [Zhao et al. 2024]"""
     gate: Annotated[float, Field(ge=0, le=100)] = 57.0
     """percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;

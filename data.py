@@ -172,10 +172,11 @@ def load_tokenizer(path: str):
 
 def main() -> None:
     from config import parse
-    from phantom.assets import resolve  # here, because assets.py itself reads studies through this module
+    from phantom.cache import resolve
+    from phantom.world import build
 
     try:
-        cfg = resolve(parse(description="Print a card of a data set."), ("data",))
+        cfg = resolve(parse(description="Print a card of a data set."), ("data",), {"data": build})
         print(card(cfg.data, load_tokenizer(cfg.model.path)))
     except ValueError as error:
         sys.exit(f"data.py: {error}")

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rewards  # noqa: E402
 from phantom import models as tiny_models  # noqa: E402
-from phantom import world as phantom  # noqa: E402
 from phantom.config import PhantomConfig  # noqa: E402
+from phantom.training import labelled_texts  # noqa: E402
 from scorers.bertscore import load_bertscore  # noqa: E402
 from scorers.chexbert import CheXbert, Labeller  # noqa: E402
 
@@ -32,7 +32,7 @@ Score = Callable[[list[str], list[str]], list[float]]  # candidates, references 
 
 def report_texts(n: int) -> list[str]:
     """n different texts of the length of a chest X-ray report: two of the phantom's, one after the other."""
-    texts, _ = phantom.labelled_texts(PhantomConfig(), 0, 2 * n)
+    texts, _ = labelled_texts(PhantomConfig(), 0, 2 * n)
     return [f"{a} {i} {b}" for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))]
 
 

@@ -5,38 +5,26 @@ faces us, so the image's left half (x < 0) is the patient's right side. `out` is
 the chest wall, `out = x` on the patient's left and `-x` on the right; one pixel of a 64-pixel film is 0.031 wide.
 """
 
-from __future__ import annotations
-
 import json
 import textwrap
-from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
-if TYPE_CHECKING:
-    from phantom.config import PhantomConfig
-    from phantom.world import Finding
+from phantom.findings import SEVERITIES, Finding
 
 SIGN = {"left": 1.0, "right": -1.0}
 ZONE_Y = {"upper": -0.36, "mid": -0.02, "lower": 0.30}
 TEXTURE = 9  # coarse random values along each axis; bilinear in between
 
 
-@lru_cache(maxsize=4)
-def _grid(size: int):
-    """x (1, size), y (size, 1) at pixel centres, and the (size, TEXTURE) bilinear upsampling matrix."""
-    axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    place = (axis + 1) / 2 * (TEXTURE - 1)
-    upsample = np.clip(1 - np.abs(place[:, None] - np.arange(TEXTURE)), 0, 1).astype(np.float32)
-    return axis[None, :], axis[:, None], upsample
-
-
-def _between(rng, low: float, high: float) -> float:
-    return low + (high - low) * rng.random()
+def _level(finding: Finding, *values: float) -> float:
+    """The one of three values that belongs to the finding's severity, mildest first."""
+    return values[SEVERITIES[finding.name].index(finding.severity)]
 
 
 def _edge(distance, width: float):
@@ -61,30 +49,30 @@ def _blend(film, weight, target: float) -> None:
 
 
 def _expose(rng, size: int) -> SimpleNamespace:
-    """A film in the patient's coordinates: small rotation, shift and scale of the patient against the detector."""
-    x, y, upsample = _grid(size)
-    angle, scale = _between(rng, -0.07, 0.07), _between(rng, 0.92, 1.06)
-    dx, dy = _between(rng, -0.06, 0.06), _between(rng, -0.06, 0.06)
-    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    """An empty film in the patient's coordinates, who stands a little rotated, shifted and scaled at the detector."""
+    axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)  # of the pixels' centres
+    place = (axis + 1) / 2 * (TEXTURE - 1)
+    angle, scale = rng.uniform(-0.07, 0.07), rng.uniform(0.92, 1.06)
+    dx, dy = rng.uniform(-0.06, 0.06), rng.uniform(-0.06, 0.06)
+    cos, sin, x, y = np.cos(angle) / scale, np.sin(angle) / scale, axis[None, :] - dx, axis[:, None] - dy
     return SimpleNamespace(
-        x=(cos * (x - dx) + sin * (y - dy)).astype(np.float32),
-        y=(-sin * (x - dx) + cos * (y - dy)).astype(np.float32),
-        upsample=upsample,
+        x=(cos * x + sin * y).astype(np.float32),  # (size, size), as all of a film
+        y=(-sin * x + cos * y).astype(np.float32),
+        upsample=np.clip(1 - np.abs(place[:, None] - np.arange(TEXTURE)), 0, 1).astype(np.float32),  # (size, TEXTURE)
     )
 
 
 def _lungs(film, findings, rng) -> None:
     """Both lungs: their outline, the domes of the diaphragm below, and how much of each pixel is lung."""
-    film.rx, film.ry = _between(rng, 0.31, 0.36), _between(rng, 0.92, 1.04)
-    base, slant = _between(rng, 0.56, 0.68), _between(rng, 0.03, 0.09)
-    raised = {f.side: {"mild": 0.15, "moderate": 0.20, "severe": 0.25}[f.severity]
-              for f in findings if f.name == "atelectasis"}  # fmt: skip
+    film.rx, film.ry = rng.uniform(0.31, 0.36), rng.uniform(0.92, 1.04)
+    base, slant = rng.uniform(0.56, 0.68), rng.uniform(0.03, 0.09)
+    raised = {f.side: _level(f, 0.15, 0.20, 0.25) for f in findings if f.name == "atelectasis"}
     film.out, film.outline, film.dome, film.lung, film.base = {}, {}, {}, {}, {}
     for side, sign in SIGN.items():
         out = film.out[side] = sign * film.x
         centre = 0.38 + slant * film.y
         film.outline[side] = ((out - centre) / film.rx) ** 2 + ((film.y - 0.25) / film.ry) ** 2
-        lift = raised.get(side, 0.0) + (0.04 if side == "right" else 0.0) + _between(rng, -0.02, 0.02)
+        lift = raised.get(side, 0.0) + (0.04 if side == "right" else 0.0) + rng.uniform(-0.02, 0.02)
         film.base[side] = base - lift
         film.dome[side] = base - lift - 0.15 * (1 - ((out - 0.34) / 0.38) ** 2)
         film.lung[side] = _edge(1 - film.outline[side], 0.18) * _edge(film.dome[side] - film.y, 0.05)
@@ -92,38 +80,38 @@ def _lungs(film, findings, rng) -> None:
 
 def _anatomy(film, findings, rng) -> dict:
     """Draw the chest of a patient; returns the heart's mask under "cardiomegaly" where the heart is enlarged."""
-    enlarged = next((f.severity for f in findings if f.name == "cardiomegaly"), None)
+    enlarged = next((f for f in findings if f.name == "cardiomegaly"), None)
     _lungs(film, findings, rng)
     lung = film.lung["left"] + film.lung["right"]
     distance = np.abs(film.x)
     shoulder = np.minimum(0.93 - distance, (film.y + 1.0) - 0.55 * np.maximum(distance - 0.22, 0))
-    film.image = 0.03 + _between(rng, 0.46, 0.54) * _edge(shoulder, 0.12)
+    film.image = 0.03 + rng.uniform(0.46, 0.54) * _edge(shoulder, 0.12)
     film.image += 0.16 * _edge(film.y - np.where(film.x > 0, film.dome["left"], film.dome["right"]), 0.06)
-    dark = _between(rng, 0.62, 0.74)
-    ribs = np.cos((film.y - 0.30 * distance + 0.55 * distance**2) * (2 * np.pi / 0.23) + _between(rng, 0, 6.28))
+    dark = rng.uniform(0.62, 0.74)
+    ribs = np.cos((film.y - 0.30 * distance + 0.55 * distance**2) * (2 * np.pi / 0.23) + rng.uniform(0, 6.28))
     film.image *= 1 - dark * lung
-    film.image += np.maximum(ribs, 0) * lung * _between(rng, 0.05, 0.09) + _texture(film, rng, 0.022)
+    film.image += np.maximum(ribs, 0) * lung * rng.uniform(0.05, 0.09) + _texture(film, rng, 0.022)
     hila = np.exp(-_blob(film, 0.20, 0.02, 0.12, 0.20)) + np.exp(-_blob(film, -0.20, 0.02, 0.12, 0.20))
-    film.image += _between(rng, 0.08, 0.14) * hila
+    film.image += rng.uniform(0.08, 0.14) * hila
     clavicle = film.y + 0.60 + 0.14 * distance
     film.image += 0.11 * _edge(0.035 - np.abs(clavicle), 0.05) * _edge(distance - 0.10, 0.05)
-    width = {None: _between(rng, 0.27, 0.32), "mild": _between(rng, 0.40, 0.43),
-             "moderate": _between(rng, 0.43, 0.47), "severe": _between(rng, 0.47, 0.52)}[enlarged]  # fmt: skip
-    heart_x = 0.09 + 0.10 * (width - 0.28) + _between(rng, -0.02, 0.02)
+    normal, *large = (rng.uniform(*range_) for range_ in ((0.27, 0.32), (0.40, 0.43), (0.43, 0.47), (0.47, 0.52)))
+    width = _level(enlarged, *large) if enlarged else normal
+    heart_x = 0.09 + 0.10 * (width - 0.28) + rng.uniform(-0.02, 0.02)
     tilt = 0.35 * (film.y - 0.34)
     heart = ((film.x - heart_x - tilt) / width) ** 2 + ((film.y - 0.34) / (0.27 + 0.25 * (width - 0.28))) ** 2
     column = _edge(0.10 - distance + 0.03 * film.y, 0.08) * _edge(film.y + 0.95, 0.2)
     knob = _edge(1 - _blob(film, 0.13, -0.26, 0.10, 0.12), 0.7)
     shadow = np.maximum(np.maximum(_edge(1 - heart, 0.35), 0.95 * knob), column)
-    _blend(film, 0.9 * shadow, _between(rng, 0.60, 0.68))
+    _blend(film, 0.9 * shadow, rng.uniform(0.60, 0.68))
     film.image += 0.05 * _edge(0.05 - distance, 0.04)
     return {"cardiomegaly": heart < 1} if enlarged else {}
 
 
 def _edema(film, finding, rng):
     """Haze around both hila, fading outwards like a bat's wings."""
-    strength = {"mild": 0.34, "moderate": 0.46, "severe": 0.58}[finding.severity]
-    y0, ry = _between(rng, -0.05, 0.05), _between(rng, 0.34, 0.42)
+    strength = _level(finding, 0.34, 0.46, 0.58)
+    y0, ry = rng.uniform(-0.05, 0.05), rng.uniform(0.34, 0.42)
     distance = np.minimum(_blob(film, 0.28, y0, 0.26, ry), _blob(film, -0.28, y0, 0.26, ry))
     lung = film.lung["left"] + film.lung["right"]
     haze = np.exp(-(distance**2) * 0.5) * (0.35 + 0.65 * lung)
@@ -133,18 +121,18 @@ def _edema(film, finding, rng):
 
 def _effusion(film, finding, rng):
     """Fluid at the base with a meniscus that climbs the chest wall."""
-    depth = {"small": 0.15, "moderate": 0.30, "large": 0.50}[finding.severity] + _between(rng, -0.02, 0.02)
-    out, rise = film.out[finding.side], _between(rng, 0.10, 0.18)
+    depth = _level(finding, 0.15, 0.30, 0.50) + rng.uniform(-0.02, 0.02)
+    out, rise = film.out[finding.side], rng.uniform(0.10, 0.18)
     level = film.base[finding.side] - depth - rise * np.clip((out - 0.20) / 0.40, 0, 1.4) ** 2
     # the fluid also hides the dome under it, so the blunted angle reads as one bright area
     fluid = _edge(film.y - level, 0.06) * _edge(1 - film.outline[finding.side], 0.15) * _edge(out - 0.10, 0.06)
-    _blend(film, 0.92 * fluid, _between(rng, 0.72, 0.80))
+    _blend(film, 0.92 * fluid, rng.uniform(0.72, 0.80))
     return (fluid > 0.5) & (film.y < film.base[finding.side] + 0.08)
 
 
 def _pneumothorax(film, finding, rng):
     """Air between lung and chest wall: a dark rim without markings, and the bright line of the pleura."""
-    gap = {"small": 0.13, "moderate": 0.19, "large": 0.26}[finding.severity] + _between(rng, -0.01, 0.01)
+    gap = _level(finding, 0.13, 0.19, 0.26) + rng.uniform(-0.01, 0.01)
     out = film.out[finding.side]
     top = 0.25 - film.ry + 1.5 * gap  # the collapsed lung is lower and narrower
     inner = ((out - 0.36 + gap * 0.8) / (film.rx - gap * 0.35)) ** 2
@@ -158,11 +146,11 @@ def _pneumothorax(film, finding, rng):
 
 def _consolidation(film, finding, rng):
     """A fuzzy bright patch in one zone."""
-    strength = {"mild": 0.62, "moderate": 0.76, "severe": 0.88}[finding.severity]
-    x0 = SIGN[finding.side] * _between(rng, 0.36, 0.46)
-    y0 = ZONE_Y[finding.site] + _between(rng, -0.04, 0.04)
+    strength = _level(finding, 0.62, 0.76, 0.88)
+    x0 = SIGN[finding.side] * rng.uniform(0.36, 0.46)
+    y0 = ZONE_Y[finding.site] + rng.uniform(-0.04, 0.04)
     y0 = min(y0, film.base[finding.side] - 0.30)  # above the dome, wherever that is
-    distance = _blob(film, x0, y0, _between(rng, 0.20, 0.26), _between(rng, 0.17, 0.22))
+    distance = _blob(film, x0, y0, rng.uniform(0.20, 0.26), rng.uniform(0.17, 0.22))
     patch = np.clip(1.45 - distance + _texture(film, rng, 0.35), 0, 1) * (distance < 2.2)
     patch = patch * np.maximum(film.lung[finding.side], 0.25)
     _blend(film, strength * patch, 0.86)
@@ -171,8 +159,8 @@ def _consolidation(film, finding, rng):
 
 def _atelectasis(film, finding, rng):
     """Bright bands above a raised diaphragm (`_lungs` has raised it)."""
-    strength = {"mild": 0.70, "moderate": 0.80, "severe": 0.90}[finding.severity]
-    out, tilt = film.out[finding.side], _between(rng, -0.12, 0.20)
+    strength = _level(finding, 0.70, 0.80, 0.90)
+    out, tilt = film.out[finding.side], rng.uniform(-0.12, 0.20)
     height = film.base[finding.side] - film.fluid.get(finding.side, 0.0) - 0.26 + tilt * (out - 0.40)
     wide = _edge(out - 0.18, 0.06) * _edge(0.66 - out, 0.06)
     band = _edge(0.030 - np.abs(film.y - height), 0.03)
@@ -183,9 +171,9 @@ def _atelectasis(film, finding, rng):
 
 def _lesion(film, finding, rng):
     """A round nodule with a sharp border."""
-    radius = {"small": 0.085, "moderate": 0.11, "large": 0.14}[finding.severity] + _between(rng, -0.005, 0.01)
-    x0 = SIGN[finding.side] * _between(rng, 0.34, 0.50)
-    y0 = ZONE_Y[finding.site] + _between(rng, -0.08, 0.05)
+    radius = _level(finding, 0.085, 0.11, 0.14) + rng.uniform(-0.005, 0.01)
+    x0 = SIGN[finding.side] * rng.uniform(0.34, 0.50)
+    y0 = ZONE_Y[finding.site] + rng.uniform(-0.08, 0.05)
     y0 = min(y0, film.base[finding.side] - 0.28)
     distance = _blob(film, x0, y0, radius, radius)
     _blend(film, 0.85 * _edge(1.2 - distance, 0.5), 0.95)
@@ -194,10 +182,10 @@ def _lesion(film, finding, rng):
 
 def _fracture(film, finding, rng):
     """A lateral rib in two bright pieces with a step and a dark gap between them."""
-    step = {"mild": 0.07, "moderate": 0.10, "severe": 0.13}[finding.severity]
-    y0 = ZONE_Y[finding.site] * 0.8 + 0.02 + _between(rng, -0.05, 0.05)
+    step = _level(finding, 0.07, 0.10, 0.13)
+    y0 = ZONE_Y[finding.site] * 0.8 + 0.02 + rng.uniform(-0.05, 0.05)
     reach = film.rx * np.sqrt(max(0.0, 1 - ((y0 - 0.25) / film.ry) ** 2))
-    along = film.out[finding.side] - (0.38 + 0.06 * y0 + reach) - _between(rng, -0.02, 0.02)
+    along = film.out[finding.side] - (0.38 + 0.06 * y0 + reach) - rng.uniform(-0.02, 0.02)
     height = film.y - y0 - 0.35 * along
     inner = _edge(0.045 - np.abs(height - step / 2), 0.03) * _edge(-along, 0.03) * _edge(along + 0.20, 0.04)
     outer = _edge(0.045 - np.abs(height + step / 2), 0.03) * _edge(along, 0.03) * _edge(0.20 - along, 0.04)
@@ -220,9 +208,9 @@ def _stroke(film, points, width: float):
 
 def _device(film, finding, rng):
     """A pacemaker's box with a lead into the heart, or a central venous catheter."""
-    shift = _between(rng, -0.03, 0.03)
+    shift = rng.uniform(-0.03, 0.03)
     if finding.site == "pacemaker":
-        x0, y0 = 0.56 + shift, -0.52 + _between(rng, -0.04, 0.04)
+        x0, y0 = 0.56 + shift, -0.52 + rng.uniform(-0.04, 0.04)
         box = np.minimum(0.12 - np.abs(film.x - x0), 0.09 - np.abs(film.y - y0))
         lead = _stroke(film, [(x0 - 0.1, y0), (0.10, -0.55 + shift), (-0.06, -0.1), (0.16 + shift, 0.42)], 0.028)
         drawn = np.maximum(_edge(box, 0.03), lead)
@@ -237,14 +225,13 @@ PAINTERS = {"edema": _edema, "pneumothorax": _pneumothorax, "consolidation": _co
             "atelectasis": _atelectasis, "lesion": _lesion, "fracture": _fracture, "device": _device}  # fmt: skip
 
 
-def render(findings: list[Finding], rng: np.random.Generator, cfg: PhantomConfig):
+def render(findings: list[Finding], rng: np.random.Generator, size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Draw a study: ((size, size) uint8 image, {label: (size, size) bool mask}), one mask per finding.
 
     A finding may, rarely, end without a pixel of its own (air under fluid, a site off the film): callers draw again.
     """
-    film = _expose(rng, cfg.image_size)
-    film.fluid = {f.side: {"small": 0.08, "moderate": 0.22, "large": 0.36}[f.severity]
-                  for f in findings if f.name == "effusion"}  # fmt: skip
+    film = _expose(rng, size)
+    film.fluid = {f.side: _level(f, 0.08, 0.22, 0.36) for f in findings if f.name == "effusion"}
     masks = _anatomy(film, findings, rng)
     for name, paint in PAINTERS.items():
         for finding in findings:
@@ -253,18 +240,16 @@ def render(findings: list[Finding], rng: np.random.Generator, cfg: PhantomConfig
     for side in SIGN:  # air above fluid: what the fluid covers shows no air
         if {f"pneumothorax_{side}", f"effusion_{side}"} <= masks.keys():
             masks[f"pneumothorax_{side}"] &= ~masks[f"effusion_{side}"]
-    contrast, brightness = _between(rng, 0.85, 1.15), _between(rng, -0.06, 0.06)
+    contrast, brightness = rng.uniform(0.85, 1.15), rng.uniform(-0.06, 0.06)
     image = (film.image - 0.45) * contrast + 0.45 + brightness
-    image += rng.standard_normal(image.shape, dtype=np.float32) * _between(rng, 0.02, 0.045)
+    image += rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(0.02, 0.045)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), masks
 
 
 def encode_mask(mask: np.ndarray) -> dict:
-    """(H, W) bool -> COCO's uncompressed RLE: runs of 0, 1, 0, ... down the columns."""
-    flat = np.concatenate([[False], mask.ravel(order="F"), [True]])
-    flat[-1] = not flat[-2]
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
-    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+    """(H, W) bool -> COCO's uncompressed RLE: lengths of runs of 0, 1, 0, ... down the columns."""
+    counts = [len(list(run)) for _, run in groupby(mask.ravel(order="F").tolist())]
+    return {"size": list(mask.shape), "counts": [0, *counts] if mask[0, 0] else counts}
 
 
 def decode_mask(rle: dict) -> np.ndarray:
@@ -273,36 +258,30 @@ def decode_mask(rle: dict) -> np.ndarray:
     return np.repeat(values, rle["counts"]).reshape(rle["size"], order="F")
 
 
-def contact_sheet(folder: str | Path, path: str | Path, n: int = 12) -> None:
+def contact_sheet(folder: Path, path: Path, n: int = 12) -> None:
     """Save a PNG of the first n test studies of a built data set: image, outlined findings and reference report.
 
     A label in the image is printed in its outline's colour, one only stated as "not in the image", in grey.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    folder = Path(folder)
-    rows = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))["test"][:n]
-    with open(folder / "truth.jsonl", encoding="utf-8") as file:
-        truth = {row["id"]: row for row in map(json.loads, file) if row["split"] == "test"}
-    height = -(-len(rows) // 4)
-    figure, axes = plt.subplots(height, 4, figsize=(15, 5.4 * height), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, row in zip(axes.flat, rows, strict=False):
+    rows = json.loads((folder / "annotation.json").read_text(encoding="utf-8")).get("test", [])[:n]
+    truth = [json.loads(line) for line in (folder / "truth.jsonl").read_text(encoding="utf-8").splitlines()]
+    truth = [row for row in truth if row["split"] == "test"]
+    height = max(1, -(-len(rows) // 4))
+    figure = Figure(figsize=(15, 5.4 * height))
+    axes = figure.subplots(height, 4, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, row, study in zip(axes, rows, truth, strict=False):
         image = np.asarray(Image.open(folder / "images" / row["image_path"][0]))
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
-        study = truth[row["id"]]
         names = [(f["label"], f"C{i}") for i, f in enumerate(study["findings"])]
-        names += [(f"{label}: not in the image", "grey") for label in study["stated"] if label not in study["labels"]]
-        for finding, (_, colour) in zip(study["findings"], names, strict=False):
+        for finding, (_, colour) in zip(study["findings"], names, strict=True):
             axis.contour(decode_mask(finding["mask"]), levels=[0.5], colors=[colour], linewidths=1.2)
+        names += [(f"{label}: not in the image", "grey") for label in study["stated"] if label not in study["labels"]]
         for i, (name, colour) in enumerate(names or [("no finding", "C2")]):
             axis.text(0, -1.5 - 3.2 * i, name.replace("_", " "), color=colour, fontsize=10)
-        text = row["report"].replace(" IMPRESSION:", "\nIMPRESSION:")
-        lines = [line for part in text.split("\n") for line in textwrap.wrap(part, 49)]
-        axis.text(0, len(image) + 1, "\n".join(lines), fontsize=8.5, va="top")
+        sections = row["report"].replace(" IMPRESSION:", "\nIMPRESSION:").split("\n")
+        text = "\n".join(textwrap.fill(section, 49) for section in sections)
+        axis.text(0, len(image) + 1, text, fontsize=8.5, va="top")
     figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.11, hspace=0.68, wspace=0.06)
     figure.savefig(path, dpi=90)
-    plt.close(figure)

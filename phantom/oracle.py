@@ -10,17 +10,15 @@ from evidence.reader import truth_counts
 
 
 def oracle_similarity(labels: dict[str, list[str]]) -> Callable:
-    """A stand-in for the frozen expert that cannot err: (images, ids, groups [B][G]) -> (B, G), sided F1 of each
-    candidate against the exact `labels` {id: labels}, in [0, 1].
+    """Eq. 6's function (images, ids, groups [B][G]) -> (B, G): sided F1 in [0, 1] of each candidate against the exact
+    `labels` {id: labels}. No method, as it reads with the very rules that the evaluation reads with."""
 
-    An upper bound for Eq. 6, not a method: it reads with the very rules that the evaluation reads with.
-    """
+    def f1(text: str, true: list[str]) -> float:
+        c = truth_counts(text, true)
+        return (2 * c["correct"] + 1e-6) / (c["stated"] + c["true"] + 1e-6)
 
     def similarity(images, ids, groups):
-        counts = [[truth_counts(text, labels[study_id]) for text in g] for study_id, g in zip(ids, groups, strict=True)]
-        return torch.tensor(
-            [[(2 * c["correct"] + 1e-6) / (c["stated"] + c["true"] + 1e-6) for c in group] for group in counts]
-        )
+        return torch.tensor([[f1(text, labels[key]) for text in group] for key, group in zip(ids, groups, strict=True)])
 
     return similarity
 

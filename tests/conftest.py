@@ -26,7 +26,7 @@ from config import (
     StageConfig,
 )
 from model import load_policy
-from phantom import assets
+from phantom import assets, cache
 from phantom import models as tiny_models
 from phantom.config import AssetsConfig, PhantomConfig
 
@@ -149,6 +149,6 @@ def micro(tmp_path_factory):
         stage2=StageConfig(steps=2, trainable="language+projector"),
         eval=EvalConfig(batch_size=8, samples=2, bootstrap=50, gate=0),
     )
-    for name in assets.NAMES:
+    for name in cache.NAMES:
         assets.ensure(cfg, name)
     return cfg

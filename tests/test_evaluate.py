@@ -362,7 +362,7 @@ def test_template_takes_the_form_of_the_references():
     assert plain.startswith("The heart size") and "IMPRESSION" not in plain and "cardiopulmonary" in plain
     assert evaluate.normal_template([sections("x")], None, "both").count(":") == 2
     assert "cardiopulmonary" not in evaluate.normal_template(["x"], None, "findings")
-    assert evaluate.normal_template([sections("x")], [[]], "both") == evaluate.phantom.NORMAL_TEMPLATE
+    assert evaluate.normal_template([sections("x")], [[]], "both") == evaluate.NORMAL_TEMPLATE
 
 
 def test_one_study_has_no_shuffled_row(world, tmp_path):

@@ -6,8 +6,10 @@ import pytest
 from evidence.reader import read_report, truth_counts
 from phantom import world as phantom
 from phantom.config import PhantomConfig
+from phantom.findings import LABELS, finding_of
 from phantom.oracle import oracle_similarity
-from phantom.world import LABELS
+from phantom.text import AUTHORS, NORMAL_TEMPLATE
+from phantom.training import labelled_texts
 
 CFG = PhantomConfig()
 
@@ -86,7 +88,7 @@ def test_unread_counts_only_sentences_that_say_nothing_known():
         0, 0, 0)  # fmt: skip
     tagged = read_report("<report>FINDINGS: No edema. IMPRESSION: Edema.</report>")
     assert (tagged.sentences, tagged.unread) == (2, 0)
-    normal = read_report(phantom.NORMAL_TEMPLATE)
+    normal = read_report(NORMAL_TEMPLATE)
     assert not normal.stated and normal.unread == 0 and normal.sentences == 5
 
 
@@ -117,7 +119,7 @@ def test_counts_add_up_on_shuffled_reports():
 
 def test_garbled_text_does_not_break_the_reader():
     rng = np.random.default_rng(1)
-    words = " ".join(phantom.labelled_texts(CFG, 1, 60)[0]).split()
+    words = " ".join(labelled_texts(CFG, 1, 60)[0]).split()
     for _ in range(200):
         reading = read_report(" ".join(rng.choice(words, 30)))
         assert reading.unread <= reading.sentences and not reading.stated & reading.denied
@@ -131,11 +133,11 @@ def test_everything_the_phantom_writes_is_read_back(kind):
         findings = phantom.sample_findings(rng, CFG)
         if kind == "random findings":
             chosen = sorted(rng.choice(len(LABELS), int(rng.integers(0, 7)), replace=False))
-            findings = [phantom.finding_of(LABELS[k], rng) for k in chosen]
+            findings = [finding_of(LABELS[k], rng) for k in chosen]
         if kind == "captions":
             text, said = phantom.write_caption(findings, rng, CFG)
         else:
-            text, said = phantom.write_report(findings, rng, CFG, kind == "references", author=i % phantom.AUTHORS)
+            text, said = phantom.write_report(findings, rng, CFG, kind == "references", author=i % len(AUTHORS))
         reading = read_report(text)
         wrong += labels_of(reading.stated) != set(said)
         unread, sentences = unread + reading.unread, sentences + reading.sentences

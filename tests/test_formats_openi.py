@@ -53,7 +53,7 @@ def test_one_image_becomes_one_report(micro, tmp_path):
 @pytest.mark.parametrize("path", X_RAYS, ids=lambda p: p.name)
 def test_every_real_x_ray_is_read_and_reported_on(path, micro):
     from model import load_policy
-    from phantom.assets import asset_dir
+    from phantom.cache import asset_dir
     from rollout import generate_reports
 
     image = read_image(path)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from config import Config, merge
 from phantom import world as phantom
-from phantom.config import PhantomConfig
-from phantom.world import LABELS, finding_of, sample_findings
-from scorers.chexbert import CHEXPERT_LABELS
+from phantom.config import AssetsConfig, PhantomConfig, Recipe
+from phantom.findings import LABELS, finding_of
+from phantom.image import contact_sheet, decode_mask, encode_mask, render
+from phantom.text import AUTHORS
+from phantom.world import sample_findings
 
 CFG = PhantomConfig()
 TINY = PhantomConfig(expert=3, base=5, sft=4, train=3, val=2, test=4)
@@ -26,7 +29,7 @@ def study(seed, noisy=True, cfg=CFG):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("phantom")
-    phantom.build(TINY, 0, path)
+    phantom.build(Recipe(TINY, AssetsConfig(), 0), path)
     return path
 
 
@@ -54,7 +57,7 @@ def test_the_images_left_half_is_the_patients_right():
     for label in LABELS[3:]:
         for seed in range(8):
             rng = np.random.default_rng([2, seed])
-            _, masks = phantom.render([finding_of(label, rng)], rng, CFG)
+            _, masks = render([finding_of(label, rng)], rng, CFG.image_size)
             columns = np.nonzero(masks[label])[1]
             assert list(masks) == [label]
             assert (columns.mean() > 32) == label.endswith("left"), (label, seed)
@@ -65,8 +68,8 @@ def test_a_finding_changes_the_image_where_its_mask_is():
     for label in LABELS:
         rng = np.random.default_rng(5)
         finding = finding_of(label, rng)
-        with_it, masks = phantom.render([finding], np.random.default_rng(7), CFG)
-        without, _ = phantom.render([], np.random.default_rng(7), CFG)
+        with_it, masks = render([finding], np.random.default_rng(7), CFG.image_size)
+        without, _ = render([], np.random.default_rng(7), CFG.image_size)
         change = np.abs(with_it.astype(float) - without)
         assert with_it.shape == (64, 64) and with_it.dtype == np.uint8 and masks[label].dtype == bool
         assert change[masks[label]].mean() > 12, label
@@ -95,7 +98,7 @@ def test_reports_are_short_and_authors_differ():
     rng = np.random.default_rng(0)
     findings = [finding_of("effusion_left", rng), finding_of("edema", rng)]
     texts = {a: {phantom.write_report(findings, np.random.default_rng(i), CFG, False, a)[0] for i in range(30)}
-             for a in range(phantom.AUTHORS)}  # fmt: skip
+             for a in range(len(AUTHORS))}  # fmt: skip
     assert all(len(group) > 20 for group in texts.values()) and not texts[0] & texts[1]
 
 
@@ -117,17 +120,17 @@ def test_captions_mix_and_carry_the_prior_at_the_configured_rate():
 def test_run_lengths_round_trip_and_go_down_the_columns():
     mask = np.zeros((3, 2), bool)
     mask[1:, 0] = True
-    assert phantom.encode_mask(mask) == {"size": [3, 2], "counts": [1, 2, 3]}
-    assert phantom.encode_mask(np.ones((2, 2), bool))["counts"] == [0, 4]
+    assert encode_mask(mask) == {"size": [3, 2], "counts": [1, 2, 3]}
+    assert encode_mask(np.ones((2, 2), bool))["counts"] == [0, 4]
     for seed in range(50):
         mask = np.random.default_rng(seed).random((7, 5)) < 0.5
-        assert (phantom.decode_mask(json.loads(json.dumps(phantom.encode_mask(mask)))) == mask).all()
+        assert (decode_mask(json.loads(json.dumps(encode_mask(mask)))) == mask).all()
 
 
 def test_run_lengths_are_cocos():
     mask_api = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
     mask = np.random.default_rng(0).random((64, 48)) < 0.5
-    ours = mask_api.frPyObjects(phantom.encode_mask(mask), 64, 48)
+    ours = mask_api.frPyObjects(encode_mask(mask), 64, 48)
     assert ours == mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
@@ -142,7 +145,7 @@ def test_data_set_on_disk(folder):
         assert image.size == (64, 64) and image.mode == "L" and row["image_path"] == [f"{row['id']}/0.png"]
         assert fact["split"] == row["split"] and fact["labels"] == [x for x in LABELS if x in fact["labels"]]
         assert sorted(f["label"] for f in fact["findings"]) == sorted(fact["labels"])
-        assert all(phantom.decode_mask(f["mask"]).any() for f in fact["findings"])
+        assert all(decode_mask(f["mask"]).any() for f in fact["findings"])
         assert row["report"].startswith("FINDINGS:") or row["split"] == "base"
         if row["split"] == "expert":
             assert fact["stated"] == fact["labels"]
@@ -150,8 +153,8 @@ def test_data_set_on_disk(folder):
 
 
 def test_same_seed_same_bytes(folder, tmp_path):
-    phantom.build(TINY, 0, tmp_path / "again")
-    phantom.build(TINY, 1, tmp_path / "other")
+    for seed, name in ((0, "again"), (1, "other")):
+        phantom.build(Recipe(TINY, AssetsConfig(), seed), tmp_path / name)
     for file in [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]:
         assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
     assert (folder / "truth.jsonl").read_bytes() != (tmp_path / "other" / "truth.jsonl").read_bytes()
@@ -163,25 +166,27 @@ def test_a_study_does_not_depend_on_the_split_sizes(folder):
     assert (np.asarray(Image.open(folder / "images" / row["image_path"][0])) == image).all()
 
 
-def test_bad_settings_are_named(tmp_path):
-    for changes, message in (({"omit": 1.5}, r"phantom\.omit is a rate"), ({"val": -1}, r"phantom\.val must not"),
-                             ({"image_size": 8}, r"image_size must be at least 32"),
-                             ({name: 0.0 for name in phantom.FINDINGS}, "normal must be 1")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            phantom.build(dataclasses.replace(TINY, **changes), 0, tmp_path)
+def test_bad_settings_are_named():
+    for field, value, why in (("omit", 1.5, "less than or equal to 1"), ("omit", float("nan"), "finite|less than"),
+                              ("val", -1, "greater than or equal to 0"), ("image_size", 8, "equal to 32")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"phantom\.{field}.*({why})"):
+            merge(Config(), {"phantom": {field: value}})
+    with pytest.raises(ValueError, match=r"assets\.base_steps.*greater than or equal to 1"):
+        merge(Config(), {"assets": {"base_steps": 0}})
 
 
-def test_labelled_texts_have_every_class_and_consistent_no_finding():
-    texts, classes = phantom.labelled_texts(CFG, 0, 1500)
-    assert len(texts) == 1500 and classes.shape == (1500, 14)
-    for name in ("Cardiomegaly", "Edema", "Pleural Effusion", "Pneumothorax", "Consolidation", "Atelectasis",
-                 "Lung Lesion", "Fracture"):  # fmt: skip
-        assert (np.bincount(classes[:, CHEXPERT_LABELS.index(name)], minlength=4) > 40).all(), name
-    other = [i for i, name in enumerate(CHEXPERT_LABELS) if name not in ("No Finding", "Support Devices")]
-    abnormal = np.isin(classes[:, other], (1, 3)).any(axis=1)
-    assert (classes[:, CHEXPERT_LABELS.index("No Finding")] == ~abnormal).all()
+@pytest.mark.parametrize("rate", [0.0, 1.0])  # no finding ever, or always more than four
+def test_a_world_without_abnormal_studies_is_refused(rate, tmp_path):
+    rates = {name: rate for name in vars(CFG) if name.partition("_")[0] in {x.partition("_")[0] for x in LABELS}}
+    world = dataclasses.replace(TINY, **rates)
+    with pytest.raises(ValueError, match="1 to 4 findings never came about"):
+        phantom.build(Recipe(world, AssetsConfig(), 0), tmp_path)
+    phantom.build(Recipe(dataclasses.replace(world, normal=1.0), AssetsConfig(), 0), tmp_path)
 
 
 def test_contact_sheet(folder, tmp_path):
-    phantom.contact_sheet(folder, tmp_path / "sheet.png", n=4)
-    assert Image.open(tmp_path / "sheet.png").size[0] > 1000
+    contact_sheet(folder, tmp_path / "sheet.png", n=4)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    assert sheet.shape[1] > 1000
+    for column in np.split(sheet[:, : sheet.shape[1] // 4 * 4], 4, axis=1):
+        assert (column < 100).mean() > 0.1  # each has a film, which is dark

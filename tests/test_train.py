@@ -17,6 +17,7 @@ from data import load_studies
 from model import get_base, load_policy, require_finite
 from phantom import world as phantom
 from phantom.assets import resolve
+from phantom.findings import finding_of
 from rewards import compute_rewards, wrap
 from running import parallel
 from running.folder import claim_folder, lock
@@ -153,7 +154,7 @@ def test_the_oracle_takes_the_experts_place(finished):
     adapter = Path(finished.run) / "sft" / "adapter"
     scorers = train.load_stage(oracle, 2, adapter, adapter)[2]
     study = load_studies(finished.data, "train")[0]
-    said = phantom.write_report([phantom.finding_of(n, np.random.default_rng(0)) for n in study.labels],
+    said = phantom.write_report([finding_of(n, np.random.default_rng(0)) for n in study.labels],
                                 np.random.default_rng(0), finished.phantom, noisy=False)[0]  # fmt: skip
     s = scorers.similarity([None], [study.id], [[said, "<report>"]])
     assert s[0, 0] == pytest.approx(1) and s.shape == (1, 2)

@@ -1,5 +1,6 @@
-"""The phantom's own models: layouts, caching, and that the fast paths equal the saved processors."""
+"""The phantom's own models: layouts, texts with their labels, and that the fast paths equal the saved processors."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,69 +8,48 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from config import Config
-from data import batch_ids, load_studies, read_image
+from data import batch_ids, load_studies
 from evidence import reader
-from phantom import assets
+from formats.images import read_image
+from model import encode_prompts
+from phantom import cache, training
 from phantom import models as tiny_models
-from phantom import world as phantom
-from running.folder import atomic_folder
+from phantom.config import AssetsConfig, PhantomConfig, Recipe
+from phantom.findings import LABELS
+from phantom.world import build
+from scorers.chexbert import CHEXPERT_LABELS
+from scorers.expert import load_expert
 
 
 def test_normalise_is_the_saved_image_processor(micro):
-    folder = assets.asset_dir(micro)
+    folder = cache.asset_dir(micro)
     studies = load_studies(replace(micro.data, path=str(folder / "data")), "test")[:3]
     pictures = [read_image(s.image) for s in studies]
     grey = torch.from_numpy(np.stack([np.asarray(p.convert("L")) for p in pictures]))
     processor = AutoProcessor.from_pretrained(folder / "base")
     saved = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(assets.normalise(grey), saved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(training.normalise(grey), saved, atol=1e-5, rtol=0)
 
 
 def test_image_tokens_match_the_vision_tower(micro):
-    processor = AutoProcessor.from_pretrained(assets.asset_dir(micro) / "base")
-    from model import encode_prompts
-
+    processor = AutoProcessor.from_pretrained(cache.asset_dir(micro) / "base")
     inputs = encode_prompts(processor, [read_image_of(micro)], micro.data.prompt, "cpu")
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert (inputs["input_ids"] == image_id).sum() == 16 and inputs["pixel_values"].shape == (1, 3, 64, 64)
 
 
 def read_image_of(cfg):
-    data = replace(cfg.data, path=str(assets.asset_dir(cfg) / "data"))
+    data = replace(cfg.data, path=str(cache.asset_dir(cfg) / "data"))
     return read_image(load_studies(data, "test")[0].image)
 
 
 def test_the_tokenizer_reads_any_text_and_knows_the_tags(micro):
-    tokenizer = AutoProcessor.from_pretrained(assets.asset_dir(micro) / "base").tokenizer
+    tokenizer = AutoProcessor.from_pretrained(cache.asset_dir(micro) / "base").tokenizer
     for text in ("<report> FINDINGS: Small effusion. </report>", "naïve ünïcode 12.5% — ok"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer("<report>", add_special_tokens=False)["input_ids"]) == 1
     kept = tokenizer.decode(tokenizer("<report> a </report>")["input_ids"], skip_special_tokens=True)
     assert "<report>" in kept  # the tags are text to be judged, not special tokens to be skipped
-
-
-def test_settings_have_folders_of_their_own(micro):
-    assert assets.asset_dir(micro) == assets.asset_dir(replace(micro, seed=5, run="elsewhere"))
-    assert assets.asset_dir(micro) != assets.asset_dir(replace(micro, assets_seed=5))
-    assert assets.asset_dir(micro) != assets.asset_dir(replace(micro, phantom=replace(micro.phantom, hedge=0.5)))
-
-
-def test_resolve_leaves_other_paths_alone():
-    cfg = Config()
-    cfg.data.path, cfg.model.path = "/data/iu", "org/model"
-    resolved = assets.resolve(cfg, needs=())
-    assert (resolved.data.path, resolved.model.path) == ("/data/iu", "org/model")
-    assert resolved.scorers.chexbert.endswith("labeller/chexbert.pth") and cfg.scorers.chexbert.startswith("phantom:")
-
-
-def test_a_failed_build_leaves_nothing_that_looks_complete(tmp_path):
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "asset") as tmp:
-        (tmp / "half").write_text("x")
-        raise KeyboardInterrupt
-    assert not (tmp_path / "asset").exists()
-    with atomic_folder(tmp_path / "asset") as tmp:
-        assert list(tmp.iterdir()) == []
 
 
 def test_word_pieces_are_the_same_each_time_and_know_every_word(tmp_path):
@@ -84,7 +64,7 @@ def test_word_pieces_are_the_same_each_time_and_know_every_word(tmp_path):
 
 def test_by_length_keeps_every_row():
     texts = ["a" * n for n in (5, 1, 9, 3, 7)]
-    parts = assets.by_length([0, 1, 2, 3, 4], texts, 2)
+    parts = training.by_length([0, 1, 2, 3, 4], texts, 2)
     assert sorted(sum(parts, [])) == [0, 1, 2, 3, 4] and parts[0] == [1, 3, 0]
 
 
@@ -94,12 +74,36 @@ def test_batches_run_through_whole_epochs():
 
 
 def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
-    studies, _, labels = assets.read_assets_data(micro, "expert")
-    texts, stated = assets.noisy_reports(micro, studies)
-    assert texts == assets.noisy_reports(micro, studies)[0]  # the same each time
+    recipe, data = cache.recipe_of(micro), cache.asset_dir(micro) / "data"
+    studies, _, labels = training.read_studies(data, "expert")
+    texts, stated = training.noisy_reports(recipe, data, studies)
+    assert texts == training.noisy_reports(recipe, data, studies)[0]  # the same each time
     assert stated.shape == labels.shape
     for text, row in zip(texts, stated, strict=True):
-        counts = reader.truth_counts(text, [name for name, on in zip(phantom.LABELS, row, strict=True) if on])
+        counts = reader.truth_counts(text, [name for name, on in zip(LABELS, row, strict=True) if on])
         assert counts["hallucinated"] == counts["omitted"] == 0  # the labels are the text's
     invented = ((stated == 1) & (labels == 0)).sum() / stated.sum()
     assert 0.1 < invented < 0.45  # the references' rate is about .26
+
+
+def test_labelled_texts_have_every_class_and_consistent_no_finding():
+    texts, classes = training.labelled_texts(PhantomConfig(), 0, 1500)
+    assert len(texts) == 1500 and classes.shape == (1500, 14)
+    for name in ("Cardiomegaly", "Edema", "Pleural Effusion", "Pneumothorax", "Consolidation", "Atelectasis",
+                 "Lung Lesion", "Fracture"):  # fmt: skip
+        assert (np.bincount(classes[:, CHEXPERT_LABELS.index(name)], minlength=4) > 40).all(), name
+    other = [i for i, name in enumerate(CHEXPERT_LABELS) if name not in ("No Finding", "Support Devices")]
+    abnormal = np.isin(classes[:, other], (1, 3)).any(axis=1)
+    assert (classes[:, CHEXPERT_LABELS.index("No Finding")] == ~abnormal).all()
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_the_models_take_images_of_another_size(size, tmp_path):
+    steps = AssetsConfig(vision_steps=1, base_steps=1, expert_steps=1, labeller_steps=1)
+    recipe = Recipe(PhantomConfig(expert=16, base=16, sft=1, train=1, val=1, test=0, image_size=size), steps, seed=0)
+    build(recipe, tmp_path / "data")
+    assert "test" not in json.loads((tmp_path / "data" / "annotation.json").read_text())  # and no study on the sheet
+    for name, builder in (("base", training.build_base), ("expert", training.build_expert)):
+        (tmp_path / name).mkdir()
+        builder(recipe, tmp_path / name)
+    assert load_expert(tmp_path / "expert").model.visual.image_size == (size, size)

@@ -1,0 +1,282 @@
+"""How the phantom's small models are trained: the base and the expert on splits of their own, the labeller on texts.
+
+A builder takes the recipe and the folder to fill, beside which the data set lies. Each measures its model on held-out
+studies or texts, the first ones, and keeps the numbers in quality.json.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import BertConfig, BertModel
+
+from config import Config, DataConfig, RolloutConfig
+from data import Study, batch_ids, read_split
+from formats.files import read_jsonl
+from formats.images import read_image
+from model import encode_prompts
+from phantom import text
+from phantom.config import PhantomConfig, Recipe
+from phantom.findings import LABELS, Finding, finding_of
+from phantom.models import MEAN, SIZES, STD, clip_config, new_llava, new_processor, policy_tokenizer, word_piece
+from phantom.world import SPLITS, misremember, sample_findings, write_report
+from rewards import wrap
+from scorers.chexbert import CHEXPERT_LABELS, POSITIVE, UNCERTAIN, CheXbert, save_chexbert
+from scorers.expert import Expert, encode_tokens, load_expert, save_expert
+from sft import sft_loss, text_logps
+from vlm import attention
+
+PROMPT = "Write the report."  # under which the base learns; data.prompt is the policy's
+FULL_LENGTH = Config(rollout=RolloutConfig(max_new_tokens=96))  # whatever the run cuts its reports at
+
+
+def held_out(n: int) -> int:
+    """How many of n studies or texts, the first ones, measure a model instead of training it."""
+    return max(1, min(512, n // 8))
+
+
+def fit(parameters: list, loss_of: Callable, n: int, batch: int, steps: int, lr: float, seed: int, what: str) -> None:
+    """AdamW with 5% warm-up and cosine decay over `loss_of(rows)`, batches of those of n rows that are not held out."""
+    optimizer, held, warm = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01), held_out(n), max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps)) + 0.01)
+    )
+    bar = tqdm(range(steps), desc=f"{what:<14}")
+    for step in bar:
+        loss = loss_of([held + i for i in batch_ids(n - held, batch, seed, step)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def by_length(rows: list[int], texts: list[str], parts: int) -> list[list[int]]:
+    """A batch in parts, none empty, of similar text length: less padding, the same sums."""
+    ordered = sorted(rows, key=lambda i: len(texts[i]))
+    return [part.tolist() for part in np.array_split(ordered, min(parts, len(rows)))]
+
+
+def report_quality(folder: Path, numbers: dict[str, float]) -> None:
+    """Print a model's held-out quality and keep it beside the model."""
+    (folder / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    shown = ", ".join(f"{name} {number:.3g}" for name, number in numbers.items())
+    print(f"{folder.name.removesuffix('.tmp')} on held-out studies: {shown}")
+
+
+def read_studies(data: Path, split: str) -> tuple[list[Study], Tensor, Tensor]:
+    """Studies of a split of the data set in `data`, their images (n, size, size) uint8 and labels (n, 15) float."""
+    studies, _ = read_split(DataConfig(path=str(data), format="r2gen", target="both"), split)  # none can be skipped
+    images = torch.from_numpy(np.stack([np.asarray(read_image(s.image).convert("L")) for s in studies]))
+    return studies, images, label_rows(s.labels for s in studies)
+
+
+def label_rows(labels: Iterable[list[str]]) -> Tensor:
+    """(n, 15) float: 1 where a study or a text has a label, in the order of LABELS."""
+    return torch.tensor([[label in present for label in LABELS] for present in labels]).float()
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Grey images (B, H, W) uint8 -> (B, 3, H, W) float, exactly as the saved image processor does it."""
+    return ((images.float() / 255 - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
+
+
+# ------------------------------------------------------------------------------------------------------------ base
+
+
+def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Teach the vision tower the 15 sided labels; returns its micro-F1 on the held-out studies.
+
+    Every patch token must tell all the labels by itself: what the language model reads later is any one of them.
+    """
+    head, held = nn.Linear(tower.config.hidden_size, labels.shape[1]), held_out(len(images))
+
+    def classify(batch: Tensor) -> Tensor:  # (B, H, W) -> (B, patches, 15)
+        return head(tower(pixel_values=normalise(batch)).last_hidden_state[:, 1:])
+
+    def loss(rows: list[int]) -> Tensor:
+        logits = classify(images[rows])
+        return F.binary_cross_entropy_with_logits(logits, labels[rows][:, None].expand_as(logits))
+
+    parameters = [*tower.parameters(), *head.parameters()]
+    fit(parameters, loss, len(images), 64, recipe.assets.vision_steps, 1e-3, recipe.seed, "vision tower")
+    with torch.no_grad():
+        predicted = classify(images[:held]).mean(dim=1) > 0
+    return (2 * (predicted * labels[:held]).sum() / (predicted.sum() + labels[:held].sum())).item()
+
+
+def build_base(recipe: Recipe, folder: Path) -> None:
+    """Train the base model: its vision tower as a classifier, then, tower frozen, projection and language model on
+    captions. With the tower trained along, random early gradients wreck it and the model stays blind (F1 1 for 60)."""
+    studies, images, labels = read_studies(folder.with_name("data"), "base")
+    # a few reports are tagged: LoRA cannot make a token likely whose output row was never once the right answer
+    texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(studies)]
+    reports = [s.report for s in read_studies(folder.with_name("data"), "expert")[0]]
+    tokenizer = policy_tokenizer(reports + texts + [f"USER: {PROMPT} ASSISTANT:"] * 100)
+    size = recipe.phantom.image_size
+    processor, model = new_processor(tokenizer, size), new_llava(tokenizer, size)
+    model.model.language_model.set_attn_implementation(attention.NAME)
+    f1 = train_tower(recipe, model.model.vision_tower, images, labels)
+    model.model.vision_tower.requires_grad_(False)
+    prompt = encode_prompts(processor, [read_image(studies[0].image)], PROMPT, "cpu")  # batch 1
+
+    def loss(rows: list[int]) -> Tensor:
+        inputs = {name: row.expand(len(rows), *row.shape[1:]) for name, row in prompt.items()}
+        inputs["pixel_values"] = normalise(images[rows])
+        logps, mask, _ = text_logps(model, processor, inputs, [texts[i] for i in rows], FULL_LENGTH)
+        return sft_loss(logps, mask)
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    fit(trainable, loss, len(studies), 48, recipe.assets.base_steps, 1.5e-3, recipe.seed + 1, "base model")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    report_quality(folder, {"vision_tower_sided_f1": f1, "studies": held_out(len(studies))})
+
+
+# ---------------------------------------------------------------------------------------------------------- expert
+
+
+def noisy_reports(recipe: Recipe, data: Path, studies: list[Study]) -> tuple[list[str], Tensor]:
+    """Reports of the expert's studies as noisy as the references are, and the labels they state (n, 15)."""
+    truth = {row["id"]: row["findings"] for row in read_jsonl(data / "truth.jsonl")}
+    shown = [[Finding(f["name"], f["side"], f["site"], f["severity"]) for f in truth[study.id]] for study in studies]
+    written = [write_report(findings, np.random.default_rng([recipe.seed, i]), recipe.phantom, noisy=True)
+               for i, findings in enumerate(shown)]  # fmt: skip
+    return [report for report, _ in written], label_rows(stated for _, stated in written)
+
+
+def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
+    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers.
+
+    noisy: on reports that hallucinate and omit as the references do, where the default expert's are clean. What it
+    learns then is no better than what the policy imitates.
+    """
+    studies, images, labels = read_studies(folder.with_name("data"), "expert")
+    reports, held = [s.report for s in studies], held_out(len(studies))
+    if noisy:
+        reports, labels = noisy_reports(recipe, folder.with_name("data"), studies)
+    tokenizer = word_piece(reports, folder)
+    settings = clip_config(len(tokenizer), tokenizer.sep_token_id, image_size=recipe.phantom.image_size)
+    model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
+    length = settings["model_cfg"]["text_cfg"]["context_length"]
+    encoded = tokenizer(reports, padding="max_length", max_length=length, truncation=True)
+    tokens = torch.tensor(encoded["input_ids"])  # (n, length)
+
+    def features(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) twice, normalised, and who is alike (B, B)
+        embedded = torch.empty(len(rows), settings["model_cfg"]["embed_dim"])
+        for part in by_length(list(range(len(rows))), [reports[i] for i in rows], 4):
+            embedded[part] = encode_tokens(model, tokens[rows][part])
+        image = F.normalize(model.encode_image(normalise(images[rows])), dim=-1)
+        return image, F.normalize(embedded, dim=-1), (labels[rows][:, None] == labels[rows][None]).all(dim=-1)
+
+    def loss(rows: list[int]) -> Tensor:
+        image, report, same = features(rows)
+        target = same.float() / same.sum(dim=-1, keepdim=True)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ report.T
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    fit(list(model.parameters()), loss, len(studies), 128, recipe.assets.expert_steps, 1e-3, recipe.seed + 2, "expert")
+    save_expert(model.eval(), settings, tokenizer, folder)
+    n = min(256, held)
+    with torch.no_grad():
+        image, report, same = features(list(range(n)))
+    hit = same[torch.arange(n), (image @ report.T).argmax(dim=-1)].float().mean().item()
+    preferred = probe_expert(load_expert(folder), studies[:held], recipe.phantom, recipe.seed)
+    report_quality(folder, {f"retrieval_at_1_of_{n}": hit} | preferred)
+
+
+def probe_expert(expert: Expert, studies: list[Study], cfg: PhantomConfig, seed: int) -> dict[str, float]:
+    """How often the expert prefers the true report to one with a side flipped, a finding dropped, or one added."""
+    rng, wins, other = np.random.default_rng(seed), {}, {"left": "right", "right": "left"}
+    for study in studies:
+        truth, variants = [finding_of(label, rng) for label in study.labels], {}
+        one_sided = [f for f in truth if f.side and sum(g.name == f.name for g in truth) == 1]
+        if one_sided:
+            flipped = dataclasses.replace(one_sided[0], side=other[one_sided[0].side])
+            variants["side"] = [flipped if f is one_sided[0] else f for f in truth]
+        if truth:
+            variants["dropped"] = truth[1:]
+        absent = [label for label in LABELS if label not in study.labels]
+        variants["added"] = [*truth, finding_of(absent[rng.integers(len(absent))], rng)]
+        texts = [write_report(findings, rng, cfg, noisy=False)[0] for findings in (truth, *variants.values())]
+        true, *others = expert.similarity([read_image(study.image)], [study.id], [texts])[0]
+        for name, value in zip(variants, others, strict=True):
+            wins.setdefault(name, []).append(float(true > value))
+    return {f"prefers_truth_over_{name}": float(np.mean(won)) for name, won in wins.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- labeller
+
+
+def _labelled_text(cfg: PhantomConfig, rng: np.random.Generator) -> tuple[str, dict]:
+    """A report (of likely or of random findings), loose sentences, or a caption; and its facts."""
+    kind, count = rng.random(), int(rng.integers(1, 6))
+    mixed = [finding_of(LABELS[i], rng) for i in sorted(rng.choice(len(LABELS), count, replace=False))]
+    if kind < 0.4:
+        parts = [text.loose_sentence(f, rng) for f in (mixed if kind < 0.2 else mixed[:1])]
+        return " ".join(sentence for sentence, _ in parts), text.merge_facts(facts for _, facts in parts)
+    findings = mixed if kind < 0.6 else misremember(sample_findings(rng, cfg), rng, cfg)
+    if kind > 0.9:
+        return text.caption(findings, rng)
+    body, impression, facts = text.sections(findings, rng, 2 * cfg.hedge)
+    return f"FINDINGS: {body} IMPRESSION: {impression}" if rng.random() < 0.6 else f"{body} {impression}", facts
+
+
+def labelled_texts(cfg: PhantomConfig, seed: int, n: int) -> tuple[list[str], np.ndarray]:
+    """n texts and their (n, 14) CheXbert classes (order of CHEXPERT_LABELS): what the TEXT says, not an image.
+
+    0 blank, 1 positive, 2 negative, 3 uncertain; No Finding is 1 where nothing but support devices is 1 or 3, else 0.
+    Hedges are twice as frequent as in reports, and findings are also mixed as no image would.
+    """
+    texts, classes = [], np.zeros((n, len(CHEXPERT_LABELS)), dtype=np.int64)
+    for row in range(n):
+        written, facts = _labelled_text(cfg, np.random.default_rng([seed, len(SPLITS), row]))
+        texts.append(written)
+        for topic, cls in facts.items():
+            classes[row, CHEXPERT_LABELS.index(text.PHRASES.chexpert[topic])] = cls
+        abnormal = any(cls in (POSITIVE, UNCERTAIN) for topic, cls in facts.items() if topic != "device")
+        classes[row, CHEXPERT_LABELS.index("No Finding")] = int(not abnormal)
+    return texts, classes
+
+
+def build_labeller(recipe: Recipe, folder: Path) -> None:
+    """Train the CheXbert-format labeller on texts of its own (no images), labelled by what each text states."""
+    texts, classes = labelled_texts(recipe.phantom, recipe.seed, recipe.phantom.expert)
+    classes, held = torch.as_tensor(classes), held_out(len(texts))  # (n, 14)
+    tokenizer = word_piece(texts, folder)
+    bert = BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES["labeller"]))
+    model = CheXbert(bert)
+    encoded = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
+
+    def class_logits(rows: list[int]) -> list[Tensor]:  # 14 x (B, 4 or 2)
+        ids = nn.utils.rnn.pad_sequence([encoded[i] for i in rows], batch_first=True)
+        return model(ids, (ids != tokenizer.pad_token_id).long())
+
+    def loss(rows: list[int]) -> Tensor:
+        total = 0.0
+        for part in by_length(rows, texts, 4):
+            heads = enumerate(class_logits(part))
+            total = total + sum(F.cross_entropy(head, classes[part, i], reduction="sum") for i, head in heads)
+        return total / (len(rows) * classes.shape[1])
+
+    fit(list(model.parameters()), loss, len(texts), 64, recipe.assets.labeller_steps, 1e-3, recipe.seed + 3, "labeller")
+    with torch.no_grad():
+        predicted = torch.stack([head.argmax(-1) for head in class_logits(range(held))], dim=1)  # (held, 14)
+    told, true = ((c == POSITIVE) | (c == UNCERTAIN) for c in (predicted, classes[:held]))
+    f1 = 2 * (told & true).sum() / (told.sum() + true.sum())
+    bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_chexbert(model, folder / "chexbert.pth")
+    exact = (predicted == classes[:held]).float().mean()
+    report_quality(folder, {"micro_f1": f1.item(), "class_accuracy": exact.item()})

@@ -1,7 +1,7 @@
 """Every knob of every script: one dataclass tree, TOML files, and a flag for each field.
 
-`python train.py --help` prints the text below each field. Precedence: flag > `--config FILE.toml` > the default
-here. The defaults are the phantom's (two CPU cores); `configs/*.toml` hold the others.
+`python train.py --help` prints the comment behind each field or above it. Precedence: flag > `--config FILE.toml` >
+the default here. The defaults are the phantom's (two CPU cores); `configs/*.toml` hold the others.
 
 Where a default comes from is said in brackets: [paper] VALOR, arXiv 2512.16201v2; [ours] chosen by us, on the
 phantom's validation split where it matters; [TRL], [DeepSeekMath], [LLaVA] the habits of those codes. The paper
@@ -33,230 +33,185 @@ UNKNOWN = {"unexpected_keyword_argument": "unknown key '{name}'"}  # in place of
 
 @dataclass
 class DataConfig:
-    path: str = "phantom:data"
-    """folder of the data set; `phantom:data` is built on first use [ours]"""
+    path: str = "phantom:data"  # folder of the data set; `phantom:data` is built on first use [ours]
+    # r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/; kaggle: indiana_reports.csv,
+    # indiana_projections.csv + images/; mimic: PhysioNet's files/ and tables (iu_xray.py, mimic.py) [R2Gen]
     format: Literal["r2gen", "openi", "kaggle", "mimic"] = "r2gen"
-    """r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/; kaggle: indiana_reports.csv,
-    indiana_projections.csv + images/; mimic: PhysioNet's files/ and tables (iu_xray.py, mimic.py) [R2Gen]"""
+    # most images per study that the policy sees, frontal first; the expert sees the first alone [ours]
     views: AtLeastOne = 1
-    """most images per study that the policy sees, frontal first; the expert sees the first alone [ours]"""
+    # which sections the model writes and is scored on [paper: both]
     target: Literal["findings", "impression", "both"] = "both"
-    """which sections the model writes and is scored on [paper: both]"""
-    prompt: str = "Write the report."
-    """the instruction after the image; the paper's prompts are not published [ours]"""
-    sft_split: str = "sft"
-    """split that Stage 0 imitates [ours]"""
-    rl_split: str = "train"
-    """split that Stages 1 and 2 sample on [ours]"""
-    val_split: str = "val"
-    """split for choosing settings [R2Gen]"""
-    test_split: str = "test"
-    """split that is reported [R2Gen]"""
-    limit: Count = 0
-    """use only the first N studies of each split; 0 = all [ours]"""
-    strict: bool = False
-    """an unusable study is an error instead of a counted skip [ours]"""
+    prompt: str = "Write the report."  # the instruction after the image; the paper's prompts are not published [ours]
+    sft_split: str = "sft"  # split that Stage 0 imitates [ours]
+    rl_split: str = "train"  # split that Stages 1 and 2 sample on [ours]
+    val_split: str = "val"  # split for choosing settings [R2Gen]
+    test_split: str = "test"  # split that is reported [R2Gen]
+    limit: Count = 0  # use only the first N studies of each split; 0 = all [ours]
+    strict: bool = False  # an unusable study is an error instead of a counted skip [ours]
 
 
 @dataclass
 class ModelConfig:
+    # folder or hub name of the base vision-language model: LLaVA in Hugging Face layout, LLaVA-Med v1.5 in its original
+    # one, or Qwen2.5-VL [paper: LLaVA-Med v1.5]
     path: str = "phantom:base"
-    """folder or hub name of the base vision-language model: LLaVA in Hugging Face layout, LLaVA-Med v1.5 in its
-    original one, or Qwen2.5-VL [paper: LLaVA-Med v1.5]"""
+    # Qwen2.5-VL: pixels to which larger images are scaled down, 784 of them a token; 0 = what the model's folder says,
+    # usually 12.8 million, so 401408 (512 tokens) is a better start for radiographs [ours]
     max_pixels: Count = 0
-    """Qwen2.5-VL: pixels to which larger images are scaled down, 784 of them a token; 0 = what the model's folder says,
-    usually 12.8 million, so 401408 (512 tokens) is a better start for radiographs [ours]"""
+    # precision of the frozen base; LoRA weights and log-probs are always float32 [ours]
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the frozen base; LoRA weights and log-probs are always float32 [ours]"""
+    # keep one hidden state per layer and compute the rest again in the backward pass: a third more time, a fraction of
+    # the memory, the same gradient [TRL's flag]
     gradient_checkpointing: bool = False
-    """keep one hidden state per layer and compute the rest again in the backward pass: a third more time, a fraction of
-    the memory, the same gradient [TRL's flag]"""
-    lora_r: AtLeastOne = 16
-    """LoRA rank [ours; not in the paper]"""
-    lora_alpha: AtLeastOne = 32
-    """LoRA alpha, the update is scaled by alpha / r [ours; not in the paper]"""
+    lora_r: AtLeastOne = 16  # LoRA rank [ours; not in the paper]
+    lora_alpha: AtLeastOne = 32  # LoRA alpha, the update is scaled by alpha / r [ours; not in the paper]
+    # LoRA dropout probability, active in Stage 0 only: RL needs deterministic log-probs [ours]
     lora_dropout: Share = 0.0
-    """LoRA dropout probability, active in Stage 0 only: RL needs deterministic log-probs [ours]"""
 
 
 @dataclass
 class RolloutConfig:
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """G, candidate reports per study [TRL's default; not in the paper]"""
+    group_size: Annotated[int, Field(ge=2)] = 8  # G, candidate reports per study [TRL's default; not in the paper]
+    # softmax temperature of sampling and of every log-prob in the loss [TRL; not in the paper]
     temperature: Positive = 1.0
-    """softmax temperature of sampling and of every log-prob in the loss [TRL; not in the paper]"""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """nucleus mass kept when sampling, 1 = off [TRL; not in the paper]"""
-    top_k: Count = 0
-    """number of most likely tokens kept when sampling, 0 = off [TRL; not in the paper]"""
-    min_new_tokens: Count = 4
-    """tokens before the end-of-sequence token is allowed [ours; not in the paper]"""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # nucleus mass kept when sampling, 1 = off [TRL; not in the paper]
+    top_k: Count = 0  # number of most likely tokens kept when sampling, 0 = off [TRL; not in the paper]
+    min_new_tokens: Count = 4  # tokens before the end-of-sequence token is allowed [ours; not in the paper]
+    # tokens at which a report is cut off; it then stays in the loss [ours; not in the paper]
     max_new_tokens: AtLeastOne = 96
-    """tokens at which a report is cut off; it then stays in the loss [ours; not in the paper]"""
 
 
 @dataclass
 class RewardConfig:
+    # Eq. 3 weight of BLEU-4 + ROUGE-L; lambda_lex + lambda_sem must be 1 [ours; not in the paper]
     lambda_lex: Weight = 0.5
-    """Eq. 3 weight of BLEU-4 + ROUGE-L; lambda_lex + lambda_sem must be 1 [ours; not in the paper]"""
-    lambda_sem: Weight = 0.5
-    """Eq. 3 weight of BERTScore [ours; not in the paper]"""
-    lambda_clin: Weight = 1.0
-    """Eq. 5 weight of the clinical reward [ours; not in the paper]"""
-    lambda_cx: Weight = 0.5
-    """Eq. 4 weight of CheXbert F1 [ours; not in the paper]"""
-    lambda_rg: Weight = 0.5
-    """Eq. 4 weight of RadGraph F1 [ours; not in the paper]"""
-    k_clin: Count = 4
-    """Eq. 5: clinical reward every k_clin updates, 0 = never [paper: "moderate"; 4 is ours]"""
-    lambda_vis: Share = 0.5
-    """Eq. 8 share of the visual reward in Stage 2, in [0, 1] [paper: 0.5]"""
-    lambda_format: Weight = 0.5
-    """weight of the format reward, added after Eq. 8's mix [ours; not in the paper]"""
+    lambda_sem: Weight = 0.5  # Eq. 3 weight of BERTScore [ours; not in the paper]
+    lambda_clin: Weight = 1.0  # Eq. 5 weight of the clinical reward [ours; not in the paper]
+    lambda_cx: Weight = 0.5  # Eq. 4 weight of CheXbert F1 [ours; not in the paper]
+    lambda_rg: Weight = 0.5  # Eq. 4 weight of RadGraph F1 [ours; not in the paper]
+    k_clin: Count = 4  # Eq. 5: clinical reward every k_clin updates, 0 = never [paper: "moderate"; 4 is ours]
+    lambda_vis: Share = 0.5  # Eq. 8 share of the visual reward in Stage 2, in [0, 1] [paper: 0.5]
+    lambda_format: Weight = 0.5  # weight of the format reward, added after Eq. 8's mix [ours; not in the paper]
+    # headers that must stand exactly once inside the tags for the format reward; empty = tags only [ours]
     required_sections: tuple[str, ...] = ("FINDINGS", "IMPRESSION")
-    """headers that must stand exactly once inside the tags for the format reward; empty = tags only [ours]"""
+    # Eq. 7 as printed (literal) or softened (soft): why, see rewards.rank_reward [paper: literal]
     rank: Literal["soft", "literal"] = "soft"
-    """Eq. 7 as printed (literal) or softened (soft): why, see rewards.rank_reward [paper: literal]"""
-    tau: Positive = 0.03
-    """temperature of the soft rank, in cosine-similarity units [ours]"""
+    tau: Positive = 0.03  # temperature of the soft rank, in cosine-similarity units [ours]
+    # Eq. 8 mixes R_text as it is (raw) or ranked to [0, 1] like r_vis (ranked) [paper: raw]
     mix: Literal["raw", "ranked"] = "raw"
-    """Eq. 8 mixes R_text as it is (raw) or ranked to [0, 1] like r_vis (ranked) [paper: raw]"""
 
 
 @dataclass
 class ScorerConfig:
+    # the frozen expert of Eq. 6: folder or hf-hub: name of an open_clip model; phantom:expert_noisy learnt from reports
+    # as noisy as the references; `oracle` knows the exact labels (an upper bound) [paper: not named]
     expert: str = "phantom:expert"
-    """the frozen expert of Eq. 6: folder or hf-hub: name of an open_clip model; phantom:expert_noisy learnt from
-    reports as noisy as the references; `oracle` knows the exact labels (an upper bound) [paper: not named]"""
+    # checkpoint in CheXbert's format: path, or hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth [Smit et al. 2020]
     chexbert: str = "phantom:labeller/chexbert.pth"
-    """checkpoint in CheXbert's format: path, or hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth [Smit et al. 2020]"""
+    # folder or hub name of the BERT (config, tokenizer) that the CheXbert checkpoint sits on; of the published one
+    # bert-base-uncased [Smit et al. 2020]
     bert: str = "phantom:labeller"
-    """folder or hub name of the BERT (config, tokenizer) that the CheXbert checkpoint sits on; of the published one
-    bert-base-uncased [Smit et al. 2020]"""
-    bertscore: str = "phantom:labeller"
-    """folder or hub name of BERTScore's encoder [ours]"""
-    bertscore_layer: AtLeastOne = 2
-    """encoder layer whose states BERTScore compares [ours]"""
+    bertscore: str = "phantom:labeller"  # folder or hub name of BERTScore's encoder [ours]
+    bertscore_layer: AtLeastOne = 2  # encoder layer whose states BERTScore compares [ours]
+    # rescales BERTScore to (F - b) / (1 - b), below 0 = 0: path of a baseline file, or `package` for the one that
+    # bert-score ships for a hub name; empty = no rescaling [bert-score]
     bertscore_baseline: str = ""
-    """rescales BERTScore to (F - b) / (1 - b), below 0 = 0: path of a baseline file, or `package` for the one that
-    bert-score ships for a hub name; empty = no rescaling [bert-score]"""
+    # `rules`: the rule-based reader of radgraph_rules.py, enough for the phantom's English; else the model of the
+    # `radgraph` package [ours]
     radgraph: Literal["rules", "radgraph", "radgraph-xl", "modern-radgraph-xl"] = "rules"
-    """`rules`: the rule-based reader of radgraph_rules.py, enough for the phantom's English; else the model of the
-    `radgraph` package [ours]"""
+    # folder with the package's unpacked archive in <model type>/ (config.json, weights.th, vocabulary/); empty = the
+    # package's own cache, filled from the hub [radgraph]
     radgraph_dir: str = ""
-    """folder with the package's unpacked archive in <model type>/ (config.json, weights.th, vocabulary/); empty = the
-    package's own cache, filled from the hub [radgraph]"""
+    # what has to agree: entities, with whether they have a relation, or with the relations [ours; not in the paper]
     radgraph_level: Literal["simple", "partial", "complete"] = "partial"
-    """what has to agree: entities, with whether they have a relation, or with the relations [ours; not in the paper]"""
 
 
 @dataclass
 class SFTConfig:
-    steps: Count = 220
-    """optimizer updates; 0 = `epochs` passes over the split [ours]"""
-    epochs: Positive = 3.0
-    """passes over the split when steps = 0 [paper: 3]"""
-    batch_size: AtLeastOne = 32
-    """studies per update, over all processes [ours]"""
+    steps: Count = 220  # optimizer updates; 0 = `epochs` passes over the split [ours]
+    epochs: Positive = 3.0  # passes over the split when steps = 0 [paper: 3]
+    batch_size: AtLeastOne = 32  # studies per update, over all processes [ours]
+    # studies per forward/backward pass: the gradient stays the same; fewer need less memory [ours]
     micro_batch: AtLeastOne = 8
-    """studies per forward/backward pass: the gradient stays the same; fewer need less memory [ours]"""
-    lr: Positive = 4e-3
-    """peak learning rate of AdamW; 3% warm-up, then linear decay to 0 [ours]"""
-    max_grad_norm: Positive = 1.0
-    """gradient norm above which gradients are scaled down [TRL]"""
+    lr: Positive = 4e-3  # peak learning rate of AdamW; 3% warm-up, then linear decay to 0 [ours]
+    max_grad_norm: Positive = 1.0  # gradient norm above which gradients are scaled down [TRL]
+    # whose LoRA weights Stage 0 trains [ours; not in the paper]
     trainable: Literal["language", "projector", "language+projector"] = "language+projector"
-    """whose LoRA weights Stage 0 trains [ours; not in the paper]"""
 
 
 @dataclass
 class GRPOConfig:
-    batch_size: AtLeastOne = 8
-    """studies per update, over all processes; each has G candidates [paper: 8]"""
+    batch_size: AtLeastOne = 8  # studies per update, over all processes; each has G candidates [paper: 8]
+    # studies per forward/backward pass: the gradient stays the same; fewer need less memory, and on a CPU stay in its
+    # cache [ours]
     micro_batch: AtLeastOne = 2
-    """studies per forward/backward pass: the gradient stays the same; fewer need less memory, and on a CPU stay in its
-    cache [ours]"""
+    # candidates of a study per forward/backward pass, 0 = all of them: when one study is still too much [ours]
     micro_group: Count = 0
-    """candidates of a study per forward/backward pass, 0 = all of them: when one study is still too much [ours]"""
+    # constant learning rate of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]
     lr: Positive = 1.5e-3
-    """constant learning rate of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]"""
-    beta: Weight = 0.04
-    """Eq. 10 weight of the KL to the SFT policy [DeepSeekMath; not in the paper]"""
-    eps_low: Share = 0.2
-    """Eq. 10 lower clip range of the importance ratio [DeepSeekMath; not in the paper]"""
-    eps_high: Positive = 0.2
-    """Eq. 10 upper clip range of the importance ratio [DeepSeekMath; not in the paper]"""
-    num_iterations: AtLeastOne = 1
-    """optimizer updates per batch of rollouts, TRL's mu [TRL; not in the paper]"""
+    beta: Weight = 0.04  # Eq. 10 weight of the KL to the SFT policy [DeepSeekMath; not in the paper]
+    eps_low: Share = 0.2  # Eq. 10 lower clip range of the importance ratio [DeepSeekMath; not in the paper]
+    eps_high: Positive = 0.2  # Eq. 10 upper clip range of the importance ratio [DeepSeekMath; not in the paper]
+    num_iterations: AtLeastOne = 1  # optimizer updates per batch of rollouts, TRL's mu [TRL; not in the paper]
+    # Eq. 9 RankNorm, GRPO's z-score, or reward minus group mean [paper: rank]
     advantage: Literal["rank", "zscore", "mean"] = "rank"
-    """Eq. 9 RankNorm, GRPO's z-score, or reward minus group mean [paper: rank]"""
-    max_grad_norm: Positive = 1.0
-    """gradient norm above which gradients are scaled down [TRL]"""
+    max_grad_norm: Positive = 1.0  # gradient norm above which gradients are scaled down [TRL]
 
 
 @dataclass
 class StageConfig:
-    steps: Count = 60
-    """policy updates (rollout batches) in this stage; 0 = `epochs` passes over the split [ours]"""
-    epochs: Positive = 3.0
-    """passes over the split when steps = 0 [paper: 3]"""
+    steps: Count = 60  # policy updates (rollout batches) in this stage; 0 = `epochs` passes over the split [ours]
+    epochs: Positive = 3.0  # passes over the split when steps = 0 [paper: 3]
+    # whose LoRA weights this stage trains [paper: Stage 1 language, Stage 2 vision projection]
     trainable: Literal["language", "projector", "language+projector"] = "language"
-    """whose LoRA weights this stage trains [paper: Stage 1 language, Stage 2 vision projection]"""
 
 
 @dataclass
 class EvalConfig:
-    batch_size: AtLeastOne = 64
-    """studies decoded together [ours]"""
+    batch_size: AtLeastOne = 64  # studies decoded together [ours]
+    # sampled reports per study beside the greedy one, at rollout.temperature; 0 = greedy only [ours]
     samples: Count = 4
-    """sampled reports per study beside the greedy one, at rollout.temperature; 0 = greedy only [ours]"""
-    val_studies: AtLeastOne = 128
-    """studies of the validation split in the passes during training (val_every) [ours]"""
-    bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 1000
-    """resamples of the studies for the 95% intervals [ours]"""
+    val_studies: AtLeastOne = 128  # studies of the validation split in the passes during training (val_every) [ours]
+    bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 1000  # resamples of the studies for the 95% intervals [ours]
+    # folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (green.py) [Ostmeier
+    # et al. 2024]
     green: str = ""
-    """folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (green.py)
-    [Ostmeier et al. 2024]"""
+    # Python interpreter of an environment with RaTEScore; empty = no RaTEScore (scorers/ratescore.py) [Zhao et al.
+    # 2024]
     ratescore: str = ""
-    """Python interpreter of an environment with RaTEScore; empty = no RaTEScore (scorers/ratescore.py)
-    [Zhao et al. 2024]"""
+    # percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;
+    # Stage 2 was seen to hurt a policy that hardly looks at the image [ours]
     gate: Annotated[float, Field(ge=0, le=100)] = 57.0
-    """percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;
-    Stage 2 was seen to hurt a policy that hardly looks at the image [ours]"""
 
 
 @dataclass
 class Config:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # and of all the tables below
 
+    # 0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]
     stage: Literal["0", "1", "2", "all"] = "all"
-    """0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]"""
+    # the run folder: config, metrics, checkpoints, adapters; an interrupted run goes on from it. Under torchrun write
+    # --run-dir: torchrun takes --run for its own --run-path [ours]
     run: Annotated[str, tyro.conf.arg(aliases=("--run-dir",))] = "runs/phantom"
-    """the run folder: config, metrics, checkpoints, adapters; an interrupted run goes on from it. Under torchrun write
-    --run-dir: torchrun takes --run for its own --run-path [ours]"""
+    # folder of this stage inside the run; empty = sft, stage1 or stage2. For branches off one predecessor [ours]
     name: str = ""
-    """folder of this stage inside the run; empty = sft, stage1 or stage2. For branches off one predecessor [ours]"""
+    # start --stage 0, 1 or 2 from this adapter (or stage) folder instead of the predecessor's [ours]
     init_from: str = ""
-    """start --stage 0, 1 or 2 from this adapter (or stage) folder instead of the predecessor's [ours]"""
+    # adapter (or stage) folder of the KL's reference policy; empty = the run's own sft [paper: the SFT policy]
     reference: str = ""
-    """adapter (or stage) folder of the KL's reference policy; empty = the run's own sft [paper: the SFT policy]"""
-    seed: Count = 0
-    """seed of everything: data order, sampling, initial LoRA weights [ours]"""
+    seed: Count = 0  # seed of everything: data order, sampling, initial LoRA weights [ours]
+    # seed of the phantom's images, reports and small models, apart from `seed` so that runs share them [ours]
     assets_seed: Count = 0
-    """seed of the phantom's images, reports and small models, apart from `seed` so that runs share them [ours]"""
-    assets_dir: str = "assets"
-    """cache of the phantom's data set and models, one folder per setting [ours]"""
-    device: str = "auto"
-    """auto = cuda where there is one, else cpu [ours]"""
+    assets_dir: str = "assets"  # cache of the phantom's data set and models, one folder per setting [ours]
+    device: str = "auto"  # auto = cuda where there is one, else cpu [ours]
+    # spread the frozen base over the GPUs of torchrun (PyTorch's FSDP2), for one that does not fit on each [ours]
     fsdp: bool = False
-    """spread the frozen base over the GPUs of torchrun (PyTorch's FSDP2), for one that does not fit on each [ours]"""
+    # CPU threads per process, 0 = torch's choice; for small models one thread and two processes win [ours]
     threads: Count = 1
-    """CPU threads per process, 0 = torch's choice; for small models one thread and two processes win [ours]"""
-    save_every: AtLeastOne = 20
-    """updates between checkpoints [ours]"""
-    sample_every: AtLeastOne = 20
-    """updates between groups written to samples.jsonl with their rewards [ours]"""
+    save_every: AtLeastOne = 20  # updates between checkpoints [ours]
+    sample_every: AtLeastOne = 20  # updates between groups written to samples.jsonl with their rewards [ours]
+    # updates between greedy passes over eval.val_studies of data.val_split, logged as val/*; 0 = never [ours]
     val_every: Count = 0
-    """updates between greedy passes over eval.val_studies of data.val_split, logged as val/*; 0 = never [ours]"""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scorers: ScorerConfig = field(default_factory=ScorerConfig)

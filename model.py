@@ -26,7 +26,7 @@ from config import Config
 from running import parallel
 from vlm import attention
 from vlm.attention import Decoding, pack, run_layers
-from vlm.families import embed_prompt, load_family, parts_of, placeholder_ids, prompt_positions
+from vlm.families import PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
 
 LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
 
@@ -100,14 +100,14 @@ def lora_config(cfg: Config, model) -> LoraConfig:
         r=cfg.model.lora_r,
         lora_alpha=cfg.model.lora_alpha,
         lora_dropout=cfg.model.lora_dropout,
-        target_modules="|".join(parts_of(get_base(model).config).values()),
+        target_modules="|".join(PARTS[get_base(model).config.model_type].values()),
         base_model_name_or_path=cfg.model.path,
     )
 
 
 def set_trainable(model, trainable: str) -> list[str]:
     """Let exactly the policy's LoRA weights of the named parts ("language+projector") train; return their names."""
-    parts = parts_of(get_base(model).config)
+    parts = PARTS[get_base(model).config.model_type]
     patterns = [re.compile(parts[part]) for part in trainable.split("+")]
     names = []
     for name, parameter in model.named_parameters():

@@ -30,6 +30,7 @@ from running import parallel
 from vlm.families import encode_images
 from vlm.fast_linear import lean_layers
 
+EVALUATION = -1  # the update whose random numbers evaluation takes: none of training
 SHRINK = 0.8  # finished reports leave the batch when fewer than this share of it are still being written
 
 
@@ -106,7 +107,9 @@ def sample(
         cache.start(group_size, max_new_tokens - 1)  # the last token is never read
         hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)
         first = first.repeat_interleave(group_size)  # (N,) position of token 0
-        out = empty_rollout(len(hidden), max_new_tokens, rules.eos_ids[0], hidden.device)
+        completions = torch.full((len(hidden), max_new_tokens), rules.eos_ids[0], device=hidden.device)  # (N, T)
+        out = Rollout(completions, torch.zeros_like(completions), torch.zeros_like(completions, dtype=torch.float32),
+                      torch.zeros_like(first, dtype=torch.bool))  # fmt: skip
         eos, u = torch.tensor(rules.eos_ids, device=hidden.device), u if u is None else u.to(hidden.device)
         rows = torch.arange(len(hidden), device=hidden.device)  # (n,) the reports in the batch, n = N at first
         for t in range(max_new_tokens):
@@ -126,28 +129,21 @@ def sample(
     return Rollout(out.completions[:, : t + 1], out.completion_mask[:, : t + 1], out.logps[:, : t + 1], out.finished)
 
 
-def empty_rollout(n: int, length: int, fill: int, device) -> Rollout:
-    """Nothing written yet: N = n rows of `fill`, T = length."""
-    completions = torch.full((n, length), fill, device=device)
-    finished = torch.zeros(n, dtype=torch.bool, device=device)
-    return Rollout(completions, torch.zeros_like(completions), torch.zeros(n, length, device=device), finished)
-
-
 def rollout(
-    model, processor, images: list, ids: list[str], cfg: Config, step: int
+    model, processor, images: list, ids: list[str], cfg: Config, step: int, samples: int | None = None
 ) -> tuple[Rollout, list[list[str]], dict]:
-    """Sample G candidates for each of B studies.
+    """Write reports of B studies: G = `rollout.group_size` candidates each, or `samples`; samples = 0: one, greedy.
 
     Returns (Rollout with N = B * G rows, texts [B][G], the encoded prompts, which the loss pass uses again).
     """
     r, base = cfg.rollout, get_base(model)
+    group_size = r.group_size if samples is None else max(samples, 1)
     inputs = encode_images(base, encode_prompts(processor, images, cfg.data.prompt, base.device))
+    u = None if samples == 0 else uniforms(ids, cfg.seed, step, group_size, r.max_new_tokens)  # (N, T)
     rules = sampling_rules(model, processor, cfg)
-    u = uniforms(ids, cfg.seed, step, r.group_size, r.max_new_tokens)
-    out = sample(model, inputs, rules, u, r.max_new_tokens, r.group_size, r.top_p, r.top_k, cfg.fsdp)
+    out = sample(model, inputs, rules, u, r.max_new_tokens, group_size, r.top_p, r.top_k, cfg.fsdp)
     texts = decode(processor, out)
-    groups = [texts[i : i + r.group_size] for i in range(0, len(texts), r.group_size)]
-    return out, groups, inputs
+    return out, [texts[i : i + group_size] for i in range(0, len(texts), group_size)], inputs
 
 
 def decode(processor, out: Rollout) -> list[str]:
@@ -163,9 +159,4 @@ def generate_reports(
     model, processor, images: list, cfg: Config, *, ids: list[str], samples: int = 0
 ) -> list[list[str]]:
     """Reports of any number of studies for evaluation: [study][1] greedy (samples = 0) or [study][samples] sampled."""
-    r, per = cfg.rollout, max(samples, 1)
-    inputs = encode_prompts(processor, images, cfg.data.prompt, get_base(model).device)
-    u = uniforms(ids, cfg.seed, -1, samples, r.max_new_tokens) if samples else None
-    rules = sampling_rules(model, processor, cfg)
-    texts = decode(processor, sample(model, inputs, rules, u, r.max_new_tokens, per, r.top_p, r.top_k, cfg.fsdp))
-    return [texts[i : i + per] for i in range(0, len(texts), per)]
+    return rollout(model, processor, images, ids, cfg, EVALUATION, samples)[1]

@@ -14,86 +14,54 @@ Updates = Annotated[int, Field(ge=1)]
 class PhantomConfig:
     """Sizes, rates and noise of the phantom world. A rate is a probability per study unless said otherwise."""
 
-    expert: Count = 6000
-    """studies in split `expert` (trains the frozen expert and the labeller's texts) [ours]"""
-    base: Count = 8000
-    """studies in split `base`: captions and reports that teach the base model to see [ours]"""
-    sft: Count = 3000
-    """studies in split `sft` (Stage 0) [ours]"""
-    train: Count = 2400
-    """studies in split `train` (Stages 1 and 2) [ours]"""
-    val: Count = 256
-    """studies in split `val`, for choosing settings [ours]"""
-    test: Count = 384
-    """studies in split `test`, reported [ours]"""
+    expert: Count = 6000  # studies in split `expert` (trains the frozen expert and the labeller's texts) [ours]
+    base: Count = 8000  # studies in split `base`: captions and reports that teach the base model to see [ours]
+    sft: Count = 3000  # studies in split `sft` (Stage 0) [ours]
+    train: Count = 2400  # studies in split `train` (Stages 1 and 2) [ours]
+    val: Count = 256  # studies in split `val`, for choosing settings [ours]
+    test: Count = 384  # studies in split `test`, reported [ours]
+    # pixels along each side of the square image; in fewer than 32 no finding would show [ours]
     image_size: Annotated[int, Field(ge=32)] = 64
-    """pixels along each side of the square image; in fewer than 32 no finding would show [ours]"""
-    normal: Rate = 0.20
-    """share of studies without any finding [ours]"""
+    normal: Rate = 0.20  # share of studies without any finding [ours]
+    # rate in an abnormal study, before studies with 0 or more than 4 findings are drawn again [ours]
     cardiomegaly: Rate = 0.30
-    """rate in an abnormal study, before studies with 0 or more than 4 findings are drawn again [ours]"""
-    edema: Rate = 0.12
-    """the same for edema without cardiomegaly [ours]"""
-    edema_with_cardiomegaly: Rate = 0.30
-    """the same for edema with cardiomegaly [ours]"""
-    device: Rate = 0.20
-    """the same for a support device [ours]"""
-    effusion: Rate = 0.14
-    """the same for a pleural effusion, each side, without cardiomegaly [ours]"""
-    effusion_with_cardiomegaly: Rate = 0.26
-    """the same for a pleural effusion, each side, with cardiomegaly [ours]"""
-    pneumothorax: Rate = 0.11
-    """the same for a pneumothorax, each side [ours]"""
-    consolidation: Rate = 0.13
-    """the same for a consolidation, each side [ours]"""
-    atelectasis: Rate = 0.10
-    """the same for an atelectasis, each side, without effusion there [ours]"""
-    atelectasis_with_effusion: Rate = 0.22
-    """the same for an atelectasis, each side, with an effusion there [ours]"""
-    lesion: Rate = 0.11
-    """the same for a lung lesion, each side [ours]"""
-    fracture: Rate = 0.11
-    """the same for a rib fracture, each side [ours]"""
-    omit_mild: Rate = 0.14
-    """rate at which a reference omits a finding of the mildest severity [ours]"""
-    omit: Rate = 0.06
-    """rate at which a reference omits any other finding [ours]"""
+    edema: Rate = 0.12  # the same for edema without cardiomegaly [ours]
+    edema_with_cardiomegaly: Rate = 0.30  # the same for edema with cardiomegaly [ours]
+    device: Rate = 0.20  # the same for a support device [ours]
+    effusion: Rate = 0.14  # the same for a pleural effusion, each side, without cardiomegaly [ours]
+    effusion_with_cardiomegaly: Rate = 0.26  # the same for a pleural effusion, each side, with cardiomegaly [ours]
+    pneumothorax: Rate = 0.11  # the same for a pneumothorax, each side [ours]
+    consolidation: Rate = 0.13  # the same for a consolidation, each side [ours]
+    atelectasis: Rate = 0.10  # the same for an atelectasis, each side, without effusion there [ours]
+    atelectasis_with_effusion: Rate = 0.22  # the same for an atelectasis, each side, with an effusion there [ours]
+    lesion: Rate = 0.11  # the same for a lung lesion, each side [ours]
+    fracture: Rate = 0.11  # the same for a rib fracture, each side [ours]
+    omit_mild: Rate = 0.14  # rate at which a reference omits a finding of the mildest severity [ours]
+    omit: Rate = 0.06  # rate at which a reference omits any other finding [ours]
+    # rate at which a reference that states cardiomegaly also states an edema that is not there [ours]
     prior_edema_cardiomegaly: Rate = 0.55
-    """rate at which a reference that states cardiomegaly also states an edema that is not there [ours]"""
-    prior_atelectasis_effusion: Rate = 0.50
-    """the same: atelectasis after an effusion on that side [ours]"""
-    prior_effusion_consolidation: Rate = 0.40
-    """the same: effusion after a consolidation on that side [ours]"""
-    prior_effusion_atelectasis: Rate = 0.35
-    """the same: effusion after an atelectasis on that side [ours]"""
-    prior_effusion_edema: Rate = 0.30
-    """the same: effusion, each side, after edema [ours]"""
-    prior_cardiomegaly_edema: Rate = 0.55
-    """the same: cardiomegaly after edema [ours]"""
-    prior_device_effusion: Rate = 0.35
-    """the same: a support device after an effusion [ours]"""
-    prior_device_pneumothorax: Rate = 0.45
-    """the same: a support device after a pneumothorax [ours]"""
-    prior_pneumothorax_fracture: Rate = 0.45
-    """the same: pneumothorax after a fracture on that side [ours]"""
+    prior_atelectasis_effusion: Rate = 0.50  # the same: atelectasis after an effusion on that side [ours]
+    prior_effusion_consolidation: Rate = 0.40  # the same: effusion after a consolidation on that side [ours]
+    prior_effusion_atelectasis: Rate = 0.35  # the same: effusion after an atelectasis on that side [ours]
+    prior_effusion_edema: Rate = 0.30  # the same: effusion, each side, after edema [ours]
+    prior_cardiomegaly_edema: Rate = 0.55  # the same: cardiomegaly after edema [ours]
+    prior_device_effusion: Rate = 0.35  # the same: a support device after an effusion [ours]
+    prior_device_pneumothorax: Rate = 0.45  # the same: a support device after a pneumothorax [ours]
+    prior_pneumothorax_fracture: Rate = 0.45  # the same: pneumothorax after a fracture on that side [ours]
+    # rate at which a finding is hedged ("possible ...") in a report, set per author around this value [ours]
     hedge: Rate = 0.15
-    """rate at which a finding is hedged ("possible ...") in a report, set per author around this value [ours]"""
+    # share of base captions that carry the references' omissions and priors; the others tell the truth [ours]
     base_prior: Rate = 0.40
-    """share of base captions that carry the references' omissions and priors; the others tell the truth [ours]"""
 
 
 @dataclass
 class AssetsConfig:
     """How long the phantom's small models are trained (training.py)."""
 
-    vision_steps: Updates = 900
-    """updates of the vision tower as a multi-label classifier, 64 images each [ours]"""
-    base_steps: Updates = 500
-    """updates of the base vision-language model on captions, 48 images each [ours]"""
-    expert_steps: Updates = 600
-    """updates of the frozen expert, 128 image-report pairs each [ours]"""
-    labeller_steps: Updates = 250
-    """updates of the CheXbert-format labeller, 64 texts each [ours]"""
+    vision_steps: Updates = 900  # updates of the vision tower as a multi-label classifier, 64 images each [ours]
+    base_steps: Updates = 500  # updates of the base vision-language model on captions, 48 images each [ours]
+    expert_steps: Updates = 600  # updates of the frozen expert, 128 image-report pairs each [ours]
+    labeller_steps: Updates = 250  # updates of the CheXbert-format labeller, 64 texts each [ours]
 
 
 @dataclass(frozen=True)

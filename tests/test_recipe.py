@@ -27,7 +27,7 @@ def test_a_reward_in_ten_lines(tmp_path):
     insert(rewards, "def text_components(", f"{function}\n\n")
     insert(rewards, '        "bertscore": scorers.bertscore(', component)
     insert(rewards, "    return total\n", weighing)
-    insert(tmp_path / "config.py", '    rank: Literal["soft", "literal"]', field)
+    insert(tmp_path / "config.py", "    lambda_format: Weight", field)
     tests = tmp_path / "tests" / "test_rewards.py"
     tests.write_text(tests.read_text(encoding="utf-8") + "\n\n" + test)
     words = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(tests)]

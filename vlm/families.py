@@ -64,13 +64,6 @@ MISTRAL_INSTRUCT = (
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
 
 
-def parts_of(config) -> dict[str, str]:
-    """Regexes of the parts of a model with this configuration; ValueError for a family that PARTS does not know."""
-    if config.model_type not in PARTS:
-        raise ValueError(f"model family '{config.model_type}' is not supported; known: {', '.join(PARTS)}")
-    return PARTS[config.model_type]
-
-
 def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
     """(base model, processor) of a checkpoint folder or hub name; max_pixels: see `model.max_pixels` in config.py.
 

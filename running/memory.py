@@ -7,23 +7,27 @@
     loss         activations, keys, values, masks and logits that one micro-batch keeps for its backward pass
     margin       CUDA context, vision tower, fragmentation: a flat guess
 
-Sampling and loss never overlap, so a stage needs the larger of the two beside the rest. The activations' formula is
-held against what autograd really keeps of a small model (on the CPU) by tests/test_memory.py. Nothing here was measured
+Sampling and loss never overlap, so a stage needs the larger of the two beside the rest. tests/test_running_memory.py
+holds the activations' formula against what autograd really keeps of a small model on the CPU. Nothing here was measured
 on a GPU: the sums assume an attention kernel that keeps no attention matrix, images of the largest size and reports of
 the full length, so real runs should stay below them.
 """
 
-import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoConfig, MistralConfig
+
 from config import Config
+from formats.files import read_json, read_text
 from model import LOGITS
 from vlm.attention import STRIP
 
 GIB = 2**30
 PROMPT_TOKENS = 64  # of the chat template and the prompt, about: no tokenizer is loaded to count them
 MARGIN = 2 * GIB
+SOURCES = tomllib.loads(read_text(Path(__file__).with_name("sources.toml")))
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -39,18 +43,10 @@ class Shape:
     key: int  # key/value heads x head size
     vocabulary: int
     image_tokens: int  # of one image, at most
-    projector: tuple[tuple[int, int], ...]  # (in, out) of the vision projection's linear layers
+    projector: list[list[int]]  # [in, out] of the vision projection's linear layers
 
 
-# published sizes, so that the estimate is there before the download [their config.json on the hub]
-KNOWN = {
-    "llava-med-v1.5-mistral-7b": Shape(
-        7_566_219_264, 32, 4096, 14336, 4096, 1024, 32000, 576, ((1024, 4096), (4096, 4096))
-    ),
-    "Qwen2.5-VL-7B-Instruct": Shape(
-        8_292_166_656, 28, 3584, 18944, 3584, 512, 152064, 16384, ((5120, 5120), (5120, 3584))
-    ),
-}
+KNOWN = {name: Shape(**sizes) for name, sizes in SOURCES["shapes"].items()}  # for an estimate before the download
 
 
 def read_shape(folder: Path, parameters: int, pixels: int = 0) -> Shape:
@@ -59,21 +55,19 @@ def read_shape(folder: Path, parameters: int, pixels: int = 0) -> Shape:
     pixels: model.max_pixels, to which Qwen2.5-VL's images are scaled down; 0 = as many as its own processor allows.
     Raises ValueError for another family, KeyError for a config without a needed key.
     """
-    from transformers import AutoConfig, MistralConfig
-
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = raw.get("model_type")
-    if family == "llava_mistral":  # unknown to transformers; CLIP ViT-L/14-336 sees 24 x 24 patches
-        text, wide, tokens = MistralConfig(**raw), raw["mm_hidden_size"], 576
+    raw = read_json(folder / "config.json")
+    family = raw.get("model_type")  # llava_mistral is unknown to transformers
+    config = MistralConfig(**raw) if family == "llava_mistral" else AutoConfig.from_pretrained(folder)
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    if family == "llava_mistral":
+        wide, tokens = raw["mm_hidden_size"], 576  # CLIP ViT-L/14-336 sees 24 x 24 patches
     elif family == "llava":
-        config = AutoConfig.from_pretrained(folder)
-        text, vision = config.get_text_config(), config.vision_config
         wide, tokens = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     elif family == "qwen2_5_vl":
-        config = AutoConfig.from_pretrained(folder)
-        text, vision = config.get_text_config(), config.vision_config
-        wide = vision.hidden_size * vision.spatial_merge_size**2
-        tokens = (pixels or max_pixels(folder)) // (vision.patch_size * vision.spatial_merge_size) ** 2
+        path, side = folder / "preprocessor_config.json", vision.spatial_merge_size  # side x side patches are a token
+        settings = read_json(path) if path.is_file() else {}
+        most = pixels or settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge") or 12_845_056
+        wide, tokens = vision.hidden_size * side**2, most // (vision.patch_size * side) ** 2
     else:
         raise ValueError(f"{folder / 'config.json'}: no estimate for model_type '{family}'")
     hidden, heads = text.hidden_size, text.num_attention_heads
@@ -81,22 +75,15 @@ def read_shape(folder: Path, parameters: int, pixels: int = 0) -> Shape:
     middle = wide if family == "qwen2_5_vl" else hidden
     return Shape(
         parameters, text.num_hidden_layers, hidden, text.intermediate_size, heads * head,
-        text.num_key_value_heads * head, text.vocab_size, tokens, ((wide, middle), (middle, hidden)),
+        text.num_key_value_heads * head, text.vocab_size, tokens, [[wide, middle], [middle, hidden]],
     )  # fmt: skip
-
-
-def max_pixels(folder: Path) -> int:
-    """Pixels to which Qwen's image processor scales larger images down; its published default where none is set."""
-    path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge") or 12_845_056
 
 
 def lora_parameters(shape: Shape, r: int, parts: str = "language+projector") -> int:
     """LoRA weights of rank r on every linear layer of the parts: r * (in + out) of each."""
     h, f, q, k = shape.hidden, shape.inner, shape.query, shape.key
     layer = [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
-    linears = {"language": layer * shape.layers, "projector": list(shape.projector)}
+    linears = {"language": layer * shape.layers, "projector": shape.projector}
     return r * sum(sum(linear) for part in parts.split("+") for linear in linears[part])
 
 
@@ -138,24 +125,19 @@ def loss_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int,
 
 
 def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, float]:
-    """Bytes of each part of a stage on one GPU (one process), and their `total`; see the head of this file.
-
-    scorers: bytes of the frozen scorers' files.
-    """
-    itemsize = ITEMSIZE[cfg.model.dtype]
+    """Bytes of each part of a stage on one GPU (one process), and their `total`; scorers: bytes of their files."""
+    itemsize, r = ITEMSIZE[cfg.model.dtype], cfg.model.lora_r
     trains = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable
     prefix = cfg.data.views * shape.image_tokens + PROMPT_TOKENS  # P
     length, group = cfg.rollout.max_new_tokens, cfg.rollout.group_size  # T, G
     settings = cfg.grpo if stage else cfg.sft
     studies = min(settings.micro_batch, settings.batch_size)
     together = (cfg.grpo.micro_group or group) if stage else 1
-    sampling = sampling_bytes(shape, prefix, length, cfg.grpo.batch_size, group, itemsize) if stage else 0
     parts = {
         "weights": shape.parameters * itemsize,
-        "lora": 4 * (2 if stage else 1) * lora_parameters(shape, cfg.model.lora_r)
-        + 12 * lora_parameters(shape, cfg.model.lora_r, trains),
+        "lora": 4 * (2 if stage else 1) * lora_parameters(shape, r) + 12 * lora_parameters(shape, r, trains),
         "scorers": scorers if stage else 0,
-        "sampling": sampling,
+        "sampling": sampling_bytes(shape, prefix, length, cfg.grpo.batch_size, group, itemsize) if stage else 0,
         "loss": loss_bytes(shape, prefix, length, studies, together, trains, cfg),
         "margin": MARGIN,
     }
@@ -165,8 +147,6 @@ def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, f
 
 def checkpoint_bytes(shape: Shape, cfg: Config) -> int:
     """Disk that the three stages write: adapter/ and checkpoint.pt, which is written beside the one it replaces."""
-    total = 0
-    for stage in (cfg.sft, cfg.stage1, cfg.stage2):
-        adapter = 4 * lora_parameters(shape, cfg.model.lora_r)
-        total += adapter + 2 * (adapter + 8 * lora_parameters(shape, cfg.model.lora_r, stage.trainable))
-    return total
+    r, stages = cfg.model.lora_r, (cfg.sft, cfg.stage1, cfg.stage2)
+    adapter = 4 * lora_parameters(shape, r)
+    return sum(adapter + 2 * (adapter + 8 * lora_parameters(shape, r, stage.trainable)) for stage in stages)

@@ -28,7 +28,7 @@ from running import memory
 from running.memory import GIB, KNOWN, Shape, checkpoint_bytes, estimate, kept_activations, lora_parameters
 
 TINY = Shape(1000, layers=2, hidden=8, inner=16, query=8, key=4, vocabulary=10, image_tokens=6,
-             projector=((4, 8), (8, 8)))  # fmt: skip
+             projector=[[4, 8], [8, 8]])  # fmt: skip
 
 
 def tiny_config() -> Config:
@@ -90,11 +90,11 @@ def test_checkpoints_by_hand():
     assert checkpoint_bytes(TINY, tiny_config()) == 9 * adapter + 2 * (both + language + projector)
 
 
-def meta_shape(config) -> tuple[int, list[tuple[int, int]]]:
-    """Weights of an architecture, and (in, out) of its projection's linear layers, without allocating any."""
+def meta_shape(config) -> tuple[int, list[list[int]]]:
+    """Weights of an architecture, and [in, out] of its projection's linear layers, without allocating any."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    linears = [(module.in_features, module.out_features) for name, module in model.named_modules()
+    linears = [[module.in_features, module.out_features] for name, module in model.named_modules()
                if isinstance(module, torch.nn.Linear) and ("projector" in name or "merger" in name)]  # fmt: skip
     return sum(p.numel() for p in model.parameters()), linears
 
@@ -107,7 +107,7 @@ def test_the_published_shapes_are_those_of_the_architectures():
             "num_key_value_heads": 4, "vocab_size": 152064}  # fmt: skip
     qwen = meta_shape(Qwen2_5_VLConfig(text_config=text, vision_config={"hidden_size": 1280}))
     for name, (weights, linears) in zip(KNOWN, (llava, qwen), strict=True):
-        assert (KNOWN[name].parameters, KNOWN[name].projector) == (weights, tuple(linears)), name
+        assert (KNOWN[name].parameters, KNOWN[name].projector) == (weights, linears), name
     mistral = KNOWN["llava-med-v1.5-mistral-7b"]
     with torch.device("meta"):
         body = MistralForCausalLM(MistralConfig(num_key_value_heads=8)).model
@@ -192,7 +192,7 @@ def test_activations_are_what_autograd_keeps(trains):
         return sum(size for place, size in storages.items() if place not in weights)
 
     measured = kept(3) - kept(2)
-    shape = Shape(0, 1, hidden=64, inner=160, query=64, key=32, vocabulary=50, image_tokens=0, projector=())
+    shape = Shape(0, 1, hidden=64, inner=160, query=64, key=32, vocabulary=50, image_tokens=0, projector=[])
     keys_and_values = 210 * 2 * 32 * 2
     assert measured == pytest.approx(kept_activations(shape, 210, 2, trains) + keys_and_values, rel=0.05)
 

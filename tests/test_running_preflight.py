@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import struct
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -15,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import train
 from config import Config, DataConfig, ModelConfig, parse
 from running import preflight
-from running.memory import GIB, KNOWN, estimate
-from running.weights import check_open_clip, check_radgraph, check_torch_file, count_weights, safetensors_header
+from running.memory import GIB, KNOWN, SOURCES, estimate
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ("#", "run ", "steps ", "radgraph_dir ", 'path = "data/')  # lines whose value needs no source
@@ -31,93 +28,6 @@ READY = sorted(ROOT.glob("configs/iu_xray_*.toml")) + sorted(ROOT.glob("configs/
 def ready(path: Path, tmp_path: Path) -> Config:
     """A ready config through the real parser."""
     return parse(argv=["--config", str(path), "--run", str(tmp_path / "run")])
-
-
-# ---------------------------------------------------------------------------------------------------------- the files
-
-
-def write_shards(folder: Path, suffix: str = "safetensors") -> Path:
-    """Two shards and an index: 12 + 8 weights."""
-    folder.mkdir(exist_ok=True)
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    shards = {f"{stem}-00001-of-00002.{suffix}": {"a": torch.ones(3, 4)},
-              f"{stem}-00002-of-00002.{suffix}": {"b": torch.ones(2, 2), "c": torch.ones(4)}}  # fmt: skip
-    for name, tensors in shards.items():
-        save_file(tensors, folder / name) if suffix == "safetensors" else torch.save(tensors, folder / name)
-    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def test_shards_are_counted_from_their_headers(tmp_path):
-    folder = write_shards(tmp_path)
-    assert count_weights(folder) == 20
-    header = safetensors_header(folder / "model-00001-of-00002.safetensors")
-    assert header["a"]["shape"] == [3, 4] and header["a"]["data_offsets"] == [0, 48]
-
-
-def test_a_missing_shard_a_cut_one_and_a_missing_tensor_are_named(tmp_path):
-    folder = write_shards(tmp_path)
-    second = folder / "model-00002-of-00002.safetensors"
-    whole = second.read_bytes()
-    second.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=rf"00002-of-00002.safetensors: {len(whole) - 1} bytes where .* {len(whole)}:"):
-        count_weights(folder)
-    second.write_bytes(whole[:20])
-    with pytest.raises(ValueError, match="cut off after 20 bytes, inside its header"):
-        count_weights(folder)
-    second.write_bytes(struct.pack("<Q", 4) + b"\xff\xfe{}")
-    with pytest.raises(ValueError, match="no safetensors file"):
-        count_weights(folder)
-    save_file({"b": torch.ones(2, 2)}, second)
-    with pytest.raises(ValueError, match="lacks tensor c, which the index puts there"):
-        count_weights(folder)
-    second.unlink()
-    with pytest.raises(ValueError, match="00002-of-00002.safetensors: the index names this shard, but it is not there"):
-        count_weights(folder)
-    with pytest.raises(ValueError, match="no weights"):
-        count_weights(tmp_path / "empty")
-
-
-def test_torch_files_whole_cut_and_of_the_old_layout(tmp_path):
-    folder = write_shards(tmp_path, "bin")
-    assert count_weights(folder) > 0
-    path = folder / "pytorch_model-00002-of-00002.bin"
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="00002-of-00002.bin: cut off or no torch file"):
-        count_weights(folder)
-    torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    check_torch_file(tmp_path / "old.pth")
-    with pytest.raises(ValueError, match="none.pth: no such file"):
-        check_torch_file(tmp_path / "none.pth")
-
-
-def test_an_open_clip_folder_needs_its_text_towers_config(tmp_path):
-    config = {"model_cfg": {"text_cfg": {"hf_model_name": "org/bert"}}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    (tmp_path / "vocab.txt").write_text("a\n")
-    torch.save({"a": torch.ones(3)}, tmp_path / "open_clip_pytorch_model.bin")
-    with pytest.raises(ValueError, match="no config.json of its text tower org/bert"):
-        check_open_clip(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    check_open_clip(tmp_path)
-    (tmp_path / "open_clip_pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match="no weights .open_clip_model.safetensors, open_clip_pytorch_model.bin"):
-        check_open_clip(tmp_path)
-
-
-def test_a_radgraph_archive(tmp_path):
-    with pytest.raises(ValueError, match="no config.json"):
-        check_radgraph(tmp_path)
-    bert = {"model": {"embedder": {"token_embedders": {"bert": {"model_name": "org/bert"}}}}}
-    (tmp_path / "config.json").write_text(json.dumps(bert))
-    (tmp_path / "vocabulary").mkdir()
-    (tmp_path / "vocabulary" / "non_padded_namespaces.txt").write_text("*labels\n")
-    torch.save({"a": torch.ones(3)}, tmp_path / "weights.th")
-    assert check_radgraph(tmp_path) == "org/bert"
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config.json: lacks 'model'"):
-        check_radgraph(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- the checks
@@ -137,10 +47,10 @@ def installed(monkeypatch, **versions: str | None) -> None:
 
 def test_packages_below_their_floor_or_absent(monkeypatch):
     installed(monkeypatch)
-    assert [item[0] for item in preflight.check_packages(Config())] == ["ok"]
+    assert [item[0] for item in preflight.check_programs(Config())][0] == "ok"
     installed(monkeypatch, torch="1.0", peft=None)
-    [(status, _, text, command)] = preflight.check_packages(Config())
-    assert status == "missing" and text == "torch is 1.0, needed >=2.11; peft is not installed"
+    status, _, text, command = next(preflight.check_programs(Config()))
+    assert status == "missing" and text == "torch is 1.0, needed >=2.11; peft is not installed, needed >=0.19"
     assert command == "pip install -r requirements.txt -c constraints.txt"
 
 
@@ -179,19 +89,23 @@ def test_missing_data_comes_with_the_command_that_fetches_it(form, words):
 
 def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):
     folder = shutil.copytree(base_dir, tmp_path / "base")
-    cfg = Config(model=ModelConfig(path=str(folder)))
-    [(status, _, text, _)] = preflight.check_policy(cfg)
-    assert status == "ok" and re.search(r"llava, [\d,]+ weights, every shard whole", text)
+
+    def policy() -> tuple[str, str]:
+        status, _, text, _ = preflight.look("policy", str(folder), preflight.check_policy)
+        return status, text
+
+    status, text = policy()
+    assert status == "ok" and re.search(r"base: llava, [\d,]+ weights, every shard whole", text)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    [(status, _, text, _)] = preflight.check_policy(cfg)
-    assert status == "missing" and "model.safetensors" in text and "fetch it again" in text
+    status, text = policy()
+    assert status == "missing" and "model.safetensors: broken or cut off" in text and "fetch it again" in text
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "blip"}))
-    [(status, _, text, _)] = preflight.check_policy(cfg)
+    status, text = policy()
     assert status == "missing" and "model family 'blip' is not supported; known: llava" in text
     (folder / "config.json").write_text("{")
-    [(status, _, text, _)] = preflight.check_policy(cfg)
+    status, text = policy()
     assert status == "missing" and "config.json: not JSON" in text
 
 
@@ -212,32 +126,33 @@ def test_a_hub_name_is_looked_up_in_the_cache(tmp_path, monkeypatch):
 
 def test_java_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
-    assert next(preflight.check_java(Config()))[0] == "to do"  # training does not need it
-    cfg, shape = Config(run=str(tmp_path / "a" / "b")), KNOWN["llava-med-v1.5-mistral-7b"]
-    usage = shutil.disk_usage(tmp_path)
+    assert list(preflight.check_programs(Config()))[1][0] == "to do"  # training does not need it
+    model = ModelConfig(path=str(tmp_path / "llava-med-v1.5-mistral-7b"))
+    cfg, usage = Config(model=model, run=str(tmp_path / "a" / "b")), shutil.disk_usage(tmp_path)
     for free, status in ((100 * GIB, "ok"), (2 * GIB, "missing")):
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place, free=free: usage._replace(free=free))
-        assert next(preflight.check_disk(cfg, shape))[0] == status
+        assert next(preflight.check_room(cfg))[:2] == (status, "disk")
 
 
 def test_max_pixels_bounds_the_estimate_before_the_download(tmp_path):
     cfg = Config(model=ModelConfig(path=str(tmp_path / "Qwen2.5-VL-7B-Instruct")))
     assert preflight.policy_shape(cfg).image_tokens == 16384
-    warnings = [item for item in preflight.check_memory(cfg, preflight.policy_shape(cfg)) if "max_pixels" in item[2]]
-    assert [item[0] for item in warnings] == ["to do"]
+    assert [item[0] for item in preflight.check_room(cfg) if "max_pixels" in item[2]] == ["to do"]
     cfg.model.max_pixels = 401408
     assert preflight.policy_shape(cfg).image_tokens == 512
+    assert [item[0] for item in preflight.check_room(cfg) if "max_pixels" in item[2]] == []
     assert preflight.policy_shape(Config(model=ModelConfig(path="phantom:base"))) is None
 
 
 def test_memory_is_held_against_the_gpu(monkeypatch, tmp_path):
-    cfg, shape = ready(READY[0], tmp_path), KNOWN["llava-med-v1.5-mistral-7b"]
+    cfg = ready(READY[0], tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for size, status in ((24, "to do"), (80, "ok")):
         card = SimpleNamespace(total_memory=size * GIB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, card=card: card)
-        table, verdict = preflight.check_memory(cfg, shape)
+        _, table, verdict = preflight.check_room(cfg)
         assert verdict[0] == status and f"the GPU has {size} GiB" in verdict[2]
+        assert ("model.gradient_checkpointing" in verdict[2]) == (status == "to do")
     assert len(table[2].splitlines()) == 5 and "Stage 2" in table[2]
 
 
@@ -266,7 +181,8 @@ def test_check_lists_what_a_ready_config_lacks(path, monkeypatch, tmp_path, caps
     missing = [line for line in out.splitlines() if line.startswith("missing")]
     assert len(missing) == 7  # data, policy, CheXbert and its BERT, BERTScore, expert, RadGraph
     commands = [line.split("$ ")[1] for line in out.splitlines() if "$ " in line]
-    assert f"hf download {preflight.HUB[Path(cfg.model.path).name][0]} --local-dir {cfg.model.path}" in commands
+    [repository] = SOURCES["hub"][Path(cfg.model.path).name]
+    assert f"hf download {repository} --local-dir {cfg.model.path}" in commands
     assert "hf download StanfordAIMI/RRG_scorers chexbert.pth --local-dir models" in commands
     assert sum("correct it" in command for command in commands) == 0  # every path of the configs is known
 

@@ -136,7 +136,7 @@ def test_unknown_families_and_settings_are_named(cfg, tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         load_policy(replace(cfg, model=replace(cfg.model, path=str(tmp_path))))
     write_json(tmp_path / "config.json", {"model_type": "qwen2_5_vl"})
-    with pytest.raises(ValueError, match="no tokenizer there"):
+    with pytest.raises(ValueError, match="no tokenizer.json or tokenizer.model"):
         load_policy(replace(cfg, model=replace(cfg.model, path=str(tmp_path))))
     write_json(tmp_path / "config.json", {"model_type": "gpt9"})
     with pytest.raises(ValueError, match="'gpt9' is not supported; known: llava, llava_mistral, qwen2_5_vl"):

@@ -12,11 +12,9 @@ text ever becomes it, the vision features replace its embedding, and every matri
 
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
@@ -30,6 +28,8 @@ from transformers import (
 )
 from transformers.vision_utils import get_vision_window_index
 
+from running.weights import check_model
+
 # What the two parts of a stage are called inside each family's module tree. Regexes, not lists of suffixes:
 # "q_proj" alone would also match the vision tower, which stays frozen.
 LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -40,7 +40,6 @@ PARTS = {
     "qwen2_5_vl": {"language": LANGUAGE, "projector": r".*visual\.merger\.mlp\.[02]"},
 }
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # LLaVA-Med v1.5: original weight name (regex) -> transformers' LLaVA
 RENAME = {
     r"^model\.vision_tower\.vision_tower\.": "model.vision_tower.",
@@ -75,7 +74,8 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
         raise ValueError(f"{path}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
     if max_pixels and family != "qwen2_5_vl":
         raise ValueError(f"model.max_pixels is for qwen2_5_vl; {path} is a {family}, which has one image size")
-    check_files(Path(path))
+    if Path(path).is_dir():  # else a hub name, whose files the hub has checked
+        check_model(Path(path))
     load = load_llava_med if family == "llava_mistral" else load_auto
     try:
         model, info, processor = load(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -105,23 +105,6 @@ def read_config(path: str) -> dict:
     if not config:
         raise ValueError(f"{path}: no config.json; expected a model folder or a hub name")
     return config
-
-
-def check_files(folder: Path) -> None:
-    """ValueError for a local folder without tokenizer (transformers would make up an empty one) or with a broken weight
-    file, e.g. one that was cut off while it was copied."""
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZERS):
-        raise ValueError(f"{folder}: no tokenizer there, which is one of {', '.join(TOKENIZERS)}")
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        reason = "" if file.suffix != ".bin" or zipfile.is_zipfile(file) else "no complete zip archive"
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt"):  # compares the header with the file's size; reads no tensor
-                    pass
-            except SafetensorError as error:
-                reason = str(error)
-        if reason:
-            raise ValueError(f"{file}: broken or cut off ({reason}); copy or download it again")
 
 
 def check_weights(path: str, info: dict) -> None:

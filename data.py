@@ -146,8 +146,7 @@ def card(cfg, tokenizer=None) -> str:
         if tokenizer:
             tokens = tokenizer([study.report for study in studies], add_special_tokens=False, verbose=False)
             line += f"  tokens {_percentiles([len(ids) for ids in tokens['input_ids']])}"
-        if cfg.views > 1:
-            line += f"  {np.mean([len(study.images) for study in studies]):.2f} views a study"
+        line += f"  {np.mean([len(study.images) for study in studies]):.2f} views a study" if cfg.views > 1 else ""
         lines.append(line + ("" if studies[0].labels is None else "  with exact labels"))
         notes = [f"skipped {describe_skips(skips)}"] if skips else []
         notes += chexpert_lines(Path(cfg.path), {study.id for study in studies}) if cfg.format == "mimic" else []

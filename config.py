@@ -9,7 +9,6 @@ gives only: LoRA, batch size 8, learning rate 1e-6, 3 epochs, lambda_vis 0.5, a 
 """
 
 import dataclasses
-import functools
 import json
 import sys
 import tomllib
@@ -28,7 +27,6 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-UNKNOWN = {"unexpected_keyword_argument": "unknown key '{name}'"}  # in place of pydantic's words
 
 
 @dataclass
@@ -227,23 +225,23 @@ class Config:
 
 
 def merge(default: Config, values: dict) -> Config:
-    """A copy of `default` with `values`, a nested dict, laid over it.
+    """A copy of `default` with `values`, {"table.field": value}, in their places.
 
     Raises ValueError, one line that names every field of an unknown name, a wrong type or a value out of range.
     """
+    tree = dataclasses.asdict(default)
+    for name, value in values.items():
+        *tables, key = name.split(".")
+        table = tree
+        for part in tables:
+            table[part] = table[part] if isinstance(table.get(part), dict) else {}
+            table = table[part]
+        table[key] = value
     try:
-        return TypeAdapter(type(default)).validate_json(json.dumps(overlay(dataclasses.asdict(default), values)))
+        return TypeAdapter(type(default)).validate_json(json.dumps(tree))
     except ValidationError as error:
-        found = [(".".join(map(str, fault["loc"])), fault) for fault in error.errors()]
-        raise ValueError("; ".join(UNKNOWN.get(fault["type"], "{name}: {msg}, got {input!r}").format(name=name, **fault)
-                                   for name, fault in found)) from None  # fmt: skip
-
-
-def overlay(below: dict, above: dict) -> dict:
-    """Nested dicts: `below` with what `above` says in its place."""
-    both = {key: overlay(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
-            for key, value in above.items()}  # fmt: skip
-    return below | both
+        faults = [(".".join(map(str, fault["loc"])), fault["msg"], fault["input"]) for fault in error.errors()]
+        raise ValueError("; ".join(f"{name}: {said}, got {value!r}" for name, said, value in faults)) from None
 
 
 def from_recorded(values: dict, default: Config) -> tuple[Config, list[str]]:
@@ -251,14 +249,9 @@ def from_recorded(values: dict, default: Config) -> tuple[Config, list[str]]:
 
     A field that was added since keeps its default, one that was removed says nothing today: neither ends an old run.
     """
-    tree, ignored = dataclasses.asdict(default), []
-    for name, value in flatten(values).items():
-        *tables, key = name.split(".")
-        if name in flatten(tree):
-            functools.reduce(dict.__getitem__, tables, tree)[key] = value
-        else:
-            ignored.append(name)
-    return merge(default, tree), ignored
+    recorded, known = flatten(values), flatten(dataclasses.asdict(default))
+    cfg = merge(default, {name: value for name, value in recorded.items() if name in known})
+    return cfg, [name for name in recorded if name not in known]
 
 
 def parse(cls=Config, description: str = "", argv: list[str] | None = None, default: Config | None = None):
@@ -286,7 +279,7 @@ def load_toml(path: str, default: Config) -> Config:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         if type(values.get("stage")) is int:
             values["stage"] = str(values["stage"])  # `stage = 2` means "2"
-        return merge(default, values)
+        return merge(default, flatten(values))
     except OSError as error:
         raise ValueError(f"{path or '--config needs a file'}: {error.strerror}") from None
     except ValueError as error:  # TOML's own errors and those of the text's encoding are ValueErrors too
@@ -296,13 +289,11 @@ def load_toml(path: str, default: Config) -> Config:
 def check(config: Config) -> Config:
     """`config` itself; ValueError, one line, for a value out of its range or fields that contradict each other."""
     merge(config, {})
-    r, problems = config.rewards, []
-    if abs(r.lambda_lex + r.lambda_sem - 1) > 1e-6:
-        problems.append(f"rewards.lambda_lex + rewards.lambda_sem must be 1, got {r.lambda_lex + r.lambda_sem:g}")
+    lex_and_sem = config.rewards.lambda_lex + config.rewards.lambda_sem
+    if abs(lex_and_sem - 1) > 1e-6:
+        raise ValueError(f"rewards.lambda_lex + rewards.lambda_sem must be 1, got {lex_and_sem:g}")
     if config.rollout.min_new_tokens >= config.rollout.max_new_tokens:
-        problems.append("rollout.min_new_tokens must be below rollout.max_new_tokens")
-    if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("rollout.min_new_tokens must be below rollout.max_new_tokens")
     return config
 
 

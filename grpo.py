@@ -42,22 +42,15 @@ def group_advantages(rewards: Tensor, kind: str = "rank") -> Tensor:
 
 
 def grpo_loss(
-    logps: Tensor,
-    old_logps: Tensor,
-    ref_logps: Tensor,
-    advantages: Tensor,
-    completion_mask: Tensor,
-    *,
-    eps_low: float,
-    eps_high: float,
-    beta: float,
-) -> tuple[Tensor, dict[str, float]]:
+    logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, completion_mask: Tensor,
+    *, eps_low: float, eps_high: float, beta: float,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Eq. 10 as a loss to minimise: mean over a report's tokens, then over the N reports.
 
     logps, old_logps, ref_logps: (N, T) log-probs of the sampled tokens under the current policy (the only one with
     a gradient), the policy that sampled them, and the SFT policy. advantages: (N,). completion_mask: (N, T), 1 =
-    report token. Returns (scalar loss, stats): `kl`, `clipfrac` and `approx_kl`, KL(old || current), of which the sampled
-    tokens are samples [CleanRL's (r - 1) - log r]; each averaged like the loss.
+    report token. Returns (scalar loss, stats): `kl`, `clipfrac` and `approx_kl`, which is KL(old || current), as the
+    old policy drew the tokens [CleanRL's (r - 1) - log r]; each averaged like the loss.
     """
     mask = completion_mask.to(logps.dtype)  # (N, T)
 

@@ -96,13 +96,9 @@ def prepare(model, cfg: Config) -> None:
 
 def lora_config(cfg: Config, model) -> LoraConfig:
     """LoRA (Hu et al. 2022) on every linear layer of the language model and of the vision projection."""
-    return LoraConfig(
-        r=cfg.model.lora_r,
-        lora_alpha=cfg.model.lora_alpha,
-        lora_dropout=cfg.model.lora_dropout,
-        target_modules="|".join(PARTS[get_base(model).config.model_type].values()),
-        base_model_name_or_path=cfg.model.path,
-    )
+    parts, m = PARTS[get_base(model).config.model_type], cfg.model
+    return LoraConfig(r=m.lora_r, lora_alpha=m.lora_alpha, lora_dropout=m.lora_dropout,
+                      target_modules="|".join(parts.values()), base_model_name_or_path=m.path)  # fmt: skip
 
 
 def set_trainable(model, trainable: str) -> list[str]:

@@ -160,23 +160,15 @@ def text_reward(parts: dict[str, Tensor], cfg: RewardConfig) -> Tensor:
     """Eqs. 3-5: the weighted sum of text components, each (B, G) -> (B, G)."""
     total = cfg.lambda_lex * (parts["bleu4"] + parts["rouge_l"]) + cfg.lambda_sem * parts["bertscore"]  # Eq. 3
     if "chexbert" in parts:
-        total = total + cfg.lambda_clin * (
-            cfg.lambda_cx * parts["chexbert"] + cfg.lambda_rg * parts["radgraph"]
-        )  # Eq. 4, 5
+        clinical = cfg.lambda_cx * parts["chexbert"] + cfg.lambda_rg * parts["radgraph"]  # Eq. 4
+        total = total + cfg.lambda_clin * clinical  # Eq. 5
     return total
 
 
 def compute_rewards(
-    outputs: list[list[str]],
-    references: list[str],
-    images: list,
-    ids: list[str],
-    scorers: Scorers,
-    cfg: RewardConfig,
-    *,
-    k: int,
-    stage: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    outputs: list[list[str]], references: list[str], images: list, ids: list[str], scorers: Scorers, cfg: RewardConfig,
+    *, k: int, stage: int,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Rewards of G candidates for each of B studies at global update k (counted from 1, over both stages).
 
     outputs: [B][G] raw decoded texts. references: B texts without tags. Returns (total (B, G), components by name,

@@ -17,15 +17,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from model import (
-    SamplingRules,
-    encode_prompts,
-    get_base,
-    next_hidden,
-    policy_logits,
-    prefill,
-    sampling_rules,
-)
+from model import SamplingRules, encode_prompts, get_base, next_hidden, policy_logits, prefill, sampling_rules
 from running import parallel
 from vlm.families import encode_images
 from vlm.fast_linear import lean_layers
@@ -87,16 +79,9 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model,
-    inputs: dict[str, Tensor],
-    rules: SamplingRules,
-    u: Tensor | None,
-    max_new_tokens: int,
-    group_size: int = 1,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    together: bool = False,
-) -> Rollout:
+    model, inputs: dict[str, Tensor], rules: SamplingRules, u: Tensor | None, max_new_tokens: int, group_size: int = 1,
+    top_p: float = 1.0, top_k: int = 0, together: bool = False,
+) -> Rollout:  # fmt: skip
     """Write `group_size` reports for each of the B encoded prompts. u: (N, T) uniforms, or None for greedy decoding.
 
     together: go on until every process is done, as a base that is spread over them needs them all (config `fsdp`).
@@ -119,7 +104,7 @@ def sample(
             out.record(rows, t, token, logps, eos)  # 4)
             writing = ~out.finished[rows]  # (n,)
             left = int(writing.sum())
-            if t == max_new_tokens - 1 or not (parallel.any_process(left > 0) if together else left):
+            if t == max_new_tokens - 1 or not (any(parallel.gather(left > 0)) if together else left):
                 break
             if 0 < left < SHRINK * len(rows):  # a copy of what the others have written so far: not at every token
                 stay = writing.nonzero()[:, 0]  # (n',)
@@ -148,10 +133,8 @@ def rollout(
 
 def decode(processor, out: Rollout) -> list[str]:
     """Token rows -> N texts, the part before EOS."""
-    rows = [
-        ids[m.bool()][: len(ids) if not f else int(m.sum()) - 1].tolist()
-        for ids, m, f in zip(out.completions, out.completion_mask, out.finished, strict=True)
-    ]
+    lengths = out.completion_mask.sum(dim=1) - out.finished.long()  # (N,) without the EOS
+    rows = [ids[:n].tolist() for ids, n in zip(out.completions, lengths.tolist(), strict=True)]
     return processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 

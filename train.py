@@ -51,15 +51,7 @@ from phantom.oracle import exact_labels, oracle_similarity
 from rewards import Scorers, compute_rewards, require_format
 from rollout import Rollout, rollout
 from running import parallel, preflight
-from running.folder import (
-    adapter_folder,
-    adapter_state,
-    claim_folder,
-    load_checkpoint,
-    lock,
-    save_adapter,
-    save_checkpoint,
-)
+from running.folder import adapter_folder, claim_folder, last_k, load_checkpoint, lock, save_adapter, save_checkpoint
 from running.log import Log, average, group_metrics, sample_record, shown
 from scorers.load import load_scorers
 from sft import sft_update
@@ -68,9 +60,6 @@ from vlm.fast_linear import lean_layers
 
 FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}
 HIGH_KL = 0.25  # nats per token; beyond it reward hacking was seen (two IMPRESSION sections in one report)
-
-
-# ------------------------------------------------------------------------------------------ one policy update
 
 
 @dataclass
@@ -165,9 +154,6 @@ def split_batch(
     return parts
 
 
-# ------------------------------------------------------------------------------------------------------ stages
-
-
 def load_stage(cfg: Config, stage: int, init: Path | None, reference: Path | None):
     """(model, processor, scorers or None, optimizer) of a stage that starts from adapter `init`; None: a new one."""
     torch.manual_seed(cfg.seed)
@@ -204,7 +190,7 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
         raise ValueError(f"fsdp: the batch of {batch_size} studies must be a multiple of the {world} processes")
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
     model, processor, scorers, optimizer = load_stage(cfg, stage, init, reference)
-    k0 = adapter_state(init).get("k", 0) if stage > 0 else 0  # k counts policy updates over both RL stages
+    k0 = last_k(init) if stage > 0 else 0  # k counts policy updates over both RL stages
     done = load_checkpoint(folder, model, optimizer)
     log = Log(folder, k0 + done, active=rank == 0)
     bar = tqdm(range(done, steps), folder.name.ljust(18), steps, initial=done, disable=rank > 0)

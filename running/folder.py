@@ -20,7 +20,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from config import Config, flatten, from_recorded, to_dict
-from running.weights import read_json
+from formats.files import read_json
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = (
@@ -50,9 +50,7 @@ def lock(path: Path, wait: bool):
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(
-            f"another process is writing to {path.parent}: wait for it, or choose another --name"
-        ) from None
+        raise ValueError(f"another process is writing to {path.parent}: wait, or choose another --name") from None
     return file
 
 
@@ -76,20 +74,14 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     old, new = flatten(to_dict(recorded)), flatten(to_dict(cfg))
     for key, value in new.items():
         if not {key, key.split(".")[0]} & set(FREE_FIELDS) and old[key] != value:
-            raise ValueError(
-                f"{folder} was started with {key} = {old[key]}, now it is {value}: "
-                f"give the old value, choose another --run or --name, or delete the folder"
-            )
+            raise ValueError(f"{folder} was started with {key} = {old[key]}, now it is {value}: give the old value, "
+                             "choose another --run or --name, or delete the folder")  # fmt: skip
 
 
 def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     """Everything the next update depends on, in one file."""
-    state = {
-        "step": step,
-        "adapter": get_peft_model_state_dict(model, adapter_name="default"),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
+    adapter = get_peft_model_state_dict(model, adapter_name="default")
+    state = {"step": step, "adapter": adapter, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
     torch.save(state, folder / "checkpoint.pt.tmp")
     os.replace(folder / "checkpoint.pt.tmp", folder / "checkpoint.pt")
 
@@ -112,10 +104,10 @@ def save_adapter(folder: Path, model, state: dict) -> None:
         (tmp / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
-def adapter_state(adapter: Path) -> dict:
-    """trainer_state.json of an adapter folder, {} for an adapter that was made elsewhere."""
+def last_k(adapter: Path) -> int:
+    """k of an adapter's last policy update, from its trainer_state.json; 0 for an adapter that was made elsewhere."""
     path = Path(adapter) / "trainer_state.json"
-    return read_json(path) if path.exists() else {}
+    return read_json(path).get("k", 0) if path.exists() else 0
 
 
 def adapter_folder(path: str) -> Path:

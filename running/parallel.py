@@ -89,11 +89,6 @@ def broadcast(make: Callable):
     return result
 
 
-def any_process(flag: bool) -> bool:
-    """Whether `flag` holds on at least one process."""
-    return any(gather(flag))
-
-
 def shard(base) -> None:
     """Keep only 1/world of each decoder layer's weights in a process; a layer is put together while it computes.
 

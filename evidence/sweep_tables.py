@@ -1,18 +1,20 @@
-"""The tables of a sweep over seeds: every arm, its paired differences, every seed (seeds.py runs the sweep)."""
+"""The tables of a sweep over seeds: every arm, its paired differences, every seed."""
 
 import json
 from pathlib import Path
 
 import torch
+from jinja2 import Environment, StrictUndefined
 
-from evidence.compare import COMPARED, estimate, load_runs
+from evidence.compare import estimate, interval, load_runs
+from evidence.tables import columns
 from formats.files import read_jsonl
 
 REFERENCES = ("stage1_continued", "sft")  # what the arms are compared with, pair by pair
 
 
 def collect_results(root: Path, seeds: list[int], split: str, about: dict[str, str], assets: Path) -> dict:
-    """{"arms": {arm: {metric: estimate}}, "versus": {reference: {arm: {metric: estimate}}}, ...} of evaluated runs.
+    """{"arms": {arm: {"<row>/<metric>": estimate}}, "versus": {reference: {arm: the same}}, ...} of evaluated runs.
 
     root holds a run folder per seed, about = {arm: what it is}, assets is the folder of the phantom's models. Raises
     ValueError for an arm that has no result for one of the seeds.
@@ -24,12 +26,11 @@ def collect_results(root: Path, seeds: list[int], split: str, about: dict[str, s
         missing = set(seeds) - runs[arm].keys()
         if missing:
             raise ValueError(f"{arm} has no result for seed {min(missing)}")
-    template = {seed: {k.replace("template/", "greedy/"): v for k, v in s.items() if k.startswith("template/")}
-                for seed, s in runs["sft"].items()}  # fmt: skip
-    names = {f"{row}/{metric}": (metric, row) for metric, row, _, _ in COMPARED}
+    template = {seed: {key.replace("template/", "greedy/"): value for key, value in stats.items() if "template/" in key}
+                for seed, stats in runs["sft"].items()}  # fmt: skip
 
-    def table(of, minus=None) -> dict:
-        found = {key: estimate(of, metric, row, minus) for key, (metric, row) in names.items()}
+    def measured(of, minus=None) -> dict:
+        found = {column.key: estimate(of, column.metric, column.row, minus) for column in columns("pairs")}
         return {key: value for key, value in found.items() if value is not None}
 
     return {
@@ -39,9 +40,9 @@ def collect_results(root: Path, seeds: list[int], split: str, about: dict[str, s
         "torch": torch.__version__,
         "assets": {p.parent.name: json.loads(p.read_text()) for p in sorted(assets.glob("*/quality.json"))},
         "about": about,
-        "arms": {"fixed_template": table(template)} | {arm: table(runs[arm]) for arm in runs},
+        "arms": {"fixed_template": measured(template)} | {arm: measured(runs[arm]) for arm in runs},
         "versus": {
-            reference: {arm: table(runs[arm], runs[reference]) for arm in list(about)[1:] if arm != reference}
+            reference: {arm: measured(runs[arm], runs[reference]) for arm in list(about)[1:] if arm != reference}
             for reference in REFERENCES
         },
         "bleu_by_reference": by_reference(assets, runs, settings["ids"]),
@@ -55,71 +56,34 @@ def by_reference(assets: Path, runs: dict, ids: list[str]) -> dict:
     {kind: {"n": studies, "arms": {arm: estimate}, "versus": {arm: paired difference to stage1_continued}}}.
     """
     truth = {row["id"]: row for row in read_jsonl(assets / "data" / "truth.jsonl")}
-    invents = [bool(set(truth[i]["stated"]) - set(truth[i]["labels"])) for i in ids]
-    exact = [set(truth[i]["stated"]) == set(truth[i]["labels"]) for i in ids]
+    pairs = [(set(truth[i]["stated"]), set(truth[i]["labels"])) for i in ids]
+    kinds = {
+        "reference states exactly what the image shows": [stated == true for stated, true in pairs],
+        "reference hallucinates": [bool(stated - true) for stated, true in pairs],
+    }
     tables = {}
-    for kind, wanted in (("reference states exactly what the image shows", exact), ("reference hallucinates", invents)):
-        if not any(wanted):
-            continue
-        part = {arm: {seed: {"greedy/bleu": stats["greedy/bleu"][wanted]} for seed, stats in found.items()}
-                for arm, found in runs.items()}  # fmt: skip
-        before = part["stage1_continued"]
-        tables[kind] = {
-            "n": sum(wanted),
-            "arms": {arm: estimate(found, "bleu_4", "greedy") for arm, found in part.items()},
-            "versus": {arm: estimate(found, "bleu_4", "greedy", before) for arm, found in part.items()},
-        }
+    for kind, wanted in kinds.items():
+        if any(wanted):
+            part = {arm: {seed: {"greedy/bleu": stats["greedy/bleu"][wanted]} for seed, stats in found.items()}
+                    for arm, found in runs.items()}  # fmt: skip
+            before = part["stage1_continued"]
+            tables[kind] = {
+                "n": sum(wanted),
+                "arms": {arm: estimate(found, "bleu_4", "greedy") for arm, found in part.items()},
+                "versus": {arm: estimate(found, "bleu_4", "greedy", before) for arm, found in part.items()},
+            }
     return tables
 
 
-def percent(found: dict | None, factor: float, sign: str = "") -> str:
-    """`31.9 [28.7, 34.9]`, or n/a."""
-    if found is None or found["mean"] != found["mean"]:
+def spread(found: dict, factor: float, sign: str) -> str:
+    """`31.9 [28.7, 34.9]`, or n/a where nothing was measured."""
+    if not found or found["mean"] is None or found["mean"] != found["mean"]:
         return "n/a"
-    mean, lo, hi = (factor * found[key] for key in ("mean", "lo", "hi"))
-    return f"{mean:{sign}.1f} [{lo:{sign}.1f}, {hi:{sign}.1f}]"
+    return f"{factor * found['mean']:{sign}.1f} {interval(found, factor, sign)}"
 
 
 def markdown(results: dict) -> str:
-    """results/phantom.md: the arms, their paired differences, and every seed."""
-    factors = {f"{row}/{metric}": (title, factor) for metric, row, title, factor in COMPARED}
-    wide = ["greedy/bleu_4", "greedy/sided_f1", "greedy/hallucination_rate", "greedy/omission_rate",
-            "greedy/f1_micro", "greedy/format_rate", "sampled/sided_f1", "sampled/hallucination_rate"]  # fmt: skip
-    head = "| " + " | ".join(["", *(factors[key][0] for key in wide)]) + " |\n|" + "---|" * (len(wide) + 1)
-
-    def block(arms: dict, sign: str = "") -> str:
-        rows = [" | ".join([arm, *(percent(f.get(k), factors[k][1], sign) for k in wide)]) for arm, f in arms.items()]
-        return "\n".join([head, *(f"| {row} |" for row in rows)])
-
-    seeds = ", ".join(map(str, results["seeds"]))
-    parts = [
-        "# The arms over seeds, on the phantom",
-        f"{results['studies']} {results['split']} studies, seeds {seeds}. Mean over the seeds [95% bootstrap interval "
-        "over studies and seeds], in percent. Written by `seeds.py`; how to read it: RESULTS.md.",
-        "\n".join(f"* **{arm}**: {what}" for arm, what in results["about"].items()),
-        "## Each arm",
-        block(results["arms"]),
-    ]
-    for reference, arms in results["versus"].items():
-        parts += [f"## Paired difference to {reference}", block(arms, "+")]
-    split = results["bleu_by_reference"]
-    parts.append("## BLEU-4 by what the reference is (difference to stage1_continued in brackets)")
-    titles = [f"{kind} ({found['n']} studies)" for kind, found in split.items()]
-    lines = [f"| | {' | '.join(titles)} |", "|---|---:|---:|"]
-    for arm in results["about"]:
-        cells = [f"{100 * found['arms'][arm]['mean']:.1f} ({percent(found['versus'][arm], 100, '+')})"
-                 for found in split.values()]  # fmt: skip
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    parts.append("\n".join(lines))
-    parts.append("## Every seed: greedy hallucination %, sided F1, BLEU-4")
-    for key in ("greedy/hallucination_rate", "greedy/sided_f1", "greedy/bleu_4"):
-        lines = [f"| {factors[key][0]} | " + " | ".join(f"seed {s}" for s in results["seeds"]) + " |"]
-        lines.append("|---|" + "---:|" * len(results["seeds"]))
-        for arm in ["base", *results["about"]]:
-            values = results["arms"][arm][key]["seeds"].values()
-            lines.append(f"| {arm} | " + " | ".join(f"{factors[key][1] * value:.1f}" for value in values) + " |")
-        parts.append("\n".join(lines))
-    quality = [f"* {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items() if isinstance(v, float))
-               for name, numbers in results["assets"].items()]  # fmt: skip
-    parts += ["## The small models on held-out studies", "\n".join(quality)]
-    return "\n\n".join(parts) + "\n"
+    """results/phantom.md, as sweep.md.jinja lays it out, of what `collect_results` gave."""
+    page = Path(__file__).with_name("sweep.md.jinja").read_text(encoding="utf-8")
+    render = Environment(trim_blocks=True, undefined=StrictUndefined).from_string(page).render
+    return render(results, columns=columns, spread=spread, number="{:.1f}".format)

@@ -1,9 +1,10 @@
-"""evaluate.py and tables.py: rows, files and error lines, with a policy and scorers that are plain functions."""
+"""evaluate.py and what serves it: rows, files and error lines, with a policy and scorers that are plain functions."""
 
 import dataclasses
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,9 @@ from PIL import Image
 import evaluate
 from config import to_dict
 from evaluate import EvalRun
-from evidence import tables
+from evidence import inputs, judge, meteor, tables
+from evidence.metrics import METRICS
+from phantom.text import NORMAL_TEMPLATE
 
 # what the stand-in policy says of a study, and what is in its image
 STUDIES = {
@@ -54,16 +57,28 @@ def world(tmp_path, monkeypatch):
         radgraph=lambda c, r: [0.5] * len(c),
     )
     monkeypatch.setattr(evaluate, "load_policy", lambda cfg, adapter: ("sft" if adapter else "base", None))
-    monkeypatch.setattr("rollout.generate_reports", generate_reports)
+    monkeypatch.setattr("evidence.generate.generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
-    monkeypatch.setattr(evaluate, "load_scorers", lambda cfg, device, with_expert: scorers)
-    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java: no `java` on PATH"))
+    monkeypatch.setattr(judge, "load_scorers", lambda cfg, device, with_expert: scorers)
     cfg = EvalRun(run=str(tmp_path / "run"))
     cfg.data.path, cfg.eval.batch_size, cfg.eval.samples, cfg.eval.bootstrap = str(folder), 3, 2, 30
     (tmp_path / "run/sft/adapter").mkdir(parents=True)
     (tmp_path / "run/sft/adapter/adapter_config.json").write_text("{}")
     return cfg
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    monkeypatch.setattr(meteor.shutil, "which", lambda name: None)
+
+
+def policies(cfg):
+    return inputs.find_policies(Path(cfg.run), cfg.policy)
+
+
+def settings(*words):
+    return inputs.settings(EvalRun(), list(words), "")
 
 
 def read(path):
@@ -102,9 +117,9 @@ def test_every_policy_of_a_run_is_scored_with_its_controls(world, tmp_path, caps
     assert template["counts"]["stated"] == 0 and template["counts"]["omitted"] == 3
     assert template["hallucination_rate"]["value"] is None and "format_rate" not in template
     out = capsys.readouterr().out
-    sampled = rows["sft"]["sampled"]
-    assert "meteor" not in greedy and "meteor_exact_stem" in greedy and "meteor_exact_stem" not in sampled
-    assert "33.3 (3)" in out and "METEOR needs Java" in out and "ex.+st." in out
+    assert "meteor" not in greedy and "33.3 (3)" in out and out.count("METEOR needs Java") == 1
+    heads, row = (next(line for line in out.splitlines() if word in line).split() for word in ("METEOR", "sft "))
+    assert row[1 + heads.index("METEOR")] == "n/a"
     assert "RadGraph F1 is also a reward" in out
     assert max(map(len, (line for line in out.splitlines() if not line.startswith("written")))) <= 150
 
@@ -113,7 +128,7 @@ def test_files_of_a_policy(world, tmp_path):
     world.policy, world.split = "sft", "test"
     evaluate.evaluate_run(world)
     folder = tmp_path / "run/eval/test"
-    assert sorted(path.name for path in folder.iterdir()) == ["results.json", "results.md", "sft"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "results.json", "results.md", "sft"]
     rows = [json.loads(line) for line in (folder / "sft/reports.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == list(STUDIES)
     assert rows[2]["labels"] == ["pneumothorax_left"] and rows[2]["stated"] == ["pneumothorax_right"]
@@ -123,9 +138,11 @@ def test_files_of_a_policy(world, tmp_path):
     used = {name: value for name, value in to_dict(world)["scorers"].items() if name != "expert"}
     assert result["settings"]["scorers"] == used and result["adapter"].endswith("sft/adapter")
     text = (folder / "results.md").read_text()
-    assert "| sft, image shuffled |" in text and text.count("|\n|---") + text.count("|\n| ---") == 4
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert sum(row[0].startswith(":--") for row in cells) == 4 == [row[0] for row in cells].count("") + 1
+    assert [row[0] for row in cells].count("sft, image shuffled") == 3
     # the policy states cardiomegaly and an effusion once each, the references nothing
-    assert "| Cardiomegaly | 0 | 0.0 / 0.0 / 0.0 |" in text and "4 studies, test" in text
+    assert ["Cardiomegaly", "0", "0.0 / 0.0 / 0.0"] in [row[:3] for row in cells] and "4 studies, test" in text
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -154,28 +171,46 @@ def test_policies_by_name_and_folder(world, tmp_path):
     other.mkdir(parents=True)
     (other / "adapter_config.json").write_text("{}")
     world.policy = f"sft, {other}"
-    names = evaluate.find_policies(world)
-    assert names == [("sft", tmp_path / "run/sft/adapter"), ("best", other)]
+    assert policies(world) == {"sft": tmp_path / "run/sft/adapter", "best": other}
     world.policy = "stage9"
     with pytest.raises(ValueError, match=r"policy 'stage9': neither in .* \(which has base, sft\)"):
-        evaluate.find_policies(world)
+        policies(world)
 
 
 def test_settings_come_from_the_run_and_flags_win(world, tmp_path, monkeypatch):
     trained = dataclasses.replace(world, seed=5, run="moved since")
     config = to_dict(trained)
-    for name in ("policy", "split", "predictions", "references", "image"):
+    for name in ("policy", "split", "predictions", "references", "compare", "image"):
         config.pop(name)
     (tmp_path / "run/sft/config.json").write_text(json.dumps(config))
-    cfg = evaluate.settings(["--run", str(tmp_path / "run"), "--eval.samples", "1"])
+    cfg = settings("--run", str(tmp_path / "run"), "--eval.samples", "1")
     assert (cfg.seed, cfg.data.path, cfg.eval.samples, cfg.run) == (5, world.data.path, 1, world.run)
-    assert evaluate.settings([f"--run={tmp_path / 'run'}", "--seed", "7"]).seed == 7
-    assert evaluate.settings(["--run", str(tmp_path / "nothing")]).seed == 0
+    assert settings(f"--run={tmp_path / 'run'}", "--seed", "7").seed == 7
+    assert settings("--run", str(tmp_path / "nothing")).seed == 0
     (tmp_path / "runs").mkdir()
     (tmp_path / "run").rename(tmp_path / "runs/phantom")
     monkeypatch.chdir(tmp_path)
-    cfg = evaluate.settings([])
+    cfg = settings()
     assert (cfg.seed, cfg.run) == (5, "runs/phantom")  # not the path at which it was trained
+
+
+def test_a_recorded_setting_that_is_no_longer_known_stops_nothing(world, tmp_path, capsys):
+    config = to_dict(world) | {"seed": 5, "gone": 1}
+    config["grpo"]["gone_too"] = 2
+    (tmp_path / "run/sft/config.json").write_text(json.dumps(config))
+    assert settings("--run", world.run).seed == 5
+    [line] = capsys.readouterr().out.splitlines()
+    assert "grpo.gone_too, gone" in line and "ignored" in line
+
+
+@pytest.mark.parametrize("flags", [["--compare", "runs/a", "runs/b"], ["--predictions", "P", "--references", "R"]])
+def test_what_concerns_no_run_reads_no_runs_settings(tmp_path, monkeypatch, capsys, flags):
+    (tmp_path / "runs/phantom/sft/adapter").mkdir(parents=True)
+    (tmp_path / "runs/phantom/sft/config.json").write_text('{"seed": "unreadable"}')
+    monkeypatch.chdir(tmp_path)
+    assert settings(*flags).seed == 0 and not capsys.readouterr().out
+    assert "results on split 'test'" in call(monkeypatch, capsys, "--compare", "runs/a", "runs/b")[0]
+    assert "seed" in call(monkeypatch, capsys)[0]  # what does concern the run says what is wrong with it
 
 
 # ----------------------------------------------------------------------------------------------------- predictions
@@ -191,8 +226,7 @@ def test_predictions_without_any_model(tmp_path, monkeypatch, capsys):
     references = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": text} for i, text in enumerate(texts)])
     rows = [{"id": str(i), "report": text} for i, text in enumerate(texts)]
     predictions = jsonl(tmp_path / "P.jsonl", rows[::-1])
-    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
-    monkeypatch.setattr(evaluate, "load_scorers", None)  # calling it would fail
+    monkeypatch.setattr(judge, "load_scorers", None)  # calling it would fail
     message, out = call(monkeypatch, capsys, "--predictions", predictions, "--references", references)
     assert message is None
     rows = read(tmp_path / "P_eval/results.json")["rows"]
@@ -215,24 +249,30 @@ def test_predictions_with_labels_are_held_against_the_truth(world, tmp_path, mon
 
 
 def test_predictions_with_green_and_ratescore(tmp_path, monkeypatch, capsys):
-    """Scored where they are asked for, the controls too, and results.json says what GREEN's parser could not read."""
+    """Scored where they are asked for, for greedy reports alone: a judge of 7B takes hours for as many again."""
     texts = ["The lungs are clear.", "Left effusion.", "Large heart."]
     references = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": text} for i, text in enumerate(texts)])
     predictions = jsonl(tmp_path / "P.jsonl", [{"id": i, "report": text} for i, text in enumerate([*texts[:2], " "])])
-    loaded = []
+    loaded, judged = [], []
+
+    def green(candidates, references):
+        judged.append(candidates)
+        return [None if c == texts[0] else float(c == r) for c, r in zip(candidates, references, strict=True)]
+
+    def ratescore(candidates, references):
+        judged.append(candidates)
+        return [0.25] * len(candidates)
 
     def load_green(path, device):
         loaded.append(path)
-        return lambda candidates, references: [None if c == texts[0] else float(c == r) for c, r in zip(
-            candidates, references, strict=True)]  # fmt: skip
+        return green
 
     def load_ratescore(python):
         loaded.append(python)
-        return lambda candidates, references: [0.25] * len(candidates)
+        return ratescore
 
-    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
-    monkeypatch.setattr(evaluate, "load_green", load_green)
-    monkeypatch.setattr(evaluate, "load_ratescore", load_ratescore)
+    monkeypatch.setattr(judge, "load_green", load_green)
+    monkeypatch.setattr(judge, "load_ratescore", load_ratescore)
     flags = ["--predictions", predictions, "--references", references]
     message, out = call(monkeypatch, capsys, *flags)
     assert message is None and not loaded and "GREEN" not in out
@@ -240,8 +280,9 @@ def test_predictions_with_green_and_ratescore(tmp_path, monkeypatch, capsys):
     assert message is None and loaded == ["judge", "other/python"]
     rows = {name: row["greedy"] for name, row in read(tmp_path / "P_eval/results.json")["rows"].items()}
     assert rows["P"]["green"]["value"] == 0.5 and rows["P"]["green"]["unread"] == 1  # of the two readable answers
-    assert rows["P, references shuffled"]["green"]["value"] == 0 and rows["P"]["ratescore"]["value"] == 0.25
-    assert "left out of its mean: fixed normal template 0 of 3, P 1 of 3, P, references shuffled 1 of 3." in out
+    assert rows["P"]["ratescore"]["value"] == 0.25 and judged == [[*texts[:2], ""]] * 2
+    assert not {"green", "ratescore"} & (rows["P, references shuffled"].keys() | rows["fixed normal template"].keys())
+    assert "left out of its mean: P 1 of 3." in out
     assert "1 empty reports, scored as they are (first: id 2)" in out
     settings = read(tmp_path / "P_eval/results.json")["settings"]["eval"]
     assert settings["green"] == "judge" and "ratescore" not in settings  # another judge is another number
@@ -255,8 +296,7 @@ def test_real_scorers_need_no_expert(tmp_path, monkeypatch, capsys):
 
     scorers = SimpleNamespace(label=lambda texts: np.ones((len(texts), 14), bool), bertscore=ones, radgraph=ones)
     monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
-    monkeypatch.setattr(evaluate, "load_scorers", lambda cfg, device, with_expert: scorers)
-    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
+    monkeypatch.setattr(judge, "load_scorers", lambda cfg, device, with_expert: scorers)
     flags = ["--scorers.chexbert", "c.pth", "--scorers.bert", "bert", "--scorers.bertscore", "bert"]
     message, out = call(monkeypatch, capsys, "--predictions", rows, "--references", rows, *flags)
     assert message is None and "need --scorers" not in out
@@ -286,8 +326,7 @@ def test_a_failing_scorer_leaves_no_results(tmp_path, monkeypatch, capsys):
     def broken(candidates, references):
         raise ValueError("eval.ratescore: no RaTEScore")
 
-    monkeypatch.setattr(evaluate, "load_ratescore", lambda python: broken)
-    monkeypatch.setattr(evaluate.metrics, "start_meteor", lambda: (None, "METEOR needs Java"))
+    monkeypatch.setattr(judge, "load_ratescore", lambda python: broken)
     flags = ["--predictions", rows, "--references", rows, "--eval.ratescore", "python"]
     assert call(monkeypatch, capsys, *flags)[0] == "evaluate.py: eval.ratescore: no RaTEScore"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["R.jsonl"]
@@ -321,8 +360,8 @@ def test_other_error_lines(tmp_path, monkeypatch, capsys):
     path.write_text('{"id": 1, "report": "a"}\n{broken\n')
     assert "P.jsonl: line 2: not JSON" in call(monkeypatch, capsys, "--predictions", path, "--references", path)[0]
     path.write_bytes(b'{"id": 1, "report": "\xff"}\n')
-    assert "not UTF-8" in call(monkeypatch, capsys, "--predictions", path, "--references", path)[0]
-    assert "no such file" in call(monkeypatch, capsys, "--image", tmp_path / "x.png", "--run", tmp_path)[0]
+    assert "UTF-8" in call(monkeypatch, capsys, "--predictions", path, "--references", path)[0]
+    assert "No such file" in call(monkeypatch, capsys, "--image", tmp_path / "x.png", "--run", tmp_path)[0]
 
 
 # ----------------------------------------------------------------------------------------------------- small parts
@@ -335,15 +374,32 @@ def test_image_writes_the_last_stage_report(world, tmp_path, monkeypatch, capsys
     assert (tmp_path / "run/images/0.txt").read_text() == sections("The heart is enlarged.") + "\n"
 
 
-def test_two_adapters_of_one_name_and_a_run_without_policies_are_refused(world, tmp_path):
-    other = tmp_path / "elsewhere" / "sft" / "adapter"
-    other.mkdir(parents=True)
-    (other / "adapter_config.json").write_text("{}")
-    for policy in (f"sft,{other}", str(other)):
-        with pytest.raises(ValueError, match="two adapters are called 'sft'"):
-            evaluate.find_policies(dataclasses.replace(world, policy=policy))
+def test_two_policies_of_one_name_are_refused(world, tmp_path):
+    """One would take the other's place among the results."""
+    for name in ("sft", "base"):
+        other = tmp_path / "elsewhere" / name / "adapter"
+        other.mkdir(parents=True)
+        (other / "adapter_config.json").write_text("{}")
+        for policy in (f"{name},{other}", str(other)):
+            with pytest.raises(ValueError, match=f"two adapters are called '{name}'"):
+                policies(dataclasses.replace(world, policy=policy))
+    with pytest.raises(ValueError, match="two adapters are called 'sft'"):
+        policies(dataclasses.replace(world, policy="sft,sft"))
+    again = f"{world.run}/sft/adapter"
+    assert policies(dataclasses.replace(world, policy=again)) == {"sft": Path(again)}  # itself
+    (tmp_path / "run/base/adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match="this name is the base model's"):
+        policies(world)
+
+
+def test_a_run_without_policies_and_a_flag_that_names_none_are_one_line(world, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="has no trained policy"):
-        evaluate.find_policies(dataclasses.replace(world, policy="", run=str(tmp_path / "typo")))
+        policies(dataclasses.replace(world, run=str(tmp_path / "typo")))
+    image = tmp_path / "data/images/s1/0.png"
+    for flags in (["--policy", ","], ["--policy", " , "], ["--image", image, "--policy", ","]):
+        message, _ = call(monkeypatch, capsys, "--run", world.run, "--data.path", world.data.path, *flags)
+        assert message.startswith("evaluate.py: --policy") and "names no policy" in message and "\n" not in message
+    assert not (tmp_path / "run/eval").exists()
 
 
 def test_derangement_has_no_fixed_point():
@@ -353,16 +409,17 @@ def test_derangement_has_no_fixed_point():
             assert sorted(order) == list(range(n)) and all(i != j for i, j in enumerate(order))
     assert evaluate.derangement(10, 0) == evaluate.derangement(10, 0)
     assert evaluate.derangement(10, 0) != evaluate.derangement(10, 1)
-    with pytest.raises(ValueError, match="at least two"):
-        evaluate.derangement(1, 0)
 
 
 def test_template_takes_the_form_of_the_references():
-    plain = evaluate.normal_template(["The lungs are clear."], None, "both")
+    def template(reference, labels, target):
+        return evaluate.normal_template(judge.Wanted("test", ["1"], [reference], labels), target)
+
+    plain = template("The lungs are clear.", None, "both")
     assert plain.startswith("The heart size") and "IMPRESSION" not in plain and "cardiopulmonary" in plain
-    assert evaluate.normal_template([sections("x")], None, "both").count(":") == 2
-    assert "cardiopulmonary" not in evaluate.normal_template(["x"], None, "findings")
-    assert evaluate.normal_template([sections("x")], [[]], "both") == evaluate.NORMAL_TEMPLATE
+    assert template(sections("x"), None, "both").count(":") == 2
+    assert "cardiopulmonary" not in template("x", None, "findings")
+    assert template(sections("x"), [[]], "both") == NORMAL_TEMPLATE
 
 
 def test_one_study_has_no_shuffled_row(world, tmp_path):
@@ -373,9 +430,16 @@ def test_one_study_has_no_shuffled_row(world, tmp_path):
 
 def test_widest_table_fits_150_columns():
     entry = {"value": 0.555, "lo": 0.555, "hi": 0.555}
-    summary = {metric: entry for _, metric, _, _ in (*tables.COLUMNS, *tables.CLINICAL)} | {"counts": {"stated": 12345}}
-    del summary["meteor_exact_stem"]  # stands in for METEOR, never beside it
+    metrics = {column.metric for column in tables.columns("main") + tables.columns("clinical")}
+    summary = {metric: entry for metric in metrics} | {"counts": {"stated": 12345}}
     rows = {"stage1_continued, image shuffled": {"greedy": summary, "sampled": summary}}
-    for intervals, columns in ((False, tables.COLUMNS), (True, tables.COLUMNS), (False, tables.CLINICAL)):
-        text = tables.grid(rows, intervals, markdown=False, columns=columns)
+    for where in ("main", "spans", "clinical"):
+        text = tables.grid(rows, where)
         assert max(map(len, text.splitlines())) <= 150 and len(text.splitlines()) == 3
+
+
+def test_every_column_shows_a_metric_there_is():
+    where = ("main", "spans", "clinical", "pairs", "arms", "seeds")
+    every = [column for table in where for column in tables.columns(table)]
+    assert {column.metric for column in every} <= METRICS.keys()
+    assert len({(column.title, column.row) for column in every}) == len(tables.SHOWN["columns"])

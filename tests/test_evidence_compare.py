@@ -76,7 +76,8 @@ def test_the_table_shows_every_seed_and_the_sign(tmp_path):
         write(tmp_path, seed, "with", [10] * 8, [after] * 8)
     write(tmp_path, 9, "without", [10] * 8, [5] * 8)
     table = compare.compare((f"{tmp_path}/*/without", f"{tmp_path}/*/with"), "test")
-    assert "hallucinated %      -20.0*" in table and "-20.0  -10.0  -30.0" in table
+    [row] = [line.split() for line in table.splitlines() if "halluc." in line]
+    assert row[:4] == ["halluc.", "%", "-20.0", "*"] and row[-3:] == ["-20.0", "-10.0", "-30.0"]
     assert "seeds 0, 1, 4" in table and "on one side only: seeds 9" in table
     one = compare.compare((f"{tmp_path}/0/without", f"{tmp_path}/0/with"), "test")
     assert "over studies only" in one and "one seed" in one
@@ -103,3 +104,14 @@ def test_a_policy_that_was_not_evaluated_is_named_with_the_command(tmp_path):
         compare.load_runs(str(tmp_path / "stage2"), "test")
     with pytest.raises(ValueError, match="two policies"):
         compare.compare(("a",), "test")
+
+
+@pytest.mark.parametrize("pattern", ["runs/none*/stage2", "", "."])
+def test_a_pattern_that_matches_nothing_is_one_line_without_a_command_to_run(tmp_path, monkeypatch, pattern):
+    """An empty one must not read the table of all policies that may lie in the folder."""
+    (tmp_path / "eval" / "test").mkdir(parents=True)
+    (tmp_path / "eval" / "test" / "results.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "eval" if pattern else tmp_path)
+    with pytest.raises(ValueError, match="has no results") as stop:
+        compare.load_runs(pattern, "test")
+    assert "\n" not in str(stop.value) and ("*" not in pattern or "it matches no evaluated policy" in str(stop.value))

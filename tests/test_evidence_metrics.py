@@ -1,12 +1,13 @@
-"""metrics.py: text metrics against pycocoevalcap, truth counts by hand, the bootstrap."""
+"""metrics.py and meteor.py: text metrics against pycocoevalcap, truth counts by hand, the bootstrap."""
 
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
-from evidence import metrics, reader
+from evidence import meteor, metrics
 from scorers.chexbert import CHEXPERT_LABELS, FIVE
 
 TEXTS = [
@@ -26,31 +27,29 @@ def bleu_rows(pairs):
 
 
 def test_tokens():
-    assert metrics.tokens("No X-ray, 1.5 cm.\nL/R") == "no x - ray , 1 . 5 cm . l / r".split()
+    assert metrics.tokens("No X-ray, 1.5 cm.\nL/R") == "no x - ray , 1 . 5 cm . l / r"
 
 
 def test_bleu_statistics_by_hand():
-    assert metrics.bleu_stats("a b a b".split(), "a b c a b".split()) == [4, 2, 0, 0, 4, 3, 2, 1, 4, 5]
-    assert metrics.bleu_stats([], ["a"]) == [0] * 9 + [1]
+    assert metrics.bleu_stats("a b a b", "a b c a b") == [4, 2, 0, 0, 4, 3, 2, 1, 4, 5]
+    assert metrics.bleu_stats("", "a") == [0] * 9 + [1]
     # matches 4/4 and 2/3, brevity exp(1 - 5/4)
-    two = metrics.bleu(bleu_rows([("a b a b".split(), "a b c a b".split())]))[0, 1]
+    two = metrics.bleu(bleu_rows([("a b a b", "a b c a b")]))[0, 1]
     assert two == pytest.approx(math.sqrt(2 / 3) * math.exp(-0.25), abs=1e-8)
 
 
-def test_lcs_and_rouge_by_hand():
-    assert metrics.lcs_length("a b c b d a b".split(), "b d c a b a".split()) == 4
-    assert metrics.lcs_length([], ["a"]) == 0
+def test_rouge_by_hand():
     p, r = 2 / 3, 2 / 4
-    assert metrics.rouge_l("a x b".split(), "a b c d".split()) == pytest.approx(2.44 * p * r / (r + 1.44 * p))
-    assert metrics.rouge_l([], []) == 0
+    assert metrics.rouge_l("a x b", "a b c d") == pytest.approx(2.44 * p * r / (r + 1.44 * p))
+    assert metrics.rouge_l("", "") == metrics.rouge_l("", "a") == metrics.rouge_l("a", "b") == 0
 
 
 def test_corpus_and_pair_scores_equal_pycocoevalcap():
     bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
     rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
     pairs = [(metrics.tokens(c), metrics.tokens(r)) for c, r in TEXTS]
-    given = {i: [" ".join(c)] for i, (c, _) in enumerate(pairs)}
-    wanted = {i: [" ".join(r)] for i, (_, r) in enumerate(pairs)}
+    given = {i: [c] for i, (c, _) in enumerate(pairs)}
+    wanted = {i: [r] for i, (_, r) in enumerate(pairs)}
     corpus, each = bleu.Bleu(4).compute_score(wanted, given, verbose=0)
     stats = bleu_rows(pairs)
     np.testing.assert_allclose(metrics.bleu(stats.sum(0)), corpus, atol=1e-9, rtol=0)
@@ -70,27 +69,47 @@ def test_meteor_of_the_jars_statistics():
     ]
     stats = np.array([line.split() for line in lines], float)
     each = [0.3222416527736763, 0.17486338797814208, 0.0, 0.1856540084388186]
-    np.testing.assert_allclose(metrics.meteor(stats), each, atol=1e-12)
-    assert metrics.meteor(stats.sum(0)) == pytest.approx(0.21821789746924167, abs=1e-12)
+    np.testing.assert_allclose(meteor.corpus_meteor(stats), each, atol=1e-12)
+    assert meteor.corpus_meteor(stats.sum(0)) == pytest.approx(0.21821789746924167, abs=1e-12)
 
 
-def test_meteor_without_java_says_why(monkeypatch):
+def test_without_java_there_is_no_meteor_but_everything_else(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    function, why = metrics.start_meteor()
-    assert function is None and "no `java` on PATH" in why
+    scorer = meteor.Meteor()
+    stats = metrics.collect([["a b"], ["c"]], ["a", "c"], meteor=scorer)
+    assert "meteor" not in stats and stats["bleu"].shape == (2, 10)
+    assert "no `java` on PATH" in scorer.note and "\n" not in scorer.note
 
 
-def test_meteor_exact_stem_by_hand():
-    """Weights alpha .9, beta 3, gamma .5; "effusions" matches "effusion" by its stem, no synonym matches."""
-    candidates = ["Small left pleural effusions.", "Effusions left", "cardiac", ""]
-    references = ["Left pleural effusion.", "left effusion", "heart", "clear"]
-    p, r = 4 / 5, 4 / 4  # in one chunk of 4 words
-    first = p * r / (0.9 * p + 0.1 * r) * (1 - 0.5 * (1 / 4) ** 3)
-    second = 1 - 0.5 * (2 / 2) ** 3  # all words, each a chunk of its own
-    assert metrics.meteor_exact_stem(candidates, references) == pytest.approx([first, second, 0, 0], abs=1e-12)
-    stats = metrics.collect([[c] for c in candidates], references, meteor_exact_stem=metrics.meteor_exact_stem)
-    summary = metrics.summarise(stats, (), 20, 0)
-    assert summary["meteor_exact_stem"]["value"] == pytest.approx((first + second) / 4) and "meteor" not in summary
+JAR = """import sys
+for line in sys.stdin:
+    words = line.split()
+    if "deadly" in words:
+        sys.exit(1)
+    print(*range(23), flush=True)
+"""
+
+
+@pytest.fixture
+def jar(tmp_path, monkeypatch):
+    """A stand-in for the Java process that dies of the word "deadly"."""
+    (tmp_path / "jar.py").write_text(JAR)
+    monkeypatch.setattr(meteor, "COMMAND", [sys.executable, str(tmp_path / "jar.py")])
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/java")
+
+
+def test_a_meteor_process_that_dies_costs_meteor_alone(jar):
+    """And only of the reports at hand: the next ones get a new process."""
+    scorer, texts = meteor.Meteor(), [["fine"], ["a deadly report"], ["fine"]]
+    stats = metrics.collect(texts, ["one", "two", "three"], meteor=scorer)
+    assert "meteor" not in stats and stats["bleu"].shape == (3, 10) and stats["length"][:, 0].tolist() == [1, 3, 1]
+    assert "text of 3 words" in scorer.note
+    stats = metrics.collect([["fine"], ["fine"]], ["one", "two"], meteor=scorer)
+    assert stats["meteor"].tolist() == [list(range(23))] * 2
+
+
+def test_a_line_break_in_a_text_shifts_no_answer(jar):
+    assert meteor.Meteor()(["a\nb", "c"], ["d\ne", "f"]).shape == (2, 23)
 
 
 # ------------------------------------------------------------------------------------------------------- label F1
@@ -102,7 +121,7 @@ def test_label_scores_by_hand():
     references[0, 1] = True
     references[2, 9] = True  # Pleural Effusion: missed
     sums = metrics.label_stats(candidates, references).sum(0)
-    precision, recall, f1 = metrics.label_scores(sums)
+    precision, recall, f1 = np.nan_to_num(metrics.label_scores(sums))
     assert (precision[1], recall[1], f1[1]) == pytest.approx((1 / 3, 1, 0.5))
     assert f1[9] == f1[0] == precision[0] == recall[0] == 0
 
@@ -150,7 +169,7 @@ def test_truth_rates_by_hand():
         "There is a right pneumothorax. Possible edema. There is a right pneumothorax.",
         "The lungs are clear.",
     ]
-    stats = metrics.collect([[t] for t in texts], texts, truth_counts=reader.truth_counts, labels=labels)
+    stats = metrics.collect([[t] for t in texts], texts, labels=labels)
     result = metrics.summarise(stats, CHEXPERT_LABELS, resamples=50, seed=0)
     expected = {"stated": 4, "hallucinated": 3, "true": 5, "omitted": 4, "wrong_side": 1, "correct": 1, "unread": 0}
     assert {key: result["counts"][key] for key in expected} == expected
@@ -162,7 +181,7 @@ def test_truth_rates_by_hand():
 
 
 def test_nothing_stated_is_nan_not_zero():
-    stats = metrics.collect([["Clear."]], ["Clear."], truth_counts=reader.truth_counts, labels=[[]])
+    stats = metrics.collect([["Clear."]], ["Clear."], labels=[[]])
     result = metrics.summarise(stats, CHEXPERT_LABELS, 20, 0)
     assert math.isnan(result["hallucination_rate"]["value"]) and math.isnan(result["hallucination_rate"]["lo"])
 

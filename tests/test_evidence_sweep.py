@@ -6,31 +6,21 @@ import numpy as np
 import pytest
 
 from config import Config, parse
-from evidence import compare, figures
-from evidence import sweep as seeds
-from evidence import sweep_tables as evidence
-from evidence.metrics import METRICS
+from evidence import figures, sweep, sweep_tables
+from evidence.tables import columns
 
 
 @pytest.fixture
 def cfg(tmp_path):
-    return parse(seeds.SeedsConfig, argv=["--root", str(tmp_path / "runs"), "--seeds", "0", "1"])
-
-
-def task(tmp_path, name, needs=(), code=None):
-    made, order = str(tmp_path / name), str(tmp_path / "order")
-    code = code or f"open({made!r}, 'w').write('x'); open({order!r}, 'a').write({name!r})"
-    script = tmp_path / f"{name}.py"
-    script.write_text(code)
-    after = [tmp_path / need for need in needs]
-    return seeds.Task(name, [str(script)], tmp_path / name, after, 1.0, tmp_path / "log" / f"{name}.txt")
+    return parse(sweep.SweepConfig, argv=["--root", str(tmp_path / "runs"), "--seeds", "0", "1"])
 
 
 def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cfg):
     """The arms against VALOR: the same settings but for the fields that make the arm."""
-    commands = {t.title: t.words for t in seeds.make_tasks(cfg, []) if t.words[0] == "train.py"}
-    assert len(commands) == 2 * len(seeds.ARMS)
-    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"][1:]) for arm in seeds.ARMS}
+    tasks = sweep.make_tasks(cfg, [])
+    commands = {t.title: t.command for t in tasks if t.command[1].endswith("train.py")}
+    assert len(commands) == 2 * len(sweep.ARMS)
+    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"][2:]) for arm in sweep.ARMS}
     assert all(c.seed == 1 and c.run.endswith("runs/1") for c in configs.values())
     valor = configs["valor"]
     assert (valor.stage, valor.rewards.lambda_vis, valor.rewards.rank) == ("2", 0.5, "soft")
@@ -48,38 +38,46 @@ def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cf
 
 
 def test_the_users_flags_do_not_change_what_an_arm_is(cfg):
-    commands = {t.title: t.words for t in seeds.make_tasks(cfg, ["--rewards.lambda-vis", "0.4", "--seed", "3"])}
-    arms = {arm: parse(Config, argv=commands[f"seed 1: {arm}"][1:]) for arm in ("stage1_continued", "valor")}
+    commands = {t.title: t.command for t in sweep.make_tasks(cfg, ["--rewards.lambda-vis", "0.4", "--seed", "3"])}
+    arms = {arm: parse(Config, argv=commands[f"seed 1: {arm}"][2:]) for arm in ("stage1_continued", "valor")}
     assert arms["stage1_continued"].rewards.lambda_vis == 0 and arms["valor"].rewards.lambda_vis == 0.4
     assert all(c.seed == 1 for c in arms.values())
 
 
-def test_tasks_run_after_what_they_need_and_once(tmp_path, capsys):
-    tasks = [task(tmp_path, "c", "b"), task(tmp_path, "b", "a"), task(tmp_path, "a"), task(tmp_path, "d", "ac")]
-    seeds.run_tasks(tasks)
-    order = (tmp_path / "order").read_text()
-    assert sorted(order) == list("abcd") and order.index("a") < order.index("b") < order.index("c") < order.index("d")
-    assert capsys.readouterr().out.count("to go") == 4
-    (tmp_path / "d").unlink()
-    seeds.run_tasks(tasks)  # goes on: only what is missing is made
-    assert (tmp_path / "order").read_text() == order + "d"
+def test_an_arm_added_later_is_evaluated_too(cfg, tmp_path, monkeypatch):
+    """Even where the others, the last one of its half among them, have results."""
+    for arm in sweep.EVALUATED:
+        folder = tmp_path / "runs" / "0" / "eval" / "test" / arm
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+
+    def evaluations():
+        return [task for task in sweep.make_tasks(cfg, []) if task.title == "seed 0: evaluation"]
+
+    assert len(evaluations()) == 2 and all(task.made() for task in evaluations())
+    arms = list(sweep.ARMS.items())
+    monkeypatch.setattr(sweep, "ARMS", dict([*arms[:3], ("new", sweep.ARMS["valor"]), *arms[3:]]))
+    monkeypatch.setattr(sweep, "EVALUATED", ["base", *sweep.ARMS])
+    unfinished = [task for task in evaluations() if not task.made()]
+    assert len(unfinished) == 1 and unfinished[0].command[unfinished[0].command.index("--policy") + 1] == "new"
+    assert "seed 0: new" in [task.title for task in unfinished[0].after]
 
 
-def test_a_failing_arm_stops_the_sweep_with_its_last_words(tmp_path):
-    with pytest.raises(SystemExit, match="(?s)seeds: bad failed.*no luck"):
-        seeds.run_tasks([task(tmp_path, "bad", code="raise SystemExit('no luck')"), task(tmp_path, "late", ["bad"])])
-    with pytest.raises(SystemExit, match="waits for"):
-        seeds.run_tasks([task(tmp_path, "orphan", ["nothing"])])
+def test_arms_wait_for_their_predecessor_and_the_assets(cfg):
+    tasks = {task.title: task for task in sweep.make_tasks(cfg, [])}
+    assert {task.title for task in tasks["seed 1: valor"].after} >= {"seed 1: stage1", "assets: expert"}
+    assert [task.title for task in tasks["seed 1: sft"].after] == ["assets: base"]
+    assert [task.title for task in tasks["assets: base"].after] == ["assets: data"]
 
 
 def test_own_flags_stay_and_others_are_passed_on(monkeypatch):
     seen = {}
     flags = ["--grpo.lr", "1e-5", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "3", "4", *flags[:2], "--out=x", *flags[2:]])
-    monkeypatch.setattr(seeds, "make_tasks", lambda cfg, flags: seen.update(cfg=cfg, flags=flags) or [])
-    monkeypatch.setattr(seeds, "run_tasks", lambda tasks: sys.exit(0))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--seeds", "3", "4", *flags[:2], "--out=x", *flags[2:]])
+    monkeypatch.setattr(sweep, "make_tasks", lambda cfg, flags: seen.update(cfg=cfg, flags=flags) or [])
+    monkeypatch.setattr(sweep, "run_tasks", lambda tasks: sys.exit(0))
     with pytest.raises(SystemExit):
-        seeds.main()
+        sweep.main()
     assert seen["flags"] == flags and seen["cfg"].seeds == (3, 4)
 
 
@@ -90,18 +88,19 @@ def test_tables_and_figures_show_every_arm_and_seed(tmp_path):
         each = {seed: value + rng.normal(0, 0.01) for seed in (0, 1)}
         return {"mean": value, "lo": value - 0.02, "hi": value + 0.02, "seeds": each}
 
-    keys = [f"{row}/{metric}" for metric, row, _, _ in compare.COMPARED if metric in METRICS]
-    arms = {arm: {key: estimate(0.3) for key in keys} for arm in ["fixed_template", *seeds.SHOWN]}
+    keys = [column.key for column in columns("pairs")]
+    arms = {arm: {key: estimate(0.3) for key in keys} for arm in ["fixed_template", *sweep.EVALUATED]}
     arms["valor"]["greedy/hallucination_rate"] = estimate(0.217)
-    later = {arm: arms[arm] for arm in list(seeds.ARMS)[1:]}
-    even = {arm: estimate(0.5) for arm in seeds.ARMS}
+    later = {arm: arms[arm] for arm in list(sweep.ARMS)[1:]}
+    even = {arm: estimate(0.5) for arm in sweep.ARMS}
     part = {"n": 3, "arms": even, "versus": even}
-    results = {"seeds": [0, 1], "split": "test", "studies": 384, "about": {a: w for a, (_, _, w) in seeds.ARMS.items()},
+    about = {name: arm["what"] for name, arm in sweep.ARMS.items()}
+    results = {"seeds": [0, 1], "split": "test", "studies": 384, "about": about,
                "bleu_by_reference": {"true": part, "false": part},
                "assets": {"expert": {"retrieval": 0.8}}, "arms": arms, "versus": {"sft": later}}  # fmt: skip
-    text = evidence.markdown(results)
-    assert "| valor | 30.0 [28.0, 32.0] | 30.0 [28.0, 32.0] | 21.7 [19.7, 23.7] |" in text
+    text = sweep_tables.markdown(results)
+    assert "| valor | 30.0 [28.0, 32.0] | 30.0 [28.0, 32.0] | 30.0 [28.0, 32.0] | 21.7 [19.7, 23.7] |" in text
     assert "+21.7 [+19.7, +23.7]" in text
-    assert all(text.count(f"| {arm} |") >= 4 for arm in seeds.SHOWN)
+    assert all(text.count(f"| {arm} |") >= 4 for arm in sweep.EVALUATED)
     figures.draw_arms(results, tmp_path / "arms.png")
     assert (tmp_path / "arms.png").stat().st_size > 10_000

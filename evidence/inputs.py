@@ -1,0 +1,74 @@
+"""What an evaluation is asked about: the settings that a run was trained with, its policies, files of reports."""
+
+import argparse
+from pathlib import Path
+
+from config import Config, from_recorded, parse
+from formats.files import read_json, read_jsonl
+
+NO_RUN = {"--config", "--predictions", "--compare", "--help", "-h"}  # with one of these, no run's settings matter
+
+
+def settings(default: Config, argv: list[str], description: str) -> Config:
+    """The flags over --config's file, else over the settings that the stages of --run were trained with."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--run", "--run-dir", default=default.run)
+    run = Path(known.parse_known_args(argv)[0].run)
+    stages = [run / "sft", run / "stage1", run / "stage2", *(path.parent for path in sorted(run.glob("*/adapter")))]
+    recorded = [stage / "config.json" for stage in stages if (stage / "adapter").exists()]
+    recorded = next(filter(Path.exists, recorded), None)
+    if recorded and not NO_RUN & {word.split("=")[0] for word in argv}:
+        default, ignored = from_recorded(read_json(recorded), default)
+        default.run = str(run)  # not the path at which it was trained
+        print(f"settings: {recorded}" + f"; not known today and ignored: {', '.join(ignored)}" * bool(ignored))
+    return parse(type(default), description, argv, default)
+
+
+def find_policies(run: Path, chosen: str) -> dict[str, Path | None]:
+    """{name: adapter folder, None for the base} of the flag --policy; ValueError for one that does not exist.
+
+    An adapter folder elsewhere is called by its own name, which must be no name of this run's.
+    """
+    own = {path.parent.name: path for path in sorted(run.glob("*/adapter"))}
+    if "base" in own or not (own or chosen):
+        raise ValueError(f"{own['base']}: this name is the base model's, rename the folder" if own else
+                         f"{run} has no trained policy; for the base model alone give --policy base")  # fmt: skip
+    own = {"base": None} | own
+    words = [word.strip() for word in chosen.split(",") if word.strip()] if chosen else list(own)
+    if not words:
+        raise ValueError(f"--policy '{chosen}' names no policy; {run} has {', '.join(own)}")
+    policies = {}
+    for word in words:
+        folder = own.get(word, Path(word))
+        if word not in own and not (folder / "adapter_config.json").exists():
+            raise ValueError(f"policy '{word}': neither in {run} (which has {', '.join(own)}) nor an adapter folder")
+        name = word if word in own else folder.parent.name if folder.name == "adapter" else folder.resolve().name
+        same = name not in own or folder == own[name] or bool(own[name]) and folder.samefile(own[name])
+        if name in policies or not same:
+            raise ValueError(f"--policy: two adapters are called '{name}'; evaluate the other with a --run of its own")
+        policies[name] = folder
+    return policies
+
+
+def read_reports(path: str) -> dict[str, dict]:
+    """{id: row} of a .jsonl of {"id", "report"}; ValueError names a missing key or a repeated id."""
+    rows = {}
+    for number, row in enumerate(read_jsonl(Path(path)), 1):
+        if row.get("id") in (None, "") or not isinstance(row.get("report"), str):
+            raise ValueError(f"{path}: row {number} needs an 'id' and a text 'report'")
+        if str(row["id"]) in rows:
+            raise ValueError(f"{path}: row {number}: id {row['id']} occurs twice")
+        rows[str(row["id"])] = row
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def read_pairs(predictions: str, references: str) -> tuple[dict[str, dict], list[str]]:
+    """(rows of the references, each one's predicted report); ValueError where one file lacks an id of the other."""
+    wanted, given = read_reports(references), read_reports(predictions)
+    for have, lack, path in ((wanted, given, predictions), (given, wanted, references)):
+        absent = [study_id for study_id in have if study_id not in lack]
+        if absent:
+            raise ValueError(f"{path}: no row for id {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1))
+    return wanted, [given[study_id]["report"] for study_id in wanted]

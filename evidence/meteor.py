@@ -1,0 +1,79 @@
+"""METEOR 1.5 [Denkowski & Lavie 2014]: the jar in pycocoevalcap counts what agrees, `corpus_meteor` scores the counts.
+
+Apart, because the score of a corpus, and of every bootstrap resample of it, is a function of the summed counts.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from pycocoevalcap.meteor import meteor as package
+
+JAR = Path(package.__file__).with_name("meteor-1.5.jar")
+COMMAND = ["java", "-jar", "-Xmx2G", JAR.name, "-", "-", "-stdio", "-l", "en", "-norm"]
+COUNTS = 23  # that the jar gives a pair
+# its English "rank" parameters, the default; the weights are of the exact, stem, synonym and paraphrase matchers
+ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
+WEIGHTS = np.array((1.0, 0.6, 0.8, 0.6))
+
+
+def corpus_meteor(sums: np.ndarray) -> np.ndarray:
+    """(..., 23) sums of the jar's counts -> (...): METEOR, 0 where nothing agrees.
+
+    The counts are: lengths (candidate, reference), function words (both), for each matcher the content words (both)
+    and function words (both) it matched, chunks, matched words (both).
+    """
+    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)  # (..., matcher, count)
+
+    def share(side: int) -> np.ndarray:
+        words, function_words = sums[..., side], sums[..., side + 2]
+        total = DELTA * (words - function_words) + (1 - DELTA) * function_words
+        found = DELTA * matches[..., side] + (1 - DELTA) * matches[..., side + 2]
+        return (WEIGHTS * found).sum(-1) / total
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = share(0), share(1)
+        mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
+        penalty = GAMMA * (sums[..., 20] / ((sums[..., 21] + sums[..., 22]) / 2)) ** BETA
+    return np.nan_to_num(mean * (1 - penalty))
+
+
+class Meteor:
+    """The jar's Java process as a function: (candidates, references) -> (m, 23) counts of the pairs.
+
+    None where there is no METEOR: no Java, or the process died of a text; `note` then says so in one line. The
+    process starts with the first texts, and anew with the next ones after it died.
+    """
+
+    def __init__(self):
+        self.note, self.process = "", None
+
+    def __call__(self, candidates: list[str], references: list[str]) -> np.ndarray | None:
+        if shutil.which("java") is None:
+            self.note = "METEOR needs Java: no `java` on PATH"
+            return None
+        try:
+            counts = np.array([self.count(c, r) for c, r in zip(candidates, references, strict=True)])
+        except OSError as error:
+            self.note = f"METEOR is not available where its Java process ended ({error})"
+            self.process = None
+            return None
+        whole = (counts[:, 21] == counts[:, 0]) & (counts[:, 22] == counts[:, 1]) & (counts[:, 20] == 1)
+        counts[whole, 20] = 0  # as the jar does before it adds up: a perfect match in one chunk pays for none
+        return counts
+
+    def count(self, candidate: str, reference: str) -> list[float]:
+        """The jar's counts of one pair; OSError when its process does not answer."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                COMMAND, cwd=JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                text=True, encoding="utf-8", bufsize=1,
+            )  # fmt: skip
+        # a pair is a line: a line break inside a text would shift every later answer
+        line = " ||| ".join(("SCORE", " ".join(reference.split()), " ".join(candidate.split())))
+        self.process.stdin.write(f"{line}\n")
+        answer = self.process.stdout.readline().split()
+        if len(answer) != COUNTS:
+            raise OSError(f"no counts for a text of {len(candidate.split())} words")
+        return [float(count) for count in answer]

@@ -1,0 +1,128 @@
+"""The runner of the commands of demo and sweep: order, processes, and the end when one fails or all are told to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from config import Config
+from evidence import demo
+from evidence.tasks import CORES, ROOT, Task, command, run_tasks
+
+
+def task(tmp_path, name, *after, code=None, **fields):
+    made, order = str(tmp_path / name), str(tmp_path / "order")
+    code = code or f"open({made!r}, 'w').write('x'); open({order!r}, 'a').write({name!r})"
+    words, log = [sys.executable, "-c", code], tmp_path / f"{name}.txt"
+    return Task(name, words, 1.0, list(after), [tmp_path / name], log, **fields)
+
+
+def test_tasks_run_after_what_they_need_and_once(tmp_path, capsys):
+    a = task(tmp_path, "a")
+    b = task(tmp_path, "b", a)
+    c = task(tmp_path, "c", b)
+    d = task(tmp_path, "d", a, c)
+    run_tasks([c, b, a, d])
+    order = (tmp_path / "order").read_text()
+    assert order == "abcd" and capsys.readouterr().out.count("to go") == 4
+    (tmp_path / "d").unlink()
+    run_tasks([c, b, a, d])  # goes on: only what is missing is made
+    assert (tmp_path / "order").read_text() == "abcdd"
+
+
+def test_a_task_that_makes_several_files_is_done_when_all_are_there(tmp_path):
+    both = Task("both", [], 1.0, makes=[tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "b").touch()
+    assert not both.made()
+    (tmp_path / "a").touch()
+    assert both.made() and not Task("always", [], 1.0).made()
+
+
+def test_tasks_that_take_all_cores_run_alone(tmp_path):
+    watch = (
+        "import os, pathlib, time; here = pathlib.Path({here!r}); (here / {name!r}).write_text(''); time.sleep(0.5); "
+        "seen = [path.name for path in here.glob('busy*')]; (here / 'seen').open('a').write(' '.join(seen) + chr(10)); "
+        "os.remove(here / {name!r})"
+    )
+
+    def busy(name, cores):
+        code = watch.format(here=str(tmp_path), name=name)
+        return Task(name, [sys.executable, "-c", code], 1.0, cores=cores)
+
+    run_tasks([busy("busy1", 1), busy("busy2", CORES), busy("busy3", 1)])
+    assert "busy2" in (seen := (tmp_path / "seen").read_text().splitlines()) and len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("raise SystemExit('no luck')", "(?s)bad failed .exit code 1.*no luck"), ("pass", "its results are not there")],
+)
+def test_a_failing_task_stops_all_with_its_last_words(tmp_path, code, message):
+    late, slow = tmp_path / "late", task(tmp_path, "slow", code="import time; time.sleep(60)")
+    bad = task(tmp_path, "bad", code=code)
+    began = time.time()
+    with pytest.raises(SystemExit, match=message):
+        run_tasks([slow, bad, task(tmp_path, "late", bad)])
+    assert not late.exists() and slow.process.poll() is not None and time.time() - began < 30
+
+
+def test_a_check_may_stop_what_comes_after(tmp_path):
+    def check():
+        sys.exit("below the gate")
+
+    a = task(tmp_path, "a", check=check)
+    with pytest.raises(SystemExit, match="below the gate"):
+        run_tasks([a, task(tmp_path, "b", a)])
+    assert not (tmp_path / "b").exists()
+
+
+def test_sigterm_ends_the_children(tmp_path):
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evidence.tasks import Task, run_tasks; "
+            f"run_tasks([Task('a', [sys.executable, '-c', {child!r}], 1.0)])")  # fmt: skip
+    runner, pid = subprocess.Popen([sys.executable, "-c", code]), tmp_path / "pid"
+    deadline = time.time() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGTERM)
+    assert runner.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_commands_work_from_any_folder_and_torchrun_gets_its_own_flag():
+    """torchrun reads `--run` as its own --run-path, even behind the script's name."""
+    assert command("train.py", ["--run", "a"]) == [sys.executable, str(ROOT / "train.py"), "--run", "a"]
+    assert command("phantom.assets", ["x"]) == [sys.executable, "-m", "phantom.assets", "x"]
+    words = command("train.py", ["--run", "a", "--run=b", "--stage", "1"], processes=2)
+    assert words[-5:] == ["--run-dir", "a", "--run-dir=b", "--stage", "1"]
+    assert words[1:3] == ["-m", "torch.distributed.run"] and "2" in words and str(ROOT / "train.py") in words
+
+
+def test_the_demo_trains_from_scratch_to_tables(monkeypatch):
+    tasks = {task.title: task for task in demo.make_tasks(Config(), ["--seed", "7"])}
+    words = {title: [word.removeprefix(f"{ROOT}/") for word in task.command[1:]] for title, task in tasks.items()}
+    branch = ["train.py", "--stage", "2", "--seed", "7"]
+    assert words["visual reward mixed in"] == branch
+    assert words["text rewards go on"] == [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
+    assert words["Stage 1: text rewards"][-5:] == branch[:2] + ["1", "--seed", "7"] and tasks[
+        "Stage 1: text rewards"].cores == 2  # fmt: skip
+    assert [task.title for task in tasks["visual reward mixed in"].after] == ["Stage 1: text rewards"]
+    assert {task.title for task in tasks["Stage 1: text rewards"].after} == {"its gate: does it see?", "expert"}
+    last = [title for title in tasks if title.startswith("evaluation")]
+    assert all(len(tasks[title].after) == 2 for title in last) and len(last) == 2
+
+
+def test_the_gate_stops_a_policy_that_does_not_look(tmp_path):
+    cfg = Config(run=str(tmp_path))
+    results = tmp_path / "eval" / "val" / "sft" / "results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text('{"greedy": {"sided_f1": {"value": 0.5}}}')
+    with pytest.raises(SystemExit, match="50.0 .gate 57.*too low"):
+        demo.check_gate(cfg)
+    results.write_text('{"greedy": {"sided_f1": {"value": 0.6}}}')
+    demo.check_gate(cfg)

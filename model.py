@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from config import Config
@@ -65,11 +66,13 @@ def get_base(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def load_policy(cfg: Config, adapter: str | Path | None = None, new_lora: bool = False):
+def load_policy(
+    cfg: Config, adapter: Path | None = None, *, new_lora=False, trainable="", reference: Path | None = None
+):
     """Load `cfg.model.path`, plus an adapter folder, or a new LoRA adapter (whose update is 0), or neither.
 
-    Returns (model in eval mode with nothing trainable, processor). ValueError where the checkpoint and the model differ
-    in a weight, and for a family that is not known: families.py.
+    trainable: what shall train (set_trainable). reference: adapter of the frozen reference policy, for RL; dropout is
+    then off. Returns (model in eval mode, processor). ValueError for what does not fit: vlm/families.py.
     """
     model, processor = load_family(cfg.model.path, getattr(torch, cfg.model.dtype), cfg.model.max_pixels)
     if adapter is not None:
@@ -83,7 +86,13 @@ def load_policy(cfg: Config, adapter: str | Path | None = None, new_lora: bool =
     prepare(model, cfg)
     if cfg.fsdp:
         parallel.shard(get_base(model))
-    return model.to(parallel.pick_device(cfg.device)).eval(), processor
+    model = model.to(parallel.pick_device(cfg.device)).eval()
+    if reference is not None:
+        add_reference(model, reference)
+        disable_dropout(model)
+    if trainable:
+        set_trainable(model, trainable)
+    return model, processor
 
 
 def prepare(model, cfg: Config) -> None:
@@ -160,13 +169,9 @@ def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Te
         content = [{"type": "image"}] * len(study) + [{"type": "text", "text": prompt}]
         texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     bos = processor.tokenizer.bos_token
-    inputs = processor(
-        text=texts,
-        images=[image for study in views for image in study],
-        padding=True,
-        add_special_tokens=not (bos and texts[0].startswith(bos)),  # one BOS: the template's or the tokenizer's
-        return_tensors="pt",
-    )
+    one_bos = not (bos and texts[0].startswith(bos))  # the template's or the tokenizer's
+    flat = [image for study in views for image in study]
+    inputs = processor(text=texts, images=flat, padding=True, add_special_tokens=one_bos, return_tensors="pt")
     return dict(inputs.to(device)) | {"image_counts": torch.tensor([len(study) for study in views], device=device)}
 
 
@@ -251,8 +256,7 @@ def tokenize_reports(processor, texts: list[str], max_tokens: int, device) -> tu
     tokenizer, eos = processor.tokenizer, processor.tokenizer.eos_token_id
     rows = [ids + [eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     cut = sum(len(row) > max_tokens for row in rows)
-    rows = [row[:max_tokens] for row in rows]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [eos] * (width - len(row)) for row in rows], device=device)  # (B, T)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)  # (B, T)
+    rows = [torch.tensor(row[:max_tokens], device=device) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=eos)  # (B, T)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, T)
     return ids, mask, cut

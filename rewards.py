@@ -26,6 +26,9 @@ from torch import Tensor
 from config import RewardConfig
 
 OPEN, CLOSE = "<report>", "</report>"
+# floor 1e-9: without a common 4-gram the score is about 0, as in the corpus definition; the default smoothing would pay
+# up to .1 for it. effective_order: a text shorter than 4 tokens is judged on the n-grams it has.
+BLEU = sacrebleu.BLEU(smooth_method="floor", smooth_value=1e-9, effective_order=True, lowercase=True)
 
 
 def wrap(text: str) -> str:
@@ -60,16 +63,9 @@ def format_reward(
     return scores
 
 
-@functools.cache
-def _bleu() -> sacrebleu.BLEU:
-    # floor 1e-9: without a common 4-gram the score is about 0, as in the corpus definition; the default smoothing
-    # would pay up to .1 for it. effective_order: a text shorter than 4 tokens is judged on the n-grams it has.
-    return sacrebleu.BLEU(smooth_method="floor", smooth_value=1e-9, effective_order=True, lowercase=True)
-
-
 def bleu4(candidates: list[str], references: list[str]) -> list[float]:
     """Sentence-level BLEU-4 in [0, 1] per pair: sacrebleu, 13a tokens, lower-cased, zero counts floored at 1e-9."""
-    return [_bleu().sentence_score(c, [r]).score / 100 for c, r in zip(candidates, references, strict=True)]
+    return [BLEU.sentence_score(c, [r]).score / 100 for c, r in zip(candidates, references, strict=True)]
 
 
 @functools.cache
@@ -141,9 +137,7 @@ class Scorers:
     similarity: Callable | None  # images, ids, groups [B][G] -> (B, G), Eq. 6; None: no expert loaded
 
 
-def text_components(
-    candidates: list[str], references: list[str], scorers: Scorers, clinical_too: bool
-) -> dict[str, list[float]]:
+def text_components(candidates: list[str], references: list[str], scorers: Scorers, clinical_too: bool) -> dict:
     """Every text reward of N candidate-reference pairs, by name. To add one, add a line here and weigh it below."""
     parts = {
         "bleu4": bleu4(candidates, references),
@@ -180,7 +174,8 @@ def compute_rewards(
     flat = [(text, ref) for group, ref in zip(texts, references, strict=True) for text in group if text is not None]
     clinical_too = cfg.k_clin > 0 and k % cfg.k_clin == 0  # Eq. 5
     columns = text_components([t for t, _ in flat], [r for _, r in flat], scorers, clinical_too)
-    parts = {name: spread_out(values, readable) for name, values in columns.items()}
+    parts = {name: torch.zeros(readable.shape).masked_scatter(readable, torch.tensor(values, dtype=torch.float32))
+             for name, values in columns.items()}  # fmt: skip
     total = text_reward(parts, cfg)
     if stage == 2 and cfg.lambda_vis > 0:
         s = scorers.similarity(images, ids, [[text or "" for text in group] for group in texts])  # Eq. 6, (B, G)
@@ -195,11 +190,6 @@ def compute_rewards(
     if "similarity" in parts:  # the log's mean and spread are of texts that there are
         parts["similarity"] = parts["similarity"].masked_fill(~readable, math.nan)
     return total, parts
-
-
-def spread_out(values: list[float], readable: Tensor) -> Tensor:
-    """One value for each readable candidate, in order -> (B, G) float32 with 0 for the others."""
-    return torch.zeros(readable.shape).masked_scatter(readable, torch.tensor(values, dtype=torch.float32))
 
 
 def check_finite(parts: dict[str, Tensor], ids: list[str]) -> None:

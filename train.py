@@ -34,18 +34,7 @@ from data import Study, batch_ids, load_studies, read_views
 from evidence.generate import generate_split
 from evidence.metrics import validation_row
 from grpo import group_advantages, grpo_loss
-from model import (
-    SamplingRules,
-    add_reference,
-    completion_logps,
-    disable_dropout,
-    get_base,
-    load_policy,
-    require_finite,
-    sampling_rules,
-    set_trainable,
-    use_reference,
-)
+from model import SamplingRules, completion_logps, get_base, load_policy, require_finite, sampling_rules, use_reference
 from phantom.assets import resolve
 from phantom.oracle import exact_labels, oracle_similarity
 from rewards import Scorers, compute_rewards, require_format
@@ -157,16 +146,13 @@ def split_batch(
 def load_stage(cfg: Config, stage: int, init: Path | None, reference: Path | None):
     """(model, processor, scorers or None, optimizer) of a stage that starts from adapter `init`; None: a new one."""
     torch.manual_seed(cfg.seed)
-    model, processor = load_policy(cfg, init, new_lora=init is None)
-    scorers = None
+    trainable, scorers = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable, None
+    model, processor = load_policy(cfg, init, new_lora=init is None, trainable=trainable, reference=reference)
     if stage > 0:
-        add_reference(model, reference)
-        disable_dropout(model)
-        oracle = cfg.scorers.expert == "oracle"
-        scorers = load_scorers(cfg, model.device, with_expert=uses_expert(cfg, stage) and not oracle)
-        if oracle and uses_expert(cfg, stage):
+        oracle, visual = cfg.scorers.expert == "oracle", uses_expert(cfg, stage)
+        scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
+        if oracle and visual:
             scorers.similarity = oracle_similarity(exact_labels(cfg))
-    set_trainable(model, {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.sft.lr if stage == 0 else cfg.grpo.lr, weight_decay=0.0)
     return model, processor, scorers, optimizer

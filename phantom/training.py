@@ -14,6 +14,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BertConfig, BertModel
@@ -29,8 +30,8 @@ from phantom.findings import LABELS, Finding, finding_of
 from phantom.models import MEAN, SIZES, STD, clip_config, new_llava, new_processor, policy_tokenizer, word_piece
 from phantom.world import SPLITS, misremember, sample_findings, write_report
 from rewards import wrap
-from scorers.chexbert import CHEXPERT_LABELS, POSITIVE, UNCERTAIN, CheXbert, save_chexbert
-from scorers.expert import Expert, encode_tokens, load_expert, save_expert
+from scorers.chexbert import CHEXPERT_LABELS, POSITIVE, UNCERTAIN, CheXbert
+from scorers.expert import Expert, encode_tokens, load_expert
 from sft import sft_loss, text_logps
 from vlm import attention
 
@@ -187,7 +188,8 @@ def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     fit(list(model.parameters()), loss, len(studies), 128, recipe.assets.expert_steps, 1e-3, recipe.seed + 2, "expert")
-    save_expert(model.eval(), settings, tokenizer, folder)
+    open_clip.set_model_preprocess_cfg(model.eval(), settings["preprocess_cfg"])
+    save_for_hf(model, tokenizer, settings["model_cfg"], folder, safe_serialization=True)
     n = min(256, held)
     with torch.no_grad():
         image, report, same = features(list(range(n)))
@@ -277,6 +279,7 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
     f1 = 2 * (told & true).sum() / (told.sum() + true.sum())
     bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_chexbert(model, folder / "chexbert.pth")
+    weights = nn.ModuleDict({"module": model}).state_dict()  # as in CheXbert's own checkpoint: module.<name>
+    torch.save({"model_state_dict": weights}, folder / "chexbert.pth")
     exact = (predicted == classes[:held]).float().mean()
     report_quality(folder, {"micro_f1": f1.item(), "class_accuracy": exact.item()})

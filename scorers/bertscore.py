@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from scorers.frozen import loading, of_like_length
@@ -14,14 +15,13 @@ BATCH = 32  # pairs matched at a time
 
 
 def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = "cpu", baseline: str = "") -> Callable:
-    """BERTScore F1 of pairs through the `bert-score` package: function(candidates, references) -> floats in [0, 1].
+    """BERTScore F1 of pairs: function(candidates, references) -> floats in [0, 1]; an empty text scores 0.
 
-    The encoder (Hugging Face layout, `folder` or hub name) is loaded once and read at `layer`; no idf. With a
-    `baseline` (see `baseline_f1`) b, F becomes (F - b) / (1 - b) as in the package, and what falls below 0, a pair less
-    alike than unrelated sentences, scores 0. An empty text scores 0. A text longer than the encoder's positions is cut
-    there: the first is reported, `function.truncated` counts them.
-    The steps of the package's `score` run here in a sorted order: its own order is that of a Python set of strings,
-    which differs between processes and with it the last bits of a score, so that no run could be repeated.
+    The encoder (Hugging Face layout, `folder` or hub name) is read at `layer`, without idf. A text longer than its
+    positions is cut there: the first is reported, `function.truncated` counts them. With a `baseline` b (see
+    `baseline_f1`) F becomes (F - b) / (1 - b), and 0 where a pair is less alike than unrelated sentences.
+    The package's own `score` follows the order of a Python set of strings, which differs between processes and with it
+    the last bits of a score; here its steps run in a sorted order.
     """
     from bert_score import BERTScorer
     from bert_score.utils import greedy_cos_idf
@@ -43,7 +43,7 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
         score.truncated += cut
         for start in range(0, len(unique), BATCH):
             chunk = unique[start : start + BATCH]
-            ours, theirs = (padded([states[pair[side]] for pair in chunk], device) for side in (0, 1))
+            ours, theirs = (padded([states[text] for text in side]) for side in zip(*chunk, strict=True))
             f1 = (greedy_cos_idf(*theirs, *ours)[2].nan_to_num() - floor) / (1 - floor)
             found.update(zip(chunk, f1.clamp(0, 1).tolist(), strict=True))
         return [found.get(pair, 0.0) for pair in pairs]
@@ -52,26 +52,24 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     return score
 
 
-def token_states(scorer, texts: list[str], device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Encoder states (T, D) and token weights (T,) of each text: 1, and 0 for the special tokens at its ends."""
+def token_states(scorer, texts: list[str], device) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of each text the encoder's states (T, D), a mask of ones (T,), and weights (T,): 0 for the special tokens."""
     from bert_score.utils import get_bert_embedding
 
     tokenizer, states = scorer._tokenizer, {}
     weight = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
     for chunk in of_like_length(texts, lambda text: len(text) // 4, device):  # letters of a token, about
         hidden, mask, weights = get_bert_embedding(chunk, scorer._model, tokenizer, weight, device=device)
-        for text, row, w, n in zip(chunk, hidden, weights, mask.sum(dim=1), strict=True):
-            states[text] = row[:n], w[:n]
+        for text, n, *rows in zip(chunk, mask.sum(dim=1), hidden, mask, weights, strict=True):
+            states[text] = tuple(row[:n] for row in rows)
     return states
 
 
-def padded(rows: list[tuple[torch.Tensor, torch.Tensor]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States (N, T, D), mask (N, T) and token weights (N, T) of several texts, as the package's matching takes them."""
-    hidden, weights = zip(*rows, strict=True)
-    lengths = torch.tensor([len(row) for row in hidden], device=device)
-    hidden = pad_sequence(hidden, batch_first=True, padding_value=2.0)  # zeros would be divided by their norm
-    mask = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
-    return hidden, mask, pad_sequence(weights, batch_first=True)
+def padded(texts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """States (N, T, D), mask (N, T) and weights (N, T) of several texts, as the package's matching takes them."""
+    states, masks, weights = zip(*texts, strict=True)
+    states = pad_sequence(states, batch_first=True, padding_value=2.0)  # zeros would be divided by their norm
+    return states, pad_sequence(masks, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
 def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
@@ -81,12 +79,11 @@ def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
     """
     import bert_score
 
-    path = Path(baseline)
-    if baseline == "package":
-        path = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{folder}.tsv"
+    shipped = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{folder}.tsv"
+    path = shipped if baseline == "package" else Path(baseline)
     with loading("bertscore", f"layer {layer} of baseline file {path}", "set scorers.bertscore_baseline or empty it"):
-        with path.open(newline="", encoding="utf-8") as file:
-            value = {int(row["LAYER"]): float(row["F"]) for row in csv.DictReader(file)}[layer]
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        value = {int(row["LAYER"]): float(row["F"]) for row in rows}[layer]
         if not value < 1:
             raise ValueError(f"F must be below 1, got {value:g}")
     return value

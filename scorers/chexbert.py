@@ -20,48 +20,34 @@ BLANK, POSITIVE, NEGATIVE, UNCERTAIN = range(4)  # CheXbert's classes; No Findin
 
 
 class CheXbert(torch.nn.Module):
-    """BERT with one linear head per label on the [CLS] state: 13 heads of 4 classes and No Finding's of 2.
-
-    forward(input_ids (n, T), attention_mask (n, T)) returns 14 logit tensors, (n, 4) each and (n, 2) at the end.
-    """
+    """BERT with a linear head per label on the [CLS] state: 13 of 4 classes, No Finding's of 2."""
 
     def __init__(self, bert: BertModel):
         super().__init__()
         self.bert, width = bert, bert.config.hidden_size
-        self.linear_heads = torch.nn.ModuleList(torch.nn.Linear(width, 4) for _ in range(13))
-        self.linear_heads.append(torch.nn.Linear(width, 2))
+        self.linear_heads = torch.nn.ModuleList(torch.nn.Linear(width, classes) for classes in (*[4] * 13, 2))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+        """Token ids and mask (n, T) -> 14 tensors of logits: 13 of (n, 4), the last (n, 2)."""
         state = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
         return [head(state) for head in self.linear_heads]
 
 
-def save_chexbert(model: CheXbert, path: str | Path) -> None:
-    """Write the checkpoint layout of CheXbert's `chexbert.pth`: {"model_state_dict": {"module.<name>": tensor}}."""
-    state = {f"module.{name}": value.detach().cpu() for name, value in model.state_dict().items()}
-    torch.save({"model_state_dict": state}, path)
-
-
-def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a CheXbert checkpoint (path or hf-hub: name) by name, without `module.`."""
-    state = torch.load(local_file(path), map_location="cpu", weights_only=True)["model_state_dict"]
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
-    return state
-
-
 def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str | torch.device = "cpu") -> "Labeller":
-    """The frozen labeller of a CheXbert checkpoint on the BERT (config, tokenizer) it sits on.
+    """The frozen labeller of a CheXbert checkpoint, {"model_state_dict": {"module.<name>": tensor}}, on its BERT.
 
     checkpoint: a path or `hf-hub:OWNER/REPO/FILE` (the published one: hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth on
-    bert-base-uncased). bert_folder: a folder or hub name; its weights are not read, the checkpoint has them. ValueError
-    (one line) for what cannot be read, and for weights that are missing, unknown or misshapen.
+    bert-base-uncased). bert_folder: a folder or hub name of config and tokenizer; the weights are the checkpoint's.
+    ValueError (one line) for what cannot be read, and for weights that are missing, unknown or misshapen.
     """
     with loading("chexbert", bert_folder, "give the BERT (config, tokenizer) that the checkpoint sits on"):
         model = CheXbert(BertModel(AutoConfig.from_pretrained(bert_folder, trust_remote_code=False)))
         tokenizer = AutoTokenizer.from_pretrained(bert_folder, trust_remote_code=False)
     with loading("chexbert", checkpoint, "give the path of chexbert.pth or hf-hub:OWNER/REPO/chexbert.pth"):
-        model.load_state_dict(read_checkpoint(checkpoint), strict=True)
+        state = torch.load(local_file(checkpoint), map_location="cpu", weights_only=True)["model_state_dict"]
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
+        model.load_state_dict(state, strict=True)
     return Labeller(model.to(device).eval().requires_grad_(False), tokenizer)
 
 
@@ -77,8 +63,7 @@ class Labeller:
         self.model, self.tokenizer, self.cache = model, tokenizer, OrderedDict()
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        classes = self.classes(texts)
-        return (classes == POSITIVE) | (classes == UNCERTAIN)
+        return np.isin(self.classes(texts), (POSITIVE, UNCERTAIN))
 
     def classes(self, texts: list[str]) -> np.ndarray:
         """CheXbert's class of each label, (n, 14) int64: 0 blank, 1 positive, 2 negative, 3 uncertain."""

@@ -16,8 +16,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 
+from rewards import image_text_similarity
 from scorers.frozen import cached, loading, local_file
 
 TEXT_BATCH = 32  # windows per text forward pass; few, so that those of like length share one and little is padding
@@ -34,11 +34,11 @@ def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     hugging_face, mask = hasattr(tower, "pooler"), getattr(tower, "attn_mask", None)
     pool = getattr(model, "text_pool_type", getattr(tower, "pool_type", None))
     causal = mask is not None and pool in ("argmax", "eos")
-    if hugging_face or causal:
+    if causal or hugging_face:
         pad = tower.config.pad_token_id if hugging_face else 0
         length = int((tokens != pad).any(dim=0).nonzero().max()) + 1  # up to the last: byte-pair id 0 is a "!" too
         tokens = tokens[:, :length]
-    if hugging_face or not causal:
+    if not causal:
         return F.normalize(model.encode_text(tokens), dim=-1)
     prefix = "" if tower is model else "text."
     cut = {f"{prefix}positional_embedding": tower.positional_embedding[:length],
@@ -49,21 +49,17 @@ def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def count_tokens(tokenizer, text: str) -> int:
     """Tokens of `text` with the special tokens, before any truncation."""
-    inner = getattr(tokenizer, "tokenizer", None)
-    if inner is None:  # open_clip's own byte-pair tokenizer adds a start and an end token
-        return len(tokenizer.encode(text)) + 2
-    return len(inner(text, verbose=False)["input_ids"])
+    inner = getattr(tokenizer, "tokenizer", None)  # None: open_clip's own byte pairs, a start and an end token around
+    return len(tokenizer.encode(text)) + 2 if inner is None else len(inner(text, verbose=False)["input_ids"])
 
 
 def split_pieces(text: str, fits: Callable[[str], bool]) -> list[str]:
     """`text` where it fits, else its sentences, their words, or halves of a word, each split on until it fits."""
     if fits(text) or len(text) == 1:
         return [text]
-    parts = re.split(r"(?<=[.!?])\s+", text)
-    if len(parts) == 1:
-        parts = text.split(" ")
-    if len(parts) == 1:  # one endless word, as a policy gone astray writes them
-        parts = [text[: len(text) // 2], text[len(text) // 2 :]]
+    half = len(text) // 2  # of one endless word, as a policy gone astray writes them
+    ways = re.split(r"(?<=[.!?])\s+", text), text.split(" "), (text[:half], text[half:])
+    parts = next(parts for parts in ways if len(parts) > 1)
     return [piece for part in parts for piece in split_pieces(part, fits)]
 
 
@@ -95,13 +91,13 @@ class Expert:
     def image_features(self, images: list[Image.Image], ids: list[str]) -> torch.Tensor:
         """Normalised image embeddings (B, D); a study's is computed once, so `ids` must be unique per image.
 
-        One image per forward pass: an embedding's last bits then never depend on which other images were still
-        missing from the cache, and a run that was interrupted repeats itself exactly.
+        One image per forward pass: its embedding's last bits then never depend on which others the cache lacked, and a
+        run that was interrupted repeats itself exactly.
         """
         shown = dict(zip(ids, images, strict=True))
 
         def embed(missing: list[str]) -> list[torch.Tensor]:
-            pixels = (self.preprocess(shown[key].convert("RGB")).unsqueeze(0).to(self.device) for key in missing)
+            pixels = (self.preprocess(shown[key].convert("RGB"))[None].to(self.device) for key in missing)
             return [F.normalize(self.model.encode_image(p), dim=-1)[0].float().cpu() for p in pixels]
 
         return torch.stack(cached(self.cache, ids, embed)).to(self.device)
@@ -123,11 +119,10 @@ class Expert:
     def similarity(self, images: list[Image.Image], ids: list[str], groups: list[list[str]]) -> torch.Tensor:
         """Eq. 6: S = cos(text embedding, image feature), (B, G) of image b with the G texts groups[b], on the CPU.
 
-        A text without a word has no direction: it gets exactly -1.0, the least a cosine can be, never NaN. So does an
-        unreadable candidate, which rewards.py hands over as "".
+        A text without a word (rewards.py hands an unreadable candidate over as "") gets exactly -1.0, a cosine's least.
         """
         texts = self.text_features([text for group in groups for text in group]).view(len(groups), len(groups[0]), -1)
-        cosine = torch.einsum("bd,bgd->bg", self.image_features(images, ids), texts).clamp(-1, 1).cpu()
+        cosine = image_text_similarity(self.image_features(images, ids), texts).cpu()
         return cosine.masked_fill(torch.tensor([[not text.strip() for text in group] for group in groups]), -1.0)
 
 
@@ -142,35 +137,20 @@ def refuse_code(pairs: list[tuple]) -> dict:
 def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
     """Load an open_clip model from a local folder or an `hf-hub:` name, frozen and in eval mode.
 
-    A Hugging Face text tower is built from the folder's own `config.json`, so that nothing is fetched; without that
-    file open_clip looks its `hf_model_name` up, a folder or a hub name. Raises ValueError (one line) for what cannot
-    be loaded, and for a config that asks for remote code.
+    A Hugging Face text tower is built from the folder's own `config.json`; without that file open_clip looks its
+    `hf_model_name` up, a folder or a hub name. ValueError (one line) for what cannot be loaded or asks for remote code.
     """
     on_hub, overrides = str(path).startswith("hf-hub:"), {}
     name, advice = str(path) if on_hub else f"local-dir:{path}", "give an open_clip folder or an hf-hub: name"
     with loading("expert", f"open_clip_config.json of {path}", advice):
         text = local_file(f"{path}/open_clip_config.json").read_text(encoding="utf-8")
         text_cfg = json.loads(text, object_pairs_hook=refuse_code)["model_cfg"]["text_cfg"]
-    if not on_hub and "hf_model_name" in text_cfg:
-        if (Path(path) / "config.json").is_file():
-            overrides["text_cfg"] = {**text_cfg, "hf_model_name": str(path), "hf_model_pretrained": False}
-        else:
-            advice = f"offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
+    if "hf_model_name" in text_cfg and (Path(path) / "config.json").is_file():
+        overrides["text_cfg"] = {**text_cfg, "hf_model_name": str(path), "hf_model_pretrained": False}
+    elif "hf_model_name" in text_cfg and not on_hub:
+        advice = f"offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
     with loading("expert", path, advice):
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **overrides)
         tokenizer = open_clip.get_tokenizer(name)
     model.to(device).eval().requires_grad_(False)
     return Expert(model, preprocess, tokenizer, torch.device(device))
-
-
-def save_expert(model: torch.nn.Module, config: dict, tokenizer, folder: str | Path) -> None:
-    """Write `open_clip_config.json`, `open_clip_model.safetensors` and the tokenizer, as `load_expert` reads them.
-
-    `config` is the whole file ({"model_cfg", "preprocess_cfg"}), `tokenizer` a transformers or open_clip tokenizer.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(folder))
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

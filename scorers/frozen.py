@@ -36,11 +36,8 @@ def local_file(name: str | Path) -> Path:
 
 
 def of_like_length(items: list, length: Callable, device: str | torch.device) -> Iterator[list]:
-    """Batches of a model's inputs, the longest first, each padded to at most 512 tokens in all, 16,384 on a GPU.
-
-    More overflow a CPU's cache, fewer starve a GPU. length(item): its tokens.
-    """
-    most = 512 if torch.device(device).type == "cpu" else 16_384
+    """Batches of a model's inputs, the longest first, each padded to `most` tokens at most. length(item): tokens."""
+    most = 512 if torch.device(device).type == "cpu" else 16_384  # more overflow a CPU's cache, fewer starve a GPU
     rest = sorted(items, key=length)
     while rest:
         n = max(1, most // max(1, length(rest[-1])))
@@ -51,8 +48,7 @@ def of_like_length(items: list, length: Callable, device: str | torch.device) ->
 def cached(cache: OrderedDict, keys: list, compute: Callable[[list], list]) -> list:
     """The value of each key, from `cache` where known; `compute` gets the missing keys once each."""
     missing = [key for key in dict.fromkeys(keys) if key not in cache]
-    if missing:
-        cache.update(zip(missing, compute(missing), strict=True))
+    cache.update(zip(missing, compute(missing), strict=True))
     for key in keys:
         cache.move_to_end(key)
     values = [cache[key] for key in keys]

@@ -3,10 +3,10 @@
 The judge is `StanfordAIMI/GREEN-radllama2-7b`, or another causal language model in Hugging Face layout that was tuned
 on the same prompt. Prompt, chat format, greedy decoding and parser follow the authors' package (github.com/
 Stanford-AIMI/GREEN: green_score/utils.py `make_prompt`; green_score/green.py `parse_error_counts`, `compute_green`),
-which itself cannot be installed beside current libraries. Everything runs on this machine: no text leaves it.
+which cannot be installed beside current libraries. No text leaves this machine.
 
 Where we differ: an answer without a readable count is `None`, left out of the mean and counted, while the package takes
-such a count as 0; and no prompt is cut at 2048 tokens, which would cut off the question's end.
+such a count as 0; and no prompt is cut at 2048 tokens, which would lose the question's end.
 """
 
 import re
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scorers.frozen import loading
 
@@ -24,11 +25,11 @@ PROMPT = Path(__file__).with_name("green_prompt.txt").read_text(encoding="utf-8"
 CHAT = "<|user|>\n{prompt}{eos}\n<|assistant|>\n"  # what the package's chat template makes of one question
 
 
-def parse(response: str) -> tuple[int, list[int]] | None:
-    """(matched findings, significant errors of the six kinds a-f) of an answer; None where a count cannot be read.
+def green(response: str) -> float | None:
+    """matched / (matched + significant errors) of an answer, 0 when nothing matched; None where no count can be read.
 
-    A section ends at the first blank line, one that starts with "No" counts 0, so does a kind that is not listed, and
-    the kinds may be numbered 1-6 instead, all as in the package.
+    A section ends at the first blank line, one that starts with "No" counts 0, of a kind of error (a-f) that is listed
+    twice the last counts, and the kinds may be numbered 1-6 instead, all as in the package.
     """
     sections = ("Clinically Significant Errors", "Matched Findings")
     found = [re.search(rf"\[{name}\]:\s*([^\[\s].*?)(?:\n\s*\n|\Z)", response, re.DOTALL) for name in sections]
@@ -37,23 +38,13 @@ def parse(response: str) -> tuple[int, list[int]] | None:
     listed, matched = (match[1] for match in found)
     lines = re.findall(r"\(([a-f])\) (.*)", listed) or re.findall(r"\(([1-6])\) (.*)", listed)
     lines = [] if listed.startswith("No") else lines or [("a", "")]
-    numbers = [re.search(r"(?<=: )\d+(?=\.|\s*$)", line) for _, line in lines]
-    number = re.match(r"No|\d+(?=\.)", matched)
-    if None in (number, *numbers):
+    counts = [(kind, re.search(r"(?<=: )\d+(?=\.|\s*$)", line)) for kind, line in lines]
+    matched = re.match(r"No|\d+(?=\.)", matched)
+    if matched is None or any(count is None for _, count in counts):
         return None
-    errors = [0] * 6
-    for (kind, _), count in zip(lines, numbers, strict=True):
-        errors["abcdef123456".index(kind) % 6] = int(count[0])
-    return 0 if number[0] == "No" else int(number[0]), errors
-
-
-def green(response: str) -> float | None:
-    """matched / (matched + significant errors), 0 when nothing matched; None for an answer that `parse` cannot read."""
-    counts = parse(response)
-    if counts is None:
-        return None
-    matched, errors = counts
-    return matched / (matched + sum(errors)) if matched else 0.0
+    hits = 0 if matched[0] == "No" else int(matched[0])
+    errors = sum({kind: int(count[0]) for kind, count in counts}.values())
+    return hits / (hits + errors) if hits else 0.0
 
 
 def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: int = 2048) -> Callable:
@@ -62,25 +53,20 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
     path: folder or hub name of the judge. float16 on a GPU (14 GB for 7B), float32 elsewhere. Each distinct pair is
     asked once. ValueError (one line) when there is no causal language model at `path`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     with loading("eval.green", path, "give the folder or hub name of a causal language model"):
         settings = {"padding_side": "left", "add_eos_token": True}  # as the package sets them
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **settings)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
-    tokenizer.pad_token, end = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.pad_token, end, known = tokenizer.eos_token, tokenizer.eos_token_id, {}
 
     @torch.inference_mode()
     def answer(pairs: list[tuple[str, str]]) -> list[str]:
-        prompts = [PROMPT.format(candidate=candidate, reference=reference) for candidate, reference in pairs]
-        chats = [CHAT.format(prompt=prompt, eos=tokenizer.eos_token) for prompt in prompts]
+        chats = [CHAT.format(prompt=PROMPT.format(candidate=c, reference=r), eos=tokenizer.eos_token) for c, r in pairs]
         batch = tokenizer(chats, padding=True, return_tensors="pt").to(device)
         out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens,
                              do_sample=False, temperature=None, top_p=None, eos_token_id=end, pad_token_id=end)
         return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    known = {}
 
     def score(candidates: list[str], references: list[str]) -> list[float | None]:
         pairs = list(zip(candidates, references, strict=True))

@@ -1,7 +1,7 @@
 """RadGraph by rules (Eq. 4's s_rg): entities and relations of a chest X-ray report without a model.
 
-A lexicon of general chest X-ray English with negation, uncertainty and simple relations, in the annotation layout of
-the `radgraph` package. Enough for the phantom's English; on real reports it reads the common phrases only.
+A lexicon of general chest X-ray English with negation, uncertainty and simple relations. Enough for the phantom's
+English; on real reports it reads the common phrases only.
 """
 
 import re
@@ -9,7 +9,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 
@@ -24,11 +24,10 @@ IN, GLUE = set(LEXICON["in"]), set(LEXICON["glue"])
 SUGGESTS, LINKS = any_of(LEXICON["suggests"]), any_of(LEXICON["links"])
 CUES = [(cue["label"], cue["stands"], any_of(cue["phrases"])) for cue in LEXICON["cues"]]
 CLAUSE_END = re.compile("|".join(LEXICON["clause_ends"]))
-LISTED = re.compile(r",|\band\b")  # where the reach of "possible" ends
 
 
 def _place(kinds: list[str], run: Iterable[int]) -> int | None:
-    """The anatomy (else the position word) named last among the token indices of a run."""
+    """The anatomy (else the position word) that stands last among the token indices `run`, if there is one."""
     run = list(run)
     anatomy = [i for i in run if kinds[i] == "anatomy"]
     return max(anatomy or [i for i in run if kinds[i] == "position"], default=None)
@@ -36,17 +35,13 @@ def _place(kinds: list[str], run: Iterable[int]) -> int | None:
 
 def _located_at(words: list[str], kinds: list[str], i: int) -> int | None:
     """Token index of the place of observation i: named just before it, after a preposition, or as its subject."""
-    before = takewhile(lambda j: kinds[j] not in ("", "observation") or words[j] in GLUE, range(i - 1, -1, -1))
-    place = _place(kinds, before)
-    if place is not None:
-        return place
-    end = next((j for j in range(i + 1, len(words)) if kinds[j] == "observation"), len(words))
-    for j in range(i + 1, end):
-        if words[j] in IN:
-            place = _place(kinds, takewhile(lambda k: kinds[k] or words[k] in GLUE, range(j + 1, end)))
-            if place is not None:
-                return place
     first = next((j + 1 for j in range(i - 1, -1, -1) if kinds[j] == "observation"), 0)
+    end = next((j for j in range(i + 1, len(words)) if kinds[j] == "observation"), len(words))
+    behind = (range(j + 1, end) for j in range(i + 1, end) if words[j] in IN)
+    for run in (range(i - 1, first - 1, -1), *behind):
+        place = _place(kinds, takewhile(lambda j: kinds[j] or words[j] in GLUE, run))
+        if place is not None:
+            return place
     place = _place(kinds, range(first, i))
     return place if place is not None and LINKS.search(" ".join(words[place:i])) else None
 
@@ -60,8 +55,8 @@ def _relations(words: list[str], kinds: list[str]) -> dict[int, list[tuple[str, 
         if kind == "degree" and observations:
             target = next((j for j in observations if j > i), observations[-1])
         elif kind == "position":
-            after = range(i + 1, len(words))
-            run = list(takewhile(lambda j: kinds[j] in ("anatomy", "position") or words[j] in GLUE, after))
+            behind = range(i + 1, len(words))
+            run = list(takewhile(lambda j: kinds[j] in ("anatomy", "position") or words[j] in GLUE, behind))
             target = next((j for j in run if kinds[j] == "anatomy"), _place(kinds, run))
         elif kind == "observation":
             relation, target = "located_at", _located_at(words, kinds, i)
@@ -69,10 +64,9 @@ def _relations(words: list[str], kinds: list[str]) -> dict[int, list[tuple[str, 
             found[i].append((relation, target))
     clause = " ".join(words)
     for cue in SUGGESTS.finditer(clause):
-        at = len(clause[: cue.start()].split())
-        before, after = [j for j in observations if j < at], [j for j in observations if j >= at]
-        if before and after:
-            found[before[-1]].append(("suggestive_of", after[0]))
+        at = clause.count(" ", 0, cue.start())  # the cue's token index; it links the observations around it
+        for i, j in (pair for pair in pairwise(observations) if pair[0] < at <= pair[1]):
+            found[i].append(("suggestive_of", j))
     return found
 
 
@@ -82,10 +76,10 @@ def _certainty(clause: str, start: int, end: int) -> str:
     for name, stands, pattern in CUES:
         for cue in pattern.finditer(clause):
             if stands == "before" and nearest < cue.end() <= start:
-                ended = name == "uncertain" and LISTED.search(clause[cue.end() : start])
-                if ended or label == "definitely absent" and SUGGESTS.match(cue.group()):  # no opacity to suggest it
-                    continue
-                nearest, label = cue.end(), name
+                listed = name == "uncertain" and re.search(r",|\band\b", clause[cue.end() : start])  # ends its reach
+                denied = label == "definitely absent" and SUGGESTS.match(cue.group())  # as in: no opacity to suggest it
+                if not listed and not denied:
+                    nearest, label = cue.end(), name
             elif stands == "behind" and cue.start() >= end and not LINKS.search(clause[end : cue.start()]):
                 nearest, label = len(clause), name
     return label
@@ -93,29 +87,26 @@ def _certainty(clause: str, start: int, end: int) -> str:
 
 @lru_cache(maxsize=100_000)
 def annotate(text: str) -> dict:
-    """Entities and relations of a report in `radgraph`'s dict layout, one (lower-case) word an entity.
+    """Entities and relations of a report in the `radgraph` package's dict layout, one (lower-case) word an entity.
 
     Clauses are read one at a time; negation and uncertainty reach to the clause's end. Words outside the lexicon and
     headings are not read. Cached by text: do not change what it returns.
     """
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
-    joined, entities, offset = " ".join(words), {}, 0
+    joined, entities, offset = " ".join(re.findall(r"\w+|[^\w\s]", text.lower())), {}, 0
     cuts = [0, *(cut.end() for cut in CLAUSE_END.finditer(joined)), len(joined)]
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        clause = joined[start:end]
-        tokens = clause.split()
+    for start, end in pairwise(cuts):
+        tokens = joined[start:end].split()
         heading = tokens[-1:] == [":"] and len(tokens) < 3
         kinds = ["" if heading else KINDS.get(token, "") for token in tokens]
         relations, read = _relations(tokens, kinds), [i for i, kind in enumerate(kinds) if kind]
-        number = {i: str(len(entities) + n) for n, i in enumerate(read, 1)}  # token index -> entity id
+        number = {i: str(n) for n, i in enumerate(read, len(entities) + 1)}  # token index -> entity id
         for i in read:
             label = "Anatomy::definitely present"
             if kinds[i] in ("observation", "degree"):
-                begin = len(" ".join([*tokens[:i], ""])) + len(clause) - len(clause.lstrip())
-                label = f"Observation::{_certainty(clause, begin, begin + len(tokens[i]))}"
-            entities[number[i]] = {
-                "tokens": tokens[i], "label": label, "start_ix": offset + i, "end_ix": offset + i,
-                "relations": [[name, number[j]] for name, j in relations[i]]}  # fmt: skip
+                begin = len(" ".join([*tokens[:i], ""]))
+                label = f"Observation::{_certainty(' '.join(tokens), begin, begin + len(tokens[i]))}"
+            entities[number[i]] = {"tokens": tokens[i], "label": label, "start_ix": offset + i, "end_ix": offset + i,
+                                   "relations": [[name, number[j]] for name, j in relations[i]]}  # fmt: skip
         offset += len(tokens)
     return {"text": joined, "entities": entities}
 
@@ -126,19 +117,19 @@ def _items(annotation: dict, level: str) -> set[tuple]:
     for entity in entities.values():
         key, relations = (entity["tokens"], entity["label"]), entity["relations"]
         if level == "complete" and relations:
-            items |= {(key[0].lower(), key[1], name, entities[other]["tokens"].lower()) for name, other in relations}
+            items |= {(*key, name, entities[other]["tokens"]) for name, other in relations}
         else:
             items.add((*key, True) if level == "partial" and relations else key)
     return items
 
 
-def radgraph_f1(candidate: dict, reference: dict, level: str = "partial") -> float:
-    """F1 of two annotations as `radgraph.rewards.compute_reward`, but two empty ones score 1 (the package: 0)."""
-    ours, theirs = _items(candidate, level), _items(reference, level)
-    return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours or theirs else 1.0
-
-
 def rule_radgraph(candidates: list[str], references: list[str], level: str = "partial") -> list[float]:
-    """Eq. 4's s_rg of each pair by rules, in [0, 1]. level: simple, partial or complete, as config.py says."""
-    pairs = zip(candidates, references, strict=True)
-    return [radgraph_f1(annotate(candidate), annotate(reference), level) for candidate, reference in pairs]
+    """Eq. 4's s_rg of each pair by rules, in [0, 1]. level: simple, partial or complete, as config.py says.
+
+    F1 as `radgraph.rewards.compute_reward`, but two texts without an entity score 1 (the package: 0).
+    """
+    scores = []
+    for pair in zip(candidates, references, strict=True):
+        ours, theirs = (_items(annotate(text), level) for text in pair)
+        scores.append(2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours or theirs else 1.0)
+    return scores

@@ -3,13 +3,12 @@
     python3 -m venv .ratescore                                                # once; its models come on first use
     .ratescore/bin/pip install RaTEScore==0.6.0 medspacy torch transformers pandas safetensors
     python evaluate.py ... --eval.ratescore .ratescore/bin/python
+    .ratescore/bin/python -I scorers/ratescore.py PAIRS.jsonl SCORES.jsonl    # what evaluate.py does, by hand
 
-evaluate.py then has that Python run this file on its reports and references. By hand, with rows {"report", "reference"}
-in and {"score"} out: `.ratescore/bin/python -I scorers/ratescore.py PAIRS.jsonl SCORES.jsonl`. The package's two models
-run on this machine: no text leaves it, and HF_HUB_OFFLINE=1 keeps it to models in the Hugging Face cache.
-
-The package gives 0.5 to a pair in which either text has no medical entity. A text without any sentence of three
-characters scores 0 here: the package drops it, and every later score would slip to the pair before.
+Rows {"report", "reference"} in, {"score"} out. The package's two models run on this machine: no text leaves it, and
+HF_HUB_OFFLINE=1 keeps it to models in the Hugging Face cache. It gives 0.5 to a pair in which either text has no
+medical entity. A text without any sentence of three characters scores 0 here: the package drops it, and every later
+score would slip to the pair before.
 """
 
 import json
@@ -47,18 +46,18 @@ def run_python(python: str, *words: str) -> None:
 
 
 def main() -> None:
-    """Read the pairs, write their scores."""
-    import torch  # the other environment has these three, this one need not
+    """Read the pairs, write their scores; runs in the other environment, which has the three packages."""
+    import torch
     from RaTEScore import RaTEScore
     from RaTEScore.utils import sentence_split
 
-    pairs, scores = map(Path, sys.argv[1:])
-    scorer, found = RaTEScore(use_gpu=torch.cuda.is_available()), []
-    for row in map(json.loads, pairs.read_text(encoding="utf-8").splitlines()):
-        report, reference = row["report"], row["reference"]
-        whole = all(sentence_split([text])[0] for text in (report, reference))
-        found.append(float(scorer.compute_score([report], [reference])[0]) if whole else 0.0)
-    scores.write_text("".join(json.dumps({"score": score}) + "\n" for score in found), encoding="utf-8")
+    scorer = RaTEScore(use_gpu=torch.cuda.is_available())
+    with open(sys.argv[1], encoding="utf-8") as pairs, open(sys.argv[2], "w", encoding="utf-8") as scores:
+        for row in map(json.loads, pairs):
+            texts = [row["report"]], [row["reference"]]
+            whole = all(sentence_split(text)[0] for text in texts)
+            score = float(scorer.compute_score(*texts)[0]) if whole else 0.0
+            print(json.dumps({"score": score}), file=scores)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("bert")
     model = chexbert.CheXbert(write_bert(path))
     torch.nn.init.normal_(model.linear_heads[13].weight)
-    chexbert.save_chexbert(model, path / "chexbert.pth")
+    torch.save({"model_state_dict": torch.nn.ModuleDict({"module": model}).state_dict()}, path / "chexbert.pth")
     return path
 
 
@@ -44,13 +44,16 @@ def test_label_f1_by_hand():
     assert label_f1(np.zeros((0, 14), bool), np.zeros((0, 14), bool)) == []
 
 
-def test_checkpoint_layout_and_round_trip(folder, tmp_path):
+def test_weights_are_read_with_and_without_prefix_and_old_constants(folder, tmp_path):
     state = torch.load(folder / "chexbert.pth", weights_only=True)["model_state_dict"]
     assert "module.bert.embeddings.word_embeddings.weight" in state and "module.linear_heads.13.bias" in state
-    labeller = chexbert.load_chexbert(folder / "chexbert.pth", folder)
-    chexbert.save_chexbert(labeller.model, tmp_path / "again.pth")
-    again = torch.load(tmp_path / "again.pth", weights_only=True)["model_state_dict"]
-    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    torch.save({"model_state_dict": plain}, tmp_path / "plain.pth")
+    old = state | {"module.bert.embeddings.position_ids": torch.arange(512)[None]}
+    torch.save({"model_state_dict": old}, tmp_path / "old.pth")
+    for path in (folder / "chexbert.pth", tmp_path / "plain.pth", tmp_path / "old.pth"):
+        read = chexbert.load_chexbert(path, folder).model.state_dict()
+        assert read.keys() == plain.keys() and all(torch.equal(read[name], plain[name]) for name in plain)
 
 
 def test_bad_checkpoints_are_one_line(folder, tmp_path):
@@ -121,7 +124,8 @@ def package_labeller(folder):
     encode = oracle.tokenizer.convert_tokens_to_ids
     oracle.tokenizer.encode_plus = lambda tokens: {"input_ids": [2, *encode(tokens), 3]}  # gone from transformers 5
     oracle.model = package.bert_labeler(pretrain_path=str(folder)).eval()
-    oracle.model.load_state_dict(chexbert.read_checkpoint(folder / "chexbert.pth"), strict=True)
+    labeller = chexbert.load_chexbert(folder / "chexbert.pth", folder)
+    oracle.model.load_state_dict(labeller.model.state_dict(), strict=True)
     return oracle.get_label
 
 

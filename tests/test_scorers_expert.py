@@ -1,5 +1,6 @@
 """The frozen expert on tiny random open_clip models in their real on-disk layouts."""
 
+import dataclasses
 import json
 import os
 
@@ -10,17 +11,26 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import BertConfig, BertTokenizer
 
 from phantom import models as tiny_models
 from scorers import expert
 
 torch.set_num_threads(1)
+PREPROCESS = dataclasses.asdict(open_clip.transform.PreprocessCfg())
 WORDS = ("the lungs are clear there is a small large left right pleural effusion no pneumothorax heart normal "
          "seen .").split()  # fmt: skip
 SENTENCES = ["The lungs are clear.", "There is a small left pleural effusion.", "No pneumothorax is seen.",
              "The heart is normal."]  # fmt: skip
+
+
+def save(model, config, tokenizer, folder):
+    """open_clip's own way to write a folder."""
+    open_clip.set_model_preprocess_cfg(model, PREPROCESS | config["preprocess_cfg"])
+    save_for_hf(model, tokenizer, config["model_cfg"], folder, safe_serialization=True)
 
 
 def write_tokenizer(folder):
@@ -39,7 +49,7 @@ def build_native(folder, context=16):
     config["model_cfg"]["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**config["model_cfg"]).eval()
-    expert.save_expert(model, config, tokenizer, folder)
+    save(model, config, tokenizer, folder)
     return model
 
 
@@ -57,7 +67,7 @@ def build_biomedclip(folder, context=16):
     torch.manual_seed(0)
     local = {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}
     model = open_clip.model.CustomTextCLIP(embed_dim=16, vision_cfg=vision, text_cfg=local).eval()
-    expert.save_expert(model, config, tokenizer, folder)
+    save(model, config, tokenizer, folder)
     return model
 
 
@@ -89,6 +99,9 @@ def test_round_trip_is_exact(saved, frozen):
     with torch.no_grad():
         assert torch.equal(model.encode_text(tokens), frozen.model.encode_text(tokens))
         assert torch.equal(model.encode_image(pixels), frozen.model.encode_image(pixels))
+    wanted = model.visual.preprocess_cfg
+    normalise = frozen.preprocess.transforms[-1]
+    assert (list(normalise.mean), list(normalise.std)) == (list(wanted["mean"]), list(wanted["std"]))
     if "native" in str(saved[1]):
         plain, _, _ = open_clip.create_model_and_transforms(f"local-dir:{saved[1]}")
         assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
@@ -263,7 +276,7 @@ def test_byte_pair_native_clip_by_hub_name(hub, tmp_path):
     config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {"size": 32}}
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**config["model_cfg"]).eval()
-    expert.save_file(model.state_dict(), tmp_path / "w")
+    save_file(model.state_dict(), tmp_path / "w")
     (tmp_path / "c").write_text(json.dumps(config))
     hub("owner/clip", {"open_clip_config.json": tmp_path / "c", "open_clip_model.safetensors": tmp_path / "w"})
     frozen = expert.load_expert("hf-hub:owner/clip")

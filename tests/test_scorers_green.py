@@ -71,7 +71,6 @@ def test_the_question_is_what_the_package_s_chat_template_gives(judge):
 
 
 def test_a_recorded_style_answer():
-    assert green.parse(ANSWER) == (2, [0, 2, 1, 0, 0, 0])
     assert green.green(ANSWER) == pytest.approx(2 / (2 + 3))
 
 
@@ -88,6 +87,7 @@ def answer(significant="(a) X: 1. Y.", matched="3. A; B; C."):
         (answer("(b) X: 2. Y; Z.\n(a) X: 1. Y."), 3 / 6),
         (answer("(1) X: 2. Y; Z.\n(6) X: 1. Y."), 3 / 6),  # kinds by number
         (answer("(f) X: 12. Y."), 3 / 15),
+        (answer("(a) X: 5. Y.\n(b) X: 1. Y.\n(a) X: 2. Y."), 3 / 6),  # of a kind that is listed twice the last counts
         (answer(matched="0."), 0),
         (answer(matched="None."), 0),
         (answer("None.", matched="No matched findings."), 0),  # nothing wrong, nothing matched

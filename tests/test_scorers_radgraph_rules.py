@@ -73,6 +73,6 @@ def test_radgraph_f1_equals_the_package():
              "Opacity in the left base may represent pneumonia.", "Left base opacity. Right pacemaker. Lungs clear.",
              "Left effusion and right effusion. No effusion at the base."]  # fmt: skip
     for level in ("simple", "partial", "complete"):
-        for a in map(radgraph_rules.annotate, texts):
-            for b in map(radgraph_rules.annotate, texts):
-                assert radgraph_rules.radgraph_f1(a, b, level) == pytest.approx(rewards.compute_reward(a, b, level))
+        for a in texts:
+            package = [rewards.compute_reward(*map(radgraph_rules.annotate, (a, b)), level) for b in texts]
+            assert radgraph_rules.rule_radgraph([a] * len(texts), texts, level) == pytest.approx(package)

@@ -51,8 +51,10 @@ def test_scores_come_back_in_order_and_texts_without_a_sentence_score_0(python):
 
 
 def test_by_hand_from_any_folder(python, tmp_path):
-    rows = [{"report": "left effusion", "reference": "left effusion"}, {"report": "clear", "reference": "clear lungs"}]
-    (tmp_path / "P.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"report": "left\u2028effusion", "reference": "left effusion"},
+            {"report": "clear", "reference": "clear lungs"}]  # fmt: skip
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)  # \u2028 ends a line for splitlines()
+    (tmp_path / "P.jsonl").write_text(text, encoding="utf-8")
     subprocess.run([python, "-I", str(RUNNER), "P.jsonl", "S.jsonl"], cwd=tmp_path, check=True)
     assert (tmp_path / "S.jsonl").read_text() == '{"score": 1.0}\n{"score": 0.5}\n'
     assert sorted(path.name for path in tmp_path.iterdir()) == ["P.jsonl", "S.jsonl"]

@@ -73,9 +73,6 @@ def run_layers(base, embeds: Tensor, positions: Tensor, plan) -> Tensor:
     ).last_hidden_state
 
 
-# ------------------------------------------------------------------------------------------------------ training
-
-
 @dataclass
 class Packing:
     """Where the tokens of a study's G reports lie in its row, after the prefix (P tokens)."""
@@ -152,9 +149,6 @@ def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dty
         mine &= (slot[first:last, None] >= slot[start:last]) & real[:, None, start:last]
         seen = prompt_mask[:, None, :].expand(b, last - first, prefix)
         yield first, last, start, additive(torch.cat([seen, mine], dim=2)[:, None], dtype)
-
-
-# ------------------------------------------------------------------------------------------------------ sampling
 
 
 @dataclass

@@ -12,20 +12,12 @@ text ever becomes it, the vision features replace its embedding, and every matri
 
 import re
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    MistralConfig,
-    PretrainedConfig,
-)
 from transformers.vision_utils import get_vision_window_index
 
 from running.weights import check_model
@@ -34,11 +26,8 @@ from running.weights import check_model
 # "q_proj" alone would also match the vision tower, which stays frozen.
 LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 LLAVA = {"language": LANGUAGE, "projector": r".*multi_modal_projector\.linear_[12]"}
-PARTS = {
-    "llava": LLAVA,
-    "llava_mistral": LLAVA,
-    "qwen2_5_vl": {"language": LANGUAGE, "projector": r".*visual\.merger\.mlp\.[02]"},
-}
+QWEN = {"language": LANGUAGE, "projector": r".*visual\.merger\.mlp\.[02]"}
+PARTS = {"llava": LLAVA, "llava_mistral": LLAVA, "qwen2_5_vl": QWEN}
 
 # LLaVA-Med v1.5: original weight name (regex) -> transformers' LLaVA
 RENAME = {
@@ -54,10 +43,8 @@ CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers
 KNOWN = {"mm_projector_type": ["mlp2x_gelu"], "mm_vision_select_feature": ["patch", "cls_patch"],
          "mm_use_im_start_end": [False], "image_aspect_ratio": ["pad", "square", None]}  # fmt: skip
 # conversation template `mistral_instruct` of LLaVA-Med; the tokenizer itself puts <s> before it
-MISTRAL_INSTRUCT = (
-    "{% for m in messages %}[INST] {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<unk>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}"
-)
+MISTRAL_INSTRUCT = ("{% for m in messages %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<unk>\n"
+                    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}")  # fmt: skip
 
 # PEFT asks for the first at every load, the second has a new name from 5.2x on; nothing a user could do about them
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
@@ -76,9 +63,13 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
         raise ValueError(f"model.max_pixels is for qwen2_5_vl; {path} is a {family}, which has one image size")
     if Path(path).is_dir():  # else a hub name, whose files the hub has checked
         check_model(Path(path))
-    load = load_llava_med if family == "llava_mistral" else load_auto
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info, processor = load(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        if family == "llava_mistral":
+            model, info, processor = load_llava_med(path, **options)
+        else:
+            model, info = transformers.AutoModelForImageTextToText.from_pretrained(path, **options)
+            processor = transformers.AutoProcessor.from_pretrained(path)
     except OSError as error:  # no weights, a shard that the index names is not there, no tokenizer
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
     check_weights(path, info)
@@ -88,18 +79,13 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
     return model, processor
 
 
-def load_auto(path: str, **options):
-    """(model, loading info, processor) of a folder that transformers knows."""
-    return *AutoModelForImageTextToText.from_pretrained(path, **options), AutoProcessor.from_pretrained(path)
-
-
 def read_config(path: str) -> dict:
     """The folder's or hub model's config.json; ValueError when there is none or it is no JSON."""
     up = Path(path).parent
     if not Path(path).is_dir() and (Path(path).is_absolute() or (str(up) != "." and up.is_dir())):
         raise ValueError(f"{path}: no such folder")  # asking the hub for it would take half a minute
     try:
-        config = PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
+        config = transformers.PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
     except OSError as error:
         raise ValueError(f"{path}: no readable config.json ({str(error).splitlines()[0]})") from error
     if not config:
@@ -120,18 +106,26 @@ def check_weights(path: str, info: dict) -> None:
             raise ValueError(f"{path}: {len(names)} {fault}, e.g. {sorted(names)[0]}")
 
 
-# ------------------------------------------------------------------------------------------------- LLaVA-Med v1.5
-
-
 def load_llava_med(path: str, **options):
-    """(model, loading info, processor) of a `llava_mistral` folder: transformers' LLaVA over renamed weights."""
+    """(model, loading info, processor) of a `llava_mistral` folder: transformers' LLaVA over renamed weights.
+
+    The processor pads an image to a square with CLIP's mean colour before CLIP's own preprocessing.
+    """
     tokenizer = llava_med_tokenizer(path)
     config = llava_med_config(path, tokenizer)
-    loaded = LlavaForConditionalGeneration.from_pretrained(path, config=config, key_mapping=RENAME, **options)
-    return *loaded, llava_med_processor(path, tokenizer, config)
+    side = config.vision_config.image_size
+    images = transformers.LlavaImageProcessorPil(  # resizes with PIL, as in training; torchvision's differs a little
+        do_pad=read_config(path).get("image_aspect_ratio") == "pad", size={"shortest_edge": side},
+        crop_size={"height": side, "width": side})  # fmt: skip
+    processor = transformers.LlavaProcessor(  # the additional token: CLIP's class token, which "default" drops
+        images, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
+        vision_feature_select_strategy=config.vision_feature_select_strategy, chat_template=MISTRAL_INSTRUCT,
+        image_token=tokenizer.unk_token)  # fmt: skip
+    llava = transformers.LlavaForConditionalGeneration
+    return *llava.from_pretrained(path, config=config, key_mapping=RENAME, **options), processor
 
 
-def llava_med_config(path: str, tokenizer) -> LlavaConfig:
+def llava_med_config(path: str, tokenizer) -> transformers.LlavaConfig:
     """transformers' LLaVA configuration of a `llava_mistral` folder; ValueError for a setting that is not known."""
     raw = read_config(path)
     for key in ("mm_vision_tower", "mm_vision_select_layer"):
@@ -140,65 +134,33 @@ def llava_med_config(path: str, tokenizer) -> LlavaConfig:
     for key, known in KNOWN.items():
         if raw.get(key, known[0]) not in known:
             raise ValueError(f"{path}/config.json: {key} is {raw[key]!r}; known: {', '.join(map(repr, known))}")
-    vision = vision_config(path, raw["mm_vision_tower"])
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=MistralConfig.from_dict(raw | {"model_type": "mistral"}),
-        image_token_index=tokenizer.unk_token_id,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        projector_hidden_act="gelu",
-        vision_feature_layer=raw["mm_vision_select_layer"],
-        vision_feature_select_strategy="full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default",
-    )
+    vision, with_class = vision_config(path, raw["mm_vision_tower"]), raw.get("mm_vision_select_feature") == "cls_patch"
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.MistralConfig.from_dict(raw | {"model_type": "mistral"}),
+        image_token_index=tokenizer.unk_token_id, image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        projector_hidden_act="gelu", vision_feature_layer=raw["mm_vision_select_layer"],
+        vision_feature_select_strategy="full" if with_class else "default")  # fmt: skip
 
 
-def vision_config(path: str, tower: str) -> CLIPVisionConfig:
+def vision_config(path: str, tower: str) -> transformers.CLIPVisionConfig:
     """The configuration in folder `tower` (inside the checkpoint, or anywhere), else CLIP ViT-L/14-336's by name."""
     for folder in (Path(path) / tower, Path(tower)):
         if (folder / "config.json").is_file():
-            return CLIPVisionConfig.from_pretrained(folder)
+            return transformers.CLIPVisionConfig.from_pretrained(folder)
     if not tower.rstrip("/").endswith("clip-vit-large-patch14-336"):
         raise ValueError(f"{path}: vision tower '{tower}' is unknown; put its config.json into {Path(path) / tower}")
-    return CLIPVisionConfig(**CLIP_L_336)
+    return transformers.CLIPVisionConfig(**CLIP_L_336)
 
 
 def llava_med_tokenizer(path: str):
     """The Llama tokenizer of a `llava_mistral` folder: <unk> stands for an image, </s> pads."""
-    from importlib.util import find_spec
-
-    from transformers import LlamaTokenizer
-
     folder = Path(path)
     if folder.is_dir() and not (folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
         raise ValueError(f"{folder / 'tokenizer.model'}: reading it needs sentencepiece (pip install sentencepiece)")
     # legacy: each piece of text between images starts with a space, as in LLaVA's own `tokenizer_image_token`
-    tokenizer = LlamaTokenizer.from_pretrained(path, legacy=True, add_bos_token=True)
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(path, legacy=True, add_bos_token=True)
     tokenizer.pad_token = tokenizer.eos_token  # the folder's is <unk>, here the image; where it pads, the mask is 0
     return tokenizer
-
-
-def llava_med_processor(path: str, tokenizer, config: LlavaConfig) -> LlavaProcessor:
-    """Template `mistral_instruct`, and CLIP's preprocessing after padding to a square with CLIP's mean colour."""
-    from transformers import LlavaImageProcessorPil  # resizes with PIL, as in training; torchvision's differs a little
-
-    side, vision = config.vision_config.image_size, config.vision_config
-    images = LlavaImageProcessorPil(
-        do_pad=read_config(path).get("image_aspect_ratio") == "pad",
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-    )
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's class token, which the strategy "default" drops
-        chat_template=MISTRAL_INSTRUCT,
-        image_token=tokenizer.unk_token,
-    )
-
-
-# ------------------------------------------------------------------------------------------ tokens and positions
 
 
 def placeholder_ids(config, tokenizer) -> set[int]:
@@ -248,11 +210,10 @@ def embed_prompt(base, inputs: dict[str, Tensor]) -> Tensor:
     """Embeddings (B, P, D) of the prompts' tokens, the projected image features in the image tokens' places."""
     vision, ids = encode_images(base, inputs)["vision"], inputs["input_ids"]
     if base.config.model_type == "qwen2_5_vl":
-        visual = base.model.visual
-        window = get_vision_window_index(
-            inputs["image_grid_thw"], visual.spatial_merge_size, visual.window_size, visual.patch_size
-        )[0]
-        features = visual.merger(vision)[window.argsort()]
+        visual, grids = base.model.visual, inputs["image_grid_thw"]
+        sizes = visual.spatial_merge_size, visual.window_size, visual.patch_size
+        window, _ = get_vision_window_index(grids, *sizes)  # the place of each token in its attention window's order
+        features = visual.merger(vision)[window.argsort()]  # (image tokens, D)
     else:
         features = base.model.multi_modal_projector(vision).flatten(0, 1)  # (image tokens, D)
     embeds, places = base.get_input_embeddings()(ids), ids == base.config.image_token_id
@@ -269,7 +230,5 @@ def prompt_positions(base, inputs: dict[str, Tensor]) -> Tensor:
     mask = inputs["attention_mask"]  # (B, P)
     if base.config.model_type != "qwen2_5_vl":
         return (mask.cumsum(-1) - 1).clamp(min=0)
-    types, grids = inputs["mm_token_type_ids"], inputs["image_grid_thw"]
-    return base.model.get_rope_index(
-        inputs["input_ids"], mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask
-    )[0]
+    grids = {name: inputs[name] for name in ("mm_token_type_ids", "image_grid_thw")}
+    return base.model.get_rope_index(inputs["input_ids"], attention_mask=mask, **grids)[0]

@@ -33,7 +33,7 @@ def group_advantages(rewards: Tensor, kind: str = "rank") -> Tensor:
     centred = rewards - rewards.mean(dim=-1, keepdim=True)  # (..., G)
     spread = rewards.std(dim=-1, keepdim=True, correction=0)  # (..., 1)
     # eight rewards of 0.1 have a float residue as "spread": dividing by it would invent an advantage of -0.4
-    centred = torch.where(spread > 1e-6, centred, torch.zeros_like(centred))
+    centred = torch.where(spread > 1e-6, centred, torch.zeros_like(centred))  # (..., G)
     if kind == "mean":
         return centred
     if kind == "zscore":
@@ -62,7 +62,7 @@ def grpo_loss(
     advantage = advantages.detach()[:, None]  # (N, 1)
     objective = torch.minimum(ratio * advantage, clipped * advantage)  # (N, T)
     kl = k3(logps, ref_logps.detach())  # (N, T)
-    loss = per_report_mean(beta * kl - objective)
+    loss = per_report_mean(beta * kl - objective)  # scalar
     with torch.no_grad():
         is_clipped = (ratio * advantage > clipped * advantage).to(mask.dtype)  # (N, T)
         stats = {

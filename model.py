@@ -55,7 +55,7 @@ def sampling_rules(model, processor, cfg: Config) -> SamplingRules:
 def policy_logits(logits: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
     """Logits (n, V) of the tokens at report positions (n,) -> float32 logits of the policy's distribution."""
     logits = logits.float() / rules.temperature  # (n, V); float32 first: log_softmax in bf16 loses digits
-    logits[:, rules.banned_ids] = float("-inf")
+    logits[:, rules.banned_ids] = float("-inf")  # (n, banned)
     too_early = (positions < rules.min_new_tokens)[:, None]  # (n, 1)
     logits[:, rules.eos_ids] = logits[:, rules.eos_ids].masked_fill(too_early, float("-inf"))  # (n, E)
     return logits
@@ -212,7 +212,7 @@ def completion_logps(
     """
     base, mask = get_base(model), inputs["attention_mask"]  # (B, P)
     group = len(completions) // len(mask)  # G
-    packing = pack(mask, completion_mask, base.dtype)
+    packing = pack(mask, completion_mask, base.dtype)  # S slots a row for the reports' tokens
     tokens = completions[:, :-1].reshape(len(mask), -1).gather(1, packing.order)  # (B, S)
     embeds = torch.cat([embed_prompt(base, inputs), base.get_input_embeddings()(tokens)], dim=1)  # (B, P + S, D)
     before = prompt_positions(base, inputs)  # (B, P) or (3, B, P)
@@ -242,7 +242,7 @@ def token_logps(lm_head, hidden: Tensor, tokens: Tensor, positions: Tensor, rule
 
     def part(hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         logits = policy_logits(lm_head(hidden), positions, rules)  # (n, V)
-        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)  # (n,)
 
     size = max(1, LOGITS // lm_head.weight.shape[0])
     if len(tokens) <= size:
@@ -256,7 +256,7 @@ def tokenize_reports(processor, texts: list[str], max_tokens: int, device) -> tu
     tokenizer, eos = processor.tokenizer, processor.tokenizer.eos_token_id
     rows = [ids + [eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     cut = sum(len(row) > max_tokens for row in rows)
-    rows = [torch.tensor(row[:max_tokens], device=device) for row in rows]
+    rows = [torch.tensor(row[:max_tokens], device=device) for row in rows]  # B x (its length,)
     ids = pad_sequence(rows, batch_first=True, padding_value=eos)  # (B, T)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, T)
     return ids, mask, cut

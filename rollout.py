@@ -37,12 +37,12 @@ class Rollout:
 
     def record(self, rows: Tensor, t: int, token: Tensor, logps: Tensor, eos: Tensor) -> None:
         """Token t (n,) of reports `rows` (n,) with log-probs (n, V); what comes after a report's EOS is dropped."""
-        live = ~self.finished[rows]
-        rows, token = rows[live], token[live]
+        live = ~self.finished[rows]  # (n,)
+        rows, token = rows[live], token[live]  # (m,) each
         self.completions[rows, t] = token
         self.completion_mask[rows, t] = 1  # an EOS drawn now is still part of the report
-        self.logps[rows, t] = logps[live].gather(1, token[:, None])[:, 0]
-        self.finished[rows] = torch.isin(token, eos)
+        self.logps[rows, t] = logps[live].gather(1, token[:, None])[:, 0]  # (m, V) -> (m,)
+        self.finished[rows] = torch.isin(token, eos)  # (m,)
 
 
 def uniforms(ids: list[str], seed: int, step: int, group_size: int, length: int) -> Tensor:
@@ -58,23 +58,23 @@ def uniforms(ids: list[str], seed: int, step: int, group_size: int, length: int)
 def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     """Zero all but the top-k tokens, then all but the smallest set of mass >= top_p. (N, V) -> (N, V), unnormalised."""
     if top_k > 0:
-        kth = probs.topk(min(top_k, probs.shape[-1]), dim=-1).values[:, -1:]
-        probs = probs.masked_fill(probs < kth, 0.0)
+        kth = probs.topk(min(top_k, probs.shape[-1]), dim=-1).values[:, -1:]  # (N, 1)
+        probs = probs.masked_fill(probs < kth, 0.0)  # (N, V)
     if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the tokens ranked above this one
-        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        ordered, order = probs.sort(dim=-1, descending=True)  # (N, V) each
+        before = ordered.cumsum(-1) - ordered  # (N, V) mass of the tokens ranked above this one
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)  # (N, V)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)  # (N, V)
     return probs
 
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:
     """Inverse-CDF sampling: (N, V) weights, (N,) uniforms -> (N,) token ids. A token of weight 0 is never drawn."""
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
+    cdf = probs.cumsum(-1)  # (N, V)
+    total = cdf[:, -1:]  # (N, 1)
     # u * total can round up to total itself: stay below it, so that the index exists and has weight
-    point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, point, right=True)[:, 0]
+    point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # (N, 1)
+    return torch.searchsorted(cdf, point, right=True)[:, 0]  # (N,)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def sample(
             if 0 < left < SHRINK * len(rows):  # a copy of what the others have written so far: not at every token
                 stay = writing.nonzero()[:, 0]  # (n',)
                 cache.keep(stay)
-                rows, token = rows[stay], token[stay]
+                rows, token = rows[stay], token[stay]  # (n',) each
             hidden = next_hidden(model, cache, token, first[rows] + t)  # 5) (n, D)
     return Rollout(out.completions[:, : t + 1], out.completion_mask[:, : t + 1], out.logps[:, : t + 1], out.finished)
 

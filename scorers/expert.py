@@ -64,10 +64,7 @@ def split_pieces(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def split_windows(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Consecutive windows of whole sentences, each as long as `fits` allows, that together hold all of `text`.
-
-    A sentence that does not fit alone is split between words, a word that does not fit alone between characters.
-    """
+    """All of `text` in windows, each as long as `fits` allows, of whole sentences (of one too long: `split_pieces`)."""
     whole, windows = " ".join(text.split()), []
     for piece in split_pieces(whole, fits) if whole else []:
         if windows and fits(f"{windows[-1]} {piece}"):
@@ -91,8 +88,7 @@ class Expert:
     def image_features(self, images: list[Image.Image], ids: list[str]) -> torch.Tensor:
         """Normalised image embeddings (B, D); a study's is computed once, so `ids` must be unique per image.
 
-        One image per forward pass: its embedding's last bits then never depend on which others the cache lacked, and a
-        run that was interrupted repeats itself exactly.
+        One image a forward pass: its last bits then never depend on what the cache lacked, and a resumed run repeats.
         """
         shown = dict(zip(ids, images, strict=True))
 
@@ -141,7 +137,7 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
     `hf_model_name` up, a folder or a hub name. ValueError (one line) for what cannot be loaded or asks for remote code.
     """
     on_hub, overrides = str(path).startswith("hf-hub:"), {}
-    name, advice = str(path) if on_hub else f"local-dir:{path}", "give an open_clip folder or an hf-hub: name"
+    advice = "give an open_clip folder or an hf-hub: name"
     with loading("expert", f"open_clip_config.json of {path}", advice):
         text = local_file(f"{path}/open_clip_config.json").read_text(encoding="utf-8")
         text_cfg = json.loads(text, object_pairs_hook=refuse_code)["model_cfg"]["text_cfg"]
@@ -150,7 +146,7 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
     elif "hf_model_name" in text_cfg and not on_hub:
         advice = f"offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
     with loading("expert", path, advice):
+        name = str(path) if on_hub else f"local-dir:{path}"
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **overrides)
         tokenizer = open_clip.get_tokenizer(name)
-    model.to(device).eval().requires_grad_(False)
-    return Expert(model, preprocess, tokenizer, torch.device(device))
+    return Expert(model.to(device).eval().requires_grad_(False), preprocess, tokenizer, torch.device(device))

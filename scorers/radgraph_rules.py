@@ -42,8 +42,8 @@ def _located_at(words: list[str], kinds: list[str], i: int) -> int | None:
         place = _place(kinds, takewhile(lambda j: kinds[j] or words[j] in GLUE, run))
         if place is not None:
             return place
-    place = _place(kinds, range(first, i))
-    return place if place is not None and LINKS.search(" ".join(words[place:i])) else None
+    subject = _place(kinds, range(first, i))
+    return subject if subject is not None and LINKS.search(" ".join(words[subject:i])) else None
 
 
 def _relations(words: list[str], kinds: list[str]) -> dict[int, list[tuple[str, int]]]:
@@ -111,9 +111,9 @@ def annotate(text: str) -> dict:
     return {"text": joined, "entities": entities}
 
 
-def _items(annotation: dict, level: str) -> set[tuple]:
+def _items(text: str, level: str) -> set[tuple]:
     """What RadGraph F1 compares at `level`: entities, entities with whether they have a relation, or triples."""
-    items, entities = set(), annotation["entities"]
+    items, entities = set(), annotate(text)["entities"]
     for entity in entities.values():
         key, relations = (entity["tokens"], entity["label"]), entity["relations"]
         if level == "complete" and relations:
@@ -130,6 +130,6 @@ def rule_radgraph(candidates: list[str], references: list[str], level: str = "pa
     """
     scores = []
     for pair in zip(candidates, references, strict=True):
-        ours, theirs = (_items(annotate(text), level) for text in pair)
+        ours, theirs = (_items(text, level) for text in pair)
         scores.append(2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours or theirs else 1.0)
     return scores

@@ -87,7 +87,7 @@ def test_llava_med_tokenizer_model_is_read_or_asked_for(tmp_path, monkeypatch):
     write_llava_med(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("importlib.util.find_spec", lambda name: None)
+        patch.setattr("vlm.families.find_spec", lambda name: None)
         with pytest.raises(ValueError, match="tokenizer.model: reading it needs sentencepiece"):
             llava_med_tokenizer(str(tmp_path))
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")

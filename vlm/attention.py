@@ -67,10 +67,8 @@ def run_layers(base, embeds: Tensor, positions: Tensor, plan) -> Tensor:
     """
     if base.model.language_model.config._attn_implementation != NAME:
         raise ValueError(f"the language model does not attend as '{NAME}': call model.prepare on it first")
-    unused = embeds.new_zeros(1, 1, 1, 1)
-    return base.model.language_model(
-        inputs_embeds=embeds, position_ids=positions, attention_mask=unused, use_cache=False, plan=plan
-    ).last_hidden_state
+    given = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": embeds.new_zeros(1, 1, 1, 1)}
+    return base.model.language_model(**given, use_cache=False, plan=plan).last_hidden_state
 
 
 @dataclass
@@ -172,9 +170,8 @@ class Decoding:
         """G = `reports` rows for each study, of at most `length` tokens."""
         device = self.prompt_mask.device
         self.length, self.t = length, 0
-        self.own = [
-            tuple(x.new_empty(len(x) * reports, x.shape[1], length, x.shape[3]) for x in layer) for layer in self.prefix
-        ]
+        self.own = [tuple(x.new_empty(len(x) * reports, x.shape[1], length, x.shape[3]) for x in layer)
+                    for layer in self.prefix]  # fmt: skip
         self.arrange(torch.arange(len(self.prompt_mask), device=device).repeat_interleave(reports))
 
     def arrange(self, study: Tensor) -> None:

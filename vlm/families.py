@@ -96,11 +96,9 @@ def read_config(path: str) -> dict:
 def check_weights(path: str, info: dict) -> None:
     """ValueError naming the first weight that the checkpoint lacks, has in another shape, or has too much."""
     mismatched = [f"{name} ({tuple(got)}, not {tuple(want)})" for name, got, want in info["mismatched_keys"]]
-    faults = {
-        "weights are not in the checkpoint": info["missing_keys"],
-        "weights have another shape than config.json says": mismatched,
-        "weights of the checkpoint have no place in the model": info["unexpected_keys"],
-    }
+    faults = {"weights are not in the checkpoint": info["missing_keys"],
+              "weights have another shape than config.json says": mismatched,
+              "weights of the checkpoint have no place in the model": info["unexpected_keys"]}  # fmt: skip
     for fault, names in faults.items():
         if names:
             raise ValueError(f"{path}: {len(names)} {fault}, e.g. {sorted(names)[0]}")

@@ -7,7 +7,6 @@ the chest wall, `out = x` on the patient's left and `-x` on the right; one pixel
 
 import json
 import textwrap
-from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,8 +247,8 @@ def render(findings: list[Finding], rng: np.random.Generator, size: int) -> tupl
 
 def encode_mask(mask: np.ndarray) -> dict:
     """(H, W) bool -> COCO's uncompressed RLE: lengths of runs of 0, 1, 0, ... down the columns."""
-    counts = [len(list(run)) for _, run in groupby(mask.ravel(order="F").tolist())]
-    return {"size": list(mask.shape), "counts": [0, *counts] if mask[0, 0] else counts}
+    starts = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))  # of every run but the first, of zeros
+    return {"size": list(mask.shape), "counts": np.diff(starts, prepend=0, append=mask.size).tolist()}
 
 
 def decode_mask(rle: dict) -> np.ndarray:

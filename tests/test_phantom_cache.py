@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 from config import Config, flatten, to_dict
 from phantom import assets, cache
 from phantom.config import AssetsConfig, PhantomConfig, Recipe
@@ -73,7 +74,7 @@ def test_a_build_depends_on_the_recipe_alone(built, tmp_path):
     cfg = with_field(cfg, "model.gradient_checkpointing", True)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    state = torch.get_rng_state()
+    state = torch.manual_seed(12345).get_state()
     try:
         for name in reversed(cache.NAMES):  # nor on what was built before
             assets.ensure(cfg, name)
@@ -165,3 +166,13 @@ def test_an_impossible_world_ends_a_build_with_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["assets", "--build", "data", "--assets-dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="phantom.assets: no such world"):
         assets.main()
+
+
+def test_the_card_of_a_data_set_builds_the_phantoms_on_first_use(monkeypatch, tmp_path, capsys):
+    sizes = [f"--phantom.{split}=2" for split in ("expert", "base", "sft", "train", "val", "test")]
+    monkeypatch.setattr("sys.argv", ["data.py", "--assets-dir", str(tmp_path), *sizes])
+    data.main()
+    (folder,) = tmp_path.glob("phantom-*/data")
+    said = capsys.readouterr().out
+    assert f"{folder} (format r2gen" in said and "with exact labels" in said
+    assert not [path for path in folder.parent.iterdir() if path.name not in ("data", "data.lock")]  # and no model

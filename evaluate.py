@@ -78,17 +78,17 @@ def evaluate(
         judge = Judge(cfg, wanted, with_scorers, tagged)
         template = judge.score([[normal_template(wanted, cfg.data.target)]] * n, "template")
     for name, adapter, greedy, sampled in written:  # every process writes reports, the first one scores them
-        if not first:
-            continue
-        stats = {"greedy": judge.score(greedy, "greedy")}
-        if sampled is not None:
-            stats["sampled"] = judge.score(sampled, "sampled")
-        if n > 1:  # a greedy report depends on nothing but its image: to give it to another study is to swap the images
-            stats["shuffled"] = judge.score([greedy[i] for i in derangement(n, cfg.seed)], "shuffled")
-        stats["template"] = template
-        result = {"policy": name, "adapter": str(adapter or ""), "settings": shared, "shuffled_as": shuffled_as}
-        result["notes"] = [*notes, *filter(None, [judge.meteor.note])]
-        save(folder / name, result | judge.summarise(stats), report_rows(wanted, greedy, sampled), stats)
+        if first:
+            stats = {"greedy": judge.score(greedy, "greedy")}
+            if sampled is not None:
+                stats["sampled"] = judge.score(sampled, "sampled")
+            if n > 1:  # a greedy report hangs on its image alone: giving it to another study swaps the images
+                stats["shuffled"] = judge.score([greedy[i] for i in derangement(n, cfg.seed)], "shuffled")
+            stats["template"] = template
+            result = {"policy": name, "adapter": str(adapter or ""), "settings": shared, "shuffled_as": shuffled_as}
+            result["notes"] = [*notes, *filter(None, [judge.meteor.note])]
+            save(folder / name, result | judge.summarise(stats), report_rows(wanted, greedy, sampled), stats)
+        parallel.barrier()  # judging may take longer than a process waits for another inside a pass
     if first:
         finish(folder, shared)
     parallel.barrier()

@@ -50,11 +50,9 @@ def readable(output: str) -> str:
     return " ".join(re.sub(r"</?report>", " ", output).split()) if text is None else text
 
 
-def format_reward(
-    candidates: list[str], references: list[str] | None = None, required_sections: tuple[str, ...] = ()
-) -> list[float]:
+def format_reward(candidates: list[str], required_sections: tuple[str, ...] = ()) -> list[float]:
     """1 when the output is one tagged report (see `unwrap`) in which each required header, as in "FINDINGS:", stands
-    exactly once; else 0 (VALOR, "Format Reward"). Takes raw outputs, tags included; references do not matter to it."""
+    exactly once; else 0 (VALOR, "Format Reward"). Takes raw outputs, tags included."""
     scores = []
     for output in candidates:
         text = unwrap(output)
@@ -183,7 +181,7 @@ def compute_rewards(
         parts["similarity"] = s
         parts["visual"] = rank_reward(s, cfg.rank, cfg.tau) * readable  # Eq. 7
         total = mix_visual(total, parts["visual"], cfg.lambda_vis, cfg.mix)  # Eq. 8
-    formats = format_reward([output for group in outputs for output in group], None, cfg.required_sections)
+    formats = format_reward([output for group in outputs for output in group], cfg.required_sections)
     parts["format"] = torch.tensor(formats).view(readable.shape)
     total = total + cfg.lambda_format * parts["format"]  # after Eq. 8, so that lambda_vis = 1 keeps it
     check_finite(parts, ids)
@@ -202,7 +200,7 @@ def check_finite(parts: dict[str, Tensor], ids: list[str]) -> None:
 
 def require_format(references: list[str], required_sections: tuple[str, ...]) -> None:
     """Score the references' own format; ValueError where most fail it: then every correct report would be punished."""
-    failed = format_reward([wrap(reference) for reference in references], None, required_sections).count(0.0)
+    failed = format_reward([wrap(reference) for reference in references], required_sections).count(0.0)
     if failed:
         wanted = " and ".join(f"'{name}:'" for name in required_sections)
         said = f"{failed} of {len(references)} references lack {wanted} exactly once: their own format reward is 0"

@@ -49,7 +49,7 @@ class Judge:
         scorers = self.quick | (self.costly if row == "greedy" else {})
         texts, formats = [[readable(output) for output in group] for group in outputs], None
         if self.tagged and row != "template":
-            formats = [format_reward(group, None, self.cfg.rewards.required_sections) for group in outputs]
+            formats = [format_reward(group, self.cfg.rewards.required_sections) for group in outputs]
         return metrics.collect(texts, self.wanted.references, formats=formats, labels=self.wanted.labels,
                                meteor=None if row == "sampled" else self.meteor, **scorers)  # fmt: skip
 

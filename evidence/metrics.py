@@ -202,7 +202,7 @@ def validation_row(outputs: list[list[str]], studies: list[Study], sections: tup
     stats = collect(
         [[readable(output) for output in group] for group in outputs],
         [study.report for study in studies],
-        formats=[format_reward(group, None, sections) for group in outputs],
+        formats=[format_reward(group, sections) for group in outputs],
         labels=None if studies[0].labels is None else [study.labels for study in studies],
     )
     shown = {name: METRICS[name] for name in ("bleu_4", "format_rate", "sided_f1", "hallucination_rate")}

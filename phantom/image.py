@@ -86,14 +86,13 @@ def _anatomy(film, findings, rng) -> dict:
     shoulder = np.minimum(0.93 - distance, (film.y + 1.0) - 0.55 * np.maximum(distance - 0.22, 0))
     film.image = 0.03 + rng.uniform(0.46, 0.54) * _edge(shoulder, 0.12)
     film.image += 0.16 * _edge(film.y - np.where(film.x > 0, film.dome["left"], film.dome["right"]), 0.06)
-    dark = rng.uniform(0.62, 0.74)
+    film.image *= 1 - rng.uniform(0.62, 0.74) * lung
     ribs = np.cos((film.y - 0.30 * distance + 0.55 * distance**2) * (2 * np.pi / 0.23) + rng.uniform(0, 6.28))
-    film.image *= 1 - dark * lung
     film.image += np.maximum(ribs, 0) * lung * rng.uniform(0.05, 0.09) + _texture(film, rng, 0.022)
     hila = np.exp(-_blob(film, 0.20, 0.02, 0.12, 0.20)) + np.exp(-_blob(film, -0.20, 0.02, 0.12, 0.20))
     film.image += rng.uniform(0.08, 0.14) * hila
-    clavicle = film.y + 0.60 + 0.14 * distance
-    film.image += 0.11 * _edge(0.035 - np.abs(clavicle), 0.05) * _edge(distance - 0.10, 0.05)
+    clavicles = _edge(0.035 - np.abs(film.y + 0.60 + 0.14 * distance), 0.05) * _edge(distance - 0.10, 0.05)
+    film.image += 0.11 * clavicles
     normal, *large = (rng.uniform(*range_) for range_ in ((0.27, 0.32), (0.40, 0.43), (0.43, 0.47), (0.47, 0.52)))
     width = _level(enlarged, *large) if enlarged else normal
     heart_x = 0.09 + 0.10 * (width - 0.28) + rng.uniform(-0.02, 0.02)
@@ -109,12 +108,11 @@ def _anatomy(film, findings, rng) -> dict:
 
 def _edema(film, finding, rng):
     """Haze around both hila, fading outwards like a bat's wings."""
-    strength = _level(finding, 0.34, 0.46, 0.58)
     y0, ry = rng.uniform(-0.05, 0.05), rng.uniform(0.34, 0.42)
     distance = np.minimum(_blob(film, 0.28, y0, 0.26, ry), _blob(film, -0.28, y0, 0.26, ry))
     lung = film.lung["left"] + film.lung["right"]
     haze = np.exp(-(distance**2) * 0.5) * (0.35 + 0.65 * lung)
-    _blend(film, np.clip(haze * strength * (1 + _texture(film, rng, 0.25)), 0, 1), 0.80)
+    _blend(film, np.clip(haze * _level(finding, 0.34, 0.46, 0.58) * (1 + _texture(film, rng, 0.25)), 0, 1), 0.80)
     return (haze > 0.45) & (lung > 0.5)
 
 
@@ -145,26 +143,23 @@ def _pneumothorax(film, finding, rng):
 
 def _consolidation(film, finding, rng):
     """A fuzzy bright patch in one zone."""
-    strength = _level(finding, 0.62, 0.76, 0.88)
     x0 = SIGN[finding.side] * rng.uniform(0.36, 0.46)
-    y0 = ZONE_Y[finding.site] + rng.uniform(-0.04, 0.04)
-    y0 = min(y0, film.base[finding.side] - 0.30)  # above the dome, wherever that is
+    y0 = min(ZONE_Y[finding.site] + rng.uniform(-0.04, 0.04), film.base[finding.side] - 0.30)  # above the dome
     distance = _blob(film, x0, y0, rng.uniform(0.20, 0.26), rng.uniform(0.17, 0.22))
     patch = np.clip(1.45 - distance + _texture(film, rng, 0.35), 0, 1) * (distance < 2.2)
     patch = patch * np.maximum(film.lung[finding.side], 0.25)
-    _blend(film, strength * patch, 0.86)
+    _blend(film, _level(finding, 0.62, 0.76, 0.88) * patch, 0.86)
     return patch > 0.5
 
 
 def _atelectasis(film, finding, rng):
     """Bright bands above a raised diaphragm (`_lungs` has raised it)."""
-    strength = _level(finding, 0.70, 0.80, 0.90)
     out, tilt = film.out[finding.side], rng.uniform(-0.12, 0.20)
     height = film.base[finding.side] - film.fluid.get(finding.side, 0.0) - 0.26 + tilt * (out - 0.40)
     wide = _edge(out - 0.18, 0.06) * _edge(0.66 - out, 0.06)
     band = _edge(0.030 - np.abs(film.y - height), 0.03)
     band = np.maximum(band, _edge(0.022 - np.abs(film.y - height - 0.13), 0.03)) * wide
-    _blend(film, strength * band, 0.95)
+    _blend(film, _level(finding, 0.70, 0.80, 0.90) * band, 0.95)
     return band > 0.5
 
 
@@ -172,8 +167,7 @@ def _lesion(film, finding, rng):
     """A round nodule with a sharp border."""
     radius = _level(finding, 0.085, 0.11, 0.14) + rng.uniform(-0.005, 0.01)
     x0 = SIGN[finding.side] * rng.uniform(0.34, 0.50)
-    y0 = ZONE_Y[finding.site] + rng.uniform(-0.08, 0.05)
-    y0 = min(y0, film.base[finding.side] - 0.28)
+    y0 = min(ZONE_Y[finding.site] + rng.uniform(-0.08, 0.05), film.base[finding.side] - 0.28)
     distance = _blob(film, x0, y0, radius, radius)
     _blend(film, 0.85 * _edge(1.2 - distance, 0.5), 0.95)
     return distance < 1.2

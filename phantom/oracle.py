@@ -13,12 +13,9 @@ def oracle_similarity(labels: dict[str, list[str]]) -> Callable:
     """Eq. 6's function (images, ids, groups [B][G]) -> (B, G): sided F1 in [0, 1] of each candidate against the exact
     `labels` {id: labels}. No method, as it reads with the very rules that the evaluation reads with."""
 
-    def f1(text: str, true: list[str]) -> float:
-        c = truth_counts(text, true)
-        return (2 * c["correct"] + 1e-6) / (c["stated"] + c["true"] + 1e-6)
-
     def similarity(images, ids, groups):
-        return torch.tensor([[f1(text, labels[key]) for text in group] for key, group in zip(ids, groups, strict=True)])
+        counts = [[truth_counts(text, labels[key]) for text in g] for key, g in zip(ids, groups, strict=True)]
+        return torch.tensor([[(2 * c["correct"] + 1e-6) / (c["stated"] + c["true"] + 1e-6) for c in g] for g in counts])
 
     return similarity
 

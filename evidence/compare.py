@@ -32,7 +32,7 @@ def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
     place = Path(pattern)
     if glob.glob(str(place / "eval" / split)):  # a whole run
         place = place / "stage2"
-    found = sorted(glob.glob(str(place.parent / "eval" / split / place.name / "results.json"))) if place.name else []
+    found = sorted(glob.glob(str(place.parent / "eval" / split / place.name / "results.json")))
     if not found:
         what = f"--compare: '{pattern}' has no results on split '{split}'"
         if glob.has_magic(pattern) or not place.name:
@@ -67,13 +67,14 @@ def resample(n: int, seeds: int, resamples: int = RESAMPLES) -> tuple[np.ndarray
     return rng.multinomial(n, np.full(n, 1 / n), size=resamples), rng.integers(seeds, size=(resamples, seeds))
 
 
-def estimate(runs: Runs, metric: str, row: str, minus: Runs | None = None) -> dict | None:
-    """{"mean", "lo", "hi", "seeds": {seed: value}} of a metric, or of its paired difference to `minus`.
+def estimate(runs: Runs, key: str, minus: Runs | None = None) -> dict | None:
+    """{"mean", "lo", "hi", "seeds": {seed: value}} of "<row>/<metric>", or of its paired difference to `minus`.
 
     None where the metric was not measured. Resamples without a value (no finding stated) are left out.
     """
     compared = [runs] if minus is None else [runs, minus]
     seeds = sorted(set.intersection(*(set(r) for r in compared)))
+    row, metric = key.split("/")
     family, function = METRICS[metric]
     key = f"{row}/{family}"
     if not all(key in r[seed] for r in compared for seed in seeds):
@@ -90,9 +91,12 @@ def estimate(runs: Runs, metric: str, row: str, minus: Runs | None = None) -> di
     return {"mean": float(values[:, 0].mean()), "lo": float(lo), "hi": float(hi), "seeds": by_seed}
 
 
-def interval(found: dict, factor: float, sign: str = "") -> str:
-    """`[28.7, 34.9]`"""
-    return f"[{factor * found['lo']:{sign}.1f}, {factor * found['hi']:{sign}.1f}]"
+def spread(found: dict | None, factor: float, sign: str = "") -> str:
+    """`31.9 [28.7, 34.9]`, or n/a where nothing was measured."""
+    if found is None or found["mean"] is None or np.isnan(found["mean"]):
+        return "n/a"
+    mean, lo, hi = (f"{factor * found[name]:{sign}.1f}" for name in ("mean", "lo", "hi"))
+    return f"{mean} [{lo}, {hi}]"
 
 
 def compare(patterns: tuple[str, ...], split: str) -> str:
@@ -120,10 +124,10 @@ def difference_table(runs: Runs, base: Runs, settings: dict) -> str:
         lines.append("one seed: whether another run would show the same, this cannot say")
     body = []
     for column in columns("pairs"):
-        found, factor = estimate(runs, column.metric, column.row, minus=base), column.factor
+        found = estimate(runs, column.key, minus=base)
         if found is not None:
             clear = "*" if found["lo"] > 0 or found["hi"] < 0 else ""
-            each = [f"{factor * value:+.1f}" for value in found["seeds"].values()]
-            body.append([column.line, f"{factor * found['mean']:+.1f}", clear, interval(found, factor, "+"), *each])
-    table = draw(["", "mean", "", "95% interval", *(f"seed {seed}" for seed in seeds)], body)
+            each = [f"{column.factor * value:+.1f}" for value in found["seeds"].values()]
+            body.append([column.flat, spread(found, column.factor, "+"), clear, *each])
+    table = draw(["", "mean [95% interval]", "", *(f"seed {seed}" for seed in seeds)], body)
     return indent("\n".join([*lines, table, "* the interval excludes 0"]), "  ")

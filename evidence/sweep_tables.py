@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from evidence.compare import estimate, interval, load_runs
+from evidence.compare import estimate, load_runs, spread
 from evidence.tables import columns
 from formats.files import read_jsonl
 
@@ -30,7 +30,7 @@ def collect_results(root: Path, seeds: list[int], split: str, about: dict[str, s
                 for seed, stats in runs["sft"].items()}  # fmt: skip
 
     def measured(of, minus=None) -> dict:
-        found = {column.key: estimate(of, column.metric, column.row, minus) for column in columns("pairs")}
+        found = {column.key: estimate(of, column.key, minus) for column in columns("pairs")}
         return {key: value for key, value in found.items() if value is not None}
 
     return {
@@ -69,17 +69,10 @@ def by_reference(assets: Path, runs: dict, ids: list[str]) -> dict:
             before = part["stage1_continued"]
             tables[kind] = {
                 "n": sum(wanted),
-                "arms": {arm: estimate(found, "bleu_4", "greedy") for arm, found in part.items()},
-                "versus": {arm: estimate(found, "bleu_4", "greedy", before) for arm, found in part.items()},
+                "arms": {arm: estimate(found, "greedy/bleu_4") for arm, found in part.items()},
+                "versus": {arm: estimate(found, "greedy/bleu_4", before) for arm, found in part.items()},
             }
     return tables
-
-
-def spread(found: dict, factor: float, sign: str) -> str:
-    """`31.9 [28.7, 34.9]`, or n/a where nothing was measured."""
-    if not found or found["mean"] is None or found["mean"] != found["mean"]:
-        return "n/a"
-    return f"{factor * found['mean']:{sign}.1f} {interval(found, factor, sign)}"
 
 
 def markdown(results: dict) -> str:

@@ -18,26 +18,21 @@ SHOWN = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encodin
 
 @dataclass(frozen=True)
 class Column:
-    """A metric as the tables show it; columns.toml has all of them and says what the fields mean."""
+    """A number as the tables show it; columns.toml has all of them and says what the fields mean."""
 
     title: str
-    metric: str
+    key: str
     where: str
-    row: str = "greedy"
     factor: int = 100
-
-    @property
-    def key(self) -> str:
-        return f"{self.row}/{self.metric}"
 
     @property
     def flat(self) -> str:
         return self.title.replace("-\n", "").replace("\n", " ")
 
-    @property
-    def line(self) -> str:
-        """The title without the result table's hints at its notes."""
-        return self.flat.removesuffix(" (n)").removesuffix(" *")
+    def entry(self, row: dict) -> dict:
+        """{"value", "lo", "hi"} in a row {"greedy": {metric: entry}, "sampled": ...} of the results; {} without."""
+        part, metric = self.key.split("/")
+        return row.get(part, {}).get(metric, {})
 
 
 def columns(where: str) -> list[Column]:
@@ -86,7 +81,7 @@ def finish(folder: Path, settings: dict) -> None:
         studies = f"{settings['n']} studies, {settings['split']}"
         spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
         titles = {"main": studies, "spans": spans}
-        if any(column.metric in row["greedy"] for column in columns("clinical") for row in rows.values()):
+        if any(column.entry(row) for column in columns("clinical") for row in rows.values()):
             titles["clinical"] = f"CheXbert labels and model-based scores, {studies}"
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
         parts = [part for where, title in titles.items() for part in (title, grid(rows, where, markdown=True))]
@@ -128,20 +123,19 @@ def draw(heads: list[str], body: list[list[str]], markdown: bool = False) -> str
 
 def grid(rows: dict[str, dict], where: str, markdown: bool = False) -> str:
     """The table main, spans or clinical; what no row was measured on is left out, but METEOR is n/a without Java."""
-    shown = [c for c in columns(where)
-             if c.metric == "meteor" or any(c.metric in row.get(c.row, {}) for row in rows.values())]  # fmt: skip
-    body = [[name, *(cell(row.get(column.row, {}), column, where) for column in shown)] for name, row in rows.items()]
+    shown = [c for c in columns(where) if c.key == "greedy/meteor" or any(c.entry(row) for row in rows.values())]
+    body = [[name, *(cell(row, column, where) for column in shown)] for name, row in rows.items()]
     heads = [c.flat if markdown else c.title if "\n" in c.title else f"\n{c.title}" for c in shown]
     return draw(["", *heads], body, markdown)
 
 
-def cell(summary: dict, column: Column, where: str) -> str:
+def cell(row: dict, column: Column, where: str) -> str:
     """A number or an interval as it stands in the table, "n/a" where there is none."""
-    entry = summary.get(column.metric, {})
+    entry = column.entry(row)
     numbers = [entry.get(key) for key in (("lo", "hi") if where == "spans" else ("value",))]
     text = "n/a" if None in numbers else "-".join(f"{column.factor * number:.1f}" for number in numbers)
     if where == "main" and column.key == "greedy/hallucination_rate" and entry:
-        text += f" ({summary['counts']['stated']})"
+        text += f" ({row['greedy']['counts']['stated']})"
     return text
 
 

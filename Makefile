@@ -1,4 +1,5 @@
-# make demo | smoke | seeds | bench | test | test-slow | lint. Everything is set up in .venv from nothing but Python >= 3.11.
+# make demo | smoke | seeds | bench | test | test-slow | lint | clean. Everything is set up in .venv from nothing but
+# Python >= 3.11. FLAGS="..." is passed on by the first four.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python

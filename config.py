@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DataConfig:
     path: str = "phantom:data"  # folder of the data set; `phantom:data` is built on first use [ours]
     # r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/; kaggle: indiana_reports.csv,
-    # indiana_projections.csv + images/; mimic: PhysioNet's files/ and tables (iu_xray.py, mimic.py) [R2Gen]
+    # indiana_projections.csv + images/; mimic: PhysioNet's files/ and tables (formats/) [R2Gen]
     format: Literal["r2gen", "openi", "kaggle", "mimic"] = "r2gen"
     # most images per study that the policy sees, frontal first; the expert sees the first alone [ours]
     views: AtLeastOne = 1
@@ -114,7 +114,7 @@ class ScorerConfig:
     # rescales BERTScore to (F - b) / (1 - b), below 0 = 0: path of a baseline file, or `package` for the one that
     # bert-score ships for a hub name; empty = no rescaling [bert-score]
     bertscore_baseline: str = ""
-    # `rules`: the rule-based reader of radgraph_rules.py, enough for the phantom's English; else the model of the
+    # `rules`: the rules of scorers/radgraph_rules.py, enough for the phantom's English; else the model of the
     # `radgraph` package [ours]
     radgraph: Literal["rules", "radgraph", "radgraph-xl", "modern-radgraph-xl"] = "rules"
     # folder with the package's unpacked archive in <model type>/ (config.json, weights.th, vocabulary/); empty = the
@@ -171,8 +171,8 @@ class EvalConfig:
     samples: Count = 4
     val_studies: AtLeastOne = 128  # studies of the validation split in the passes during training (val_every) [ours]
     bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 1000  # resamples of the studies for the 95% intervals [ours]
-    # folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (green.py) [Ostmeier
-    # et al. 2024]
+    # folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (scorers/green.py)
+    # [Ostmeier et al. 2024]
     green: str = ""
     # Python interpreter of an environment with RaTEScore; empty = no RaTEScore (scorers/ratescore.py) [Zhao et al.
     # 2024]
@@ -210,6 +210,7 @@ class Config:
     sample_every: AtLeastOne = 20  # updates between groups written to samples.jsonl with their rewards [ours]
     # updates between greedy passes over eval.val_studies of data.val_split, logged as val/*; 0 = never [ours]
     val_every: Count = 0
+
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scorers: ScorerConfig = field(default_factory=ScorerConfig)

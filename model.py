@@ -4,8 +4,8 @@
     prompt ────────────────────────────────────────────┴──▶ image + prompt, once per study ──▶ G candidate reports
 
 Every candidate of a study shares the image and the prompt, so both the sampler (`prefill`, `next_hidden`) and the loss
-(`completion_logps`) read them once and run only the reports' own tokens G times: attention.py. Gradients flow through
-the shared part, so the result is that of G full forwards, at a fraction of the cost.
+(`completion_logps`) read them once and run only the reports' own tokens G times: vlm/attention.py. Gradients flow
+through the shared part, so the result is that of G full forwards, at a fraction of the cost.
 
 The policy of a stage is always "base + one LoRA adapter". The adapter covers the language model and the vision
 projection; `set_trainable` picks what a stage trains. The reference (Eq. 10) is a second, frozen adapter `ref`
@@ -96,7 +96,7 @@ def load_policy(
 
 
 def prepare(model, cfg: Config) -> None:
-    """Let the language model's layers attend as attention.py says, and be made again in the backward pass if wanted."""
+    """Let the language model's layers attend as vlm/attention.py says, and checkpoint them where that is wanted."""
     language_model = get_base(model).model.language_model
     language_model.set_attn_implementation(attention.NAME)
     if cfg.model.gradient_checkpointing:  # acts in train mode only
@@ -208,7 +208,7 @@ def completion_logps(
 
     inputs: B encoded prompts; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids,
     right-padded. completion_mask: (N, T), 1 up to and including the first EOS, by position. A study's reports lie in
-    one row behind its image and prompt (attention.py); the result is that of N forwards of their own.
+    one row behind its image and prompt (vlm/attention.py); the result is that of N forwards of their own.
     """
     base, mask = get_base(model), inputs["attention_mask"]  # (B, P)
     group = len(completions) // len(mask)  # G

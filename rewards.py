@@ -4,7 +4,7 @@
     R_clin = lambda_cx CheXbert-F1 + lambda_rg RadGraph-F1                               Eq. 4
     R_text = R_ver + lambda_clin R_clin  when k mod k_clin == 0, else R_ver              Eq. 5
     S      = cos(text embedding, image feature) of the frozen expert                     Eq. 6
-    r_vis  = rank of S inside the group, mapped to [0, 1]                                Eq. 7
+    r_vis  = rank of S inside the group, literal or soft, in [0, 1]                      Eq. 7
     R_vis  = (1 - lambda_vis) R_text + lambda_vis r_vis                                  Eq. 8
     reward = R_text (Stage 1) or R_vis (Stage 2), + lambda_format R_format
 
@@ -113,7 +113,8 @@ def rank_reward(similarities: Tensor, rank: str = "literal", tau: float = 0.03) 
 def mix_visual(r_text: Tensor, r_vis: Tensor, lambda_vis: float, mix: str = "raw") -> Tensor:
     """Eq. 8 on (B, G) tensors. `raw` as printed; `ranked` first ranks R_text to [0, 1] inside its group.
 
-    r_vis always spans [0, 1] while R_text often spans a few hundredths: raw with lambda_vis = 0.5 is no even mix.
+    The literal r_vis spans [0, 1] in every group while R_text often spans a few hundredths: raw with lambda_vis = 0.5
+    is no even mix.
     """
     if mix == "ranked":
         r_text = rank_reward(r_text)

@@ -44,7 +44,7 @@ VOCABULARY = {"mini": 2000, "7b": 32000}
 
 
 def shape_of(size: str) -> Shape:
-    """The language model as memory.py describes it; the whole model's parameters are not counted."""
+    """The language model as running/memory.py describes it; the whole model's parameters are not counted."""
     text, vision = TEXT[size], VISION[size]["hidden_size"]
     h = text["hidden_size"]
     key = h // text["num_attention_heads"] * text.get("num_key_value_heads", text["num_attention_heads"])

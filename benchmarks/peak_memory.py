@@ -1,4 +1,4 @@
-"""What memory.py predicts beside what is resident at the peak, on LLaVA-mini on the CPU.
+"""What running/memory.py predicts beside what is resident at the peak, on LLaVA-mini on the CPU.
 
     python benchmarks/peak_memory.py
 

@@ -2,7 +2,7 @@
 
     data       R2Gen's layout                                     world.py writes it
     base       LlavaForConditionalGeneration + processor          sees, but hallucinates as a Med-VLM does
-    expert     open_clip folder                                   frozen scorer of Eq. 6; expert_noisy: see there
+    expert     open_clip folder                                   frozen scorer of Eq. 6; expert_noisy: noisy reports
     labeller   BERT folder + chexbert.pth in CheXbert's format    clinical reward of Eq. 4, and BERTScore's encoder
 
 A config value `phantom:base` means that asset's folder, in which it is built on first use: cache.py.

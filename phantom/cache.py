@@ -1,6 +1,6 @@
 """Where the phantom's assets lie, and that each is built once: `phantom:base` in a config means "that folder".
 
-An asset depends on its recipe alone (config.Recipe): its builder gets nothing else, one CPU thread and a seeded
+An asset depends on its recipe alone (phantom.config.Recipe): its builder gets nothing else, one CPU thread and a seeded
 generator. So the same recipe ends in the same bytes, whatever else the run's settings say and whoever else builds.
 A build is written beside its place and renamed when complete: an interrupted one starts anew and ends the same.
 

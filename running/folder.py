@@ -111,6 +111,6 @@ def last_k(adapter: Path) -> int:
 
 
 def adapter_folder(path: str) -> Path:
-    """The adapter folder that `init_from` names, itself or the stage folder around it."""
+    """The adapter folder that `init_from` or `reference` names, itself or the stage folder around it."""
     inside = Path(path) / "adapter"
     return inside if inside.is_dir() else Path(path)

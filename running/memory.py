@@ -116,7 +116,7 @@ def loss_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int,
     kept = full * kept_activations(shape, tokens, itemsize, "language" in trains)
     kept += shape.layers * tokens * shape.hidden * itemsize if cfg.model.gradient_checkpointing else 0
     size = max(STRIP, prefix // 2)
-    strips = -(-group * length // size)  # each has the prefix's keys and values beside its own (attention.py)
+    strips = -(-group * length // size)  # each has the prefix's keys and values too (vlm/attention.py)
     seen = row + strips * (prefix + length // 2) + group * length
     keys = full * studies * seen * 2 * itemsize * shape.query  # repeated for every query head
     mask = studies * group * length * (prefix + min(size, group * length) + length // 2) * itemsize

@@ -125,7 +125,7 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
     if cfg.eval.green:
         yield look("GREEN", cfg.eval.green, check_model)
     if s.radgraph == "rules":
-        yield "ok", "RadGraph", "the rule-based reader needs no file", ""
+        yield "ok", "RadGraph", "the rules need no file", ""
         return
     up = Path(s.radgraph_dir or user_cache_dir("radgraph", version=metadata.version("radgraph")))
     folder = up / s.radgraph

@@ -1,1 +1,1 @@
-"""Frozen judges: texts (and images) in, numbers out."""
+"""Frozen scorers: texts (and images) in, numbers out."""

@@ -1,4 +1,4 @@
-"""One process of test_parallel.py: a GRPO update on a tiny policy; the first process saves what came of it.
+"""One process of test_running_parallel.py: a GRPO update on a tiny policy; the first process saves what came of it.
 
     torchrun ... tests/parallel_worker.py FOLDER fsdp|whole [crash]
 """

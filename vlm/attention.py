@@ -24,7 +24,7 @@ A report's last token predicts nothing, so a, b and c are the inputs and the row
 In sampling each report is a row of its own with one new token, its own keys and values in a buffer that is allocated
 once, and the prefix's keys and values stay one copy per study. One softmax runs over both parts of the scores:
 
-        softmax([ q @ prefix_keys.T | q @ own_keys.T ])
+        softmax([ q @ prefix_keys.T | q @ own_keys.T ] / sqrt(d))
 
 The cost of the prefix therefore does not grow with G, and the result is that of G separate forwards, up to float
 rounding.

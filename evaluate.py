@@ -179,7 +179,8 @@ def normal_template(wanted: Wanted, target: str) -> str:
 def main() -> None:
     try:
         cfg = settings(EvalRun(), sys.argv[1:], __doc__)
-        torch.set_num_threads(cfg.threads or torch.get_num_threads())
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
         parallel.start(cfg.device)
         if parallel.world() > 1 and (cfg.compare or cfg.image or cfg.predictions):
             raise ValueError("several processes are for --run; start this without torchrun")

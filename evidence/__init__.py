@@ -1,1 +1,1 @@
-"""What was measured, and how sure we are: metrics, tables, comparisons, the demo and the sweep over seeds."""
+"""What was measured, and how sure we are: judge, metrics, tables, comparisons, the demo and the sweep over seeds."""

@@ -95,7 +95,7 @@ def ratio(above: str, *below: str, factor: float = 1.0) -> Callable:
     return lambda sums: divide(factor * sums[..., a], sums[..., b].sum(-1))
 
 
-# name: (family of statistics, function of their sums); which table shows it under which title: tables.COLUMNS
+# name: (family of statistics, function of their sums); in which table, under which title: columns.toml
 METRICS: dict[str, tuple[str, Callable]] = {
     **{f"bleu_{n}": ("bleu", lambda sums, n=n: bleu(sums)[..., n - 1]) for n in range(1, 5)},
     "rouge_l": ("rouge_l", mean),

@@ -37,7 +37,7 @@ from formats.images import read_image
 from model import load_policy
 from phantom.assets import resolve
 from phantom.text import NORMAL_TEMPLATE
-from rewards import OPEN, readable
+from rewards import OPEN, strip_tags
 from rollout import generate_reports
 from running import parallel
 from running.folder import write_text
@@ -153,7 +153,7 @@ def report_image(cfg: EvalRun) -> None:
     cfg = resolve(cfg, ("base",))
     model, processor = load_policy(cfg, adapter)
     stem = Path(cfg.image).stem
-    text = readable(generate_reports(model, processor, [[image]], cfg, ids=[stem], samples=0)[0][0])
+    text = strip_tags(generate_reports(model, processor, [[image]], cfg, ids=[stem], samples=0)[0][0])
     path = run / "images" / f"{stem}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")

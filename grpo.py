@@ -2,7 +2,7 @@
 
 Differences from the paper, each on purpose:
 * Eq. 9's RankNorm is not defined there. Ours: average ranks mapped linearly to [-1, 1].
-* Eq. 10 is printed as -(...) - beta KL; minimising that would reward drifting away from the reference.
+* Eq. 10 is printed as -(...) - beta KL; minimising that would reward drifting from the reference policy.
   Ours is -(clipped objective) + beta KL.
 * The ratio written r^vis in Eq. 10 is the importance ratio pi / pi_old, not Eq. 7's reward.
 * KL is the per-token k3 estimator of GRPO (DeepSeekMath, arXiv 2402.03300, Eq. 4): exp(d) - d - 1 with

@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face vision-language model, its LoRA adapter, its frozen reference, its log-probs.
+"""The policy: a Hugging Face vision-language model, its LoRA adapter, the frozen reference policy, log-probs.
 
     image ──frozen tower, once per study──▶ features ─┐
     prompt ────────────────────────────────────────────┴──▶ image + prompt, once per study ──▶ G candidate reports
@@ -8,7 +8,7 @@ Every candidate of a study shares the image and the prompt, so both the sampler 
 through the shared part, so the result is that of G full forwards, at a fraction of the cost.
 
 The policy of a stage is always "base + one LoRA adapter". The adapter covers the language model and the vision
-projection; `set_trainable` picks what a stage trains. The reference (Eq. 10) is a second, frozen adapter `ref`
+projection; `set_trainable` picks what a stage trains. The reference policy (Eq. 10) is a second, frozen adapter `ref`
 holding the SFT policy: `disable_adapter()` would give the base model instead, which is not the SFT policy.
 """
 
@@ -148,7 +148,7 @@ def use_reference(model: PeftModel):
 
 
 def disable_dropout(model) -> None:
-    """Set every dropout to 0: in RL the sampler, the old, the new and the reference log-probs must agree."""
+    """Set every dropout to 0: in RL the sampler, old, new and reference policy's log-probs must agree."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

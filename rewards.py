@@ -44,7 +44,7 @@ def unwrap(output: str) -> str | None:
     return match[1].strip() or None
 
 
-def readable(output: str) -> str:
+def strip_tags(output: str) -> str:
     """The text between the tags, or the output with stray tags stripped."""
     text = unwrap(output)
     return " ".join(re.sub(r"</?report>", " ", output).split()) if text is None else text

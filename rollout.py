@@ -20,7 +20,7 @@ from config import Config
 from model import SamplingRules, encode_prompts, get_base, next_hidden, policy_logits, prefill, sampling_rules
 from running import parallel
 from vlm.families import encode_images
-from vlm.fast_linear import lean_layers
+from vlm.fast_linear import fast_linears
 
 EVALUATION = -1  # the update whose random numbers evaluation takes: none of training
 SHRINK = 0.8  # finished reports leave the batch when fewer than this share of it are still being written
@@ -51,8 +51,8 @@ def uniforms(ids: list[str], seed: int, step: int, group_size: int, length: int)
     for study_id in ids:
         digest = hashlib.sha256(f"{seed}/{step}/{study_id}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        rows.append(torch.rand(group_size, length, generator=generator))
-    return torch.cat(rows)
+        rows.append(torch.rand(group_size, length, generator=generator))  # (G, T)
+    return torch.cat(rows)  # (B * G, T)
 
 
 def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -87,7 +87,7 @@ def sample(
     together: go on until every process is done, as a base that is spread over them needs them all (config `fsdp`).
     """
     base = get_base(model)
-    with lean_layers(base):
+    with fast_linears(base):
         cache, hidden, first = prefill(model, inputs)  # 1); hidden (B, D), first (B,)
         cache.start(group_size, max_new_tokens - 1)  # the last token is never read
         hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)

@@ -45,7 +45,7 @@ from running.log import Log, average, group_metrics, sample_record, shown
 from scorers.load import load_scorers
 from sft import sft_update
 from vlm.families import select_studies
-from vlm.fast_linear import lean_layers
+from vlm.fast_linear import fast_linears
 
 FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}
 HIGH_KL = 0.25  # nats per token; beyond it reward hacking was seen (two IMPRESSION sections in one report)
@@ -104,7 +104,7 @@ def policy_step(
     model.train(cfg.model.gradient_checkpointing)  # it acts in train mode only; dropout is off
 
     # 4. log-probs under the reference policy, once per batch of rollouts
-    with torch.no_grad(), use_reference(model), lean_layers(get_base(model)):
+    with torch.no_grad(), use_reference(model), fast_linears(get_base(model)):
         ref_logps = [completion_logps(model, m.inputs, m.completions, m.mask, rules) for m in micro_batches]  # (n, T)
 
     old_logps: list[Tensor] = []

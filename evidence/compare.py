@@ -1,7 +1,7 @@
 """Paired comparison of evaluated policies over the same studies and seeds, with intervals over both.
 
     python evaluate.py --compare runs/phantom/stage1_continued runs/phantom/stage2           # one seed
-    python evaluate.py --compare 'runs/seeds/*/stage1_continued' 'runs/seeds/*/stage2'       # several, paired by seed
+    python evaluate.py --compare 'runs/seeds/*/stage1_continued' 'runs/seeds/*/valor'       # several, paired by seed
 
 Per metric: the difference to the first policy, seed by seed, its mean over the seeds and a 95% percentile interval.
 One bootstrap resample draws studies with replacement (the same ones for both policies and for every seed) and, where

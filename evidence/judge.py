@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from config import Config, to_dict
 from evidence import metrics, reader
 from evidence.meteor import Meteor
-from rewards import format_reward, readable, unwrap
+from rewards import format_reward, strip_tags, unwrap
 from running.parallel import pick_device
 from scorers.chexbert import CHEXPERT_LABELS
 from scorers.green import load_green
@@ -47,7 +47,7 @@ class Judge:
         some, judge greedy reports alone.
         """
         scorers = self.quick | (self.costly if row == "greedy" else {})
-        texts, formats = [[readable(output) for output in group] for group in outputs], None
+        texts, formats = [[strip_tags(output) for output in group] for group in outputs], None
         if self.tagged and row != "template":
             formats = [format_reward(group, self.cfg.rewards.required_sections) for group in outputs]
         return metrics.collect(texts, self.wanted.references, formats=formats, labels=self.wanted.labels,
@@ -77,9 +77,10 @@ def report_rows(wanted: Wanted, greedy: list[list[str]], sampled: list[list[str]
     """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
     rows = []
     for i, (study_id, reference, [output]) in enumerate(zip(wanted.ids, wanted.references, greedy, strict=True)):
-        row = {"id": study_id, "reference": reference, "report": readable(output), "tagged": unwrap(output) is not None}
+        row = {"id": study_id, "reference": reference, "report": strip_tags(output)}
+        row["tagged"] = unwrap(output) is not None
         if sampled is not None:
-            row["samples"] = [readable(sample) for sample in sampled[i]]
+            row["samples"] = [strip_tags(sample) for sample in sampled[i]]
         if wanted.labels is not None:
             stated = reader.read_report(row["report"]).stated
             row["labels"] = wanted.labels[i]

@@ -25,7 +25,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from data import Study
 from evidence.meteor import corpus_meteor
 from evidence.reader import truth_counts
-from rewards import format_reward, readable
+from rewards import format_reward, strip_tags
 
 LABELS, FIVE = list(range(14)), [1, 4, 5, 7, 9]  # all of chexbert.CHEXPERT_LABELS, the places of chexbert.FIVE
 MEASURES = ("precision", "recall", "f1")
@@ -200,7 +200,7 @@ def validation_row(outputs: list[list[str]], studies: list[Study], sections: tup
     """The val/* row of a pass during training, from raw greedy outputs [study][1]: BLEU-4, format rate and, with exact
     labels, sided F1 and hallucination rate. sections: `rewards.required_sections`."""
     stats = collect(
-        [[readable(output) for output in group] for group in outputs],
+        [[strip_tags(output) for output in group] for group in outputs],
         [study.report for study in studies],
         formats=[format_reward(group, sections) for group in outputs],
         labels=None if studies[0].labels is None else [study.labels for study in studies],

@@ -62,6 +62,8 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], seed: int, assets: dict[st
         words = [*common, "--name", name, *arm["flags"].format(both=both).split()]
         words += ["--val-every", "20"] if arm.get("watched") else []
         seconds = 15 + 1.6 * updates.get(name, cfg.stage2.steps)
+        if arm.get("after", "sft") not in {"sft", *arms}:
+            raise ValueError(f"arms.toml: [{name}] must stand below [{arm['after']}], after which it runs")
         after = [arms[arm["after"]], *assets.values()] if "after" in arm else [assets["base"]]
         arms[name] = Task(f"seed {seed}: {name}", command("train.py", words), seconds, after,
                           [run / name / "adapter"], logs / f"{seed}_{name}.txt")  # fmt: skip

@@ -10,11 +10,11 @@ from evidence.compare import estimate, load_runs, spread
 from evidence.tables import columns
 from formats.files import read_jsonl
 
-REFERENCES = ("stage1_continued", "sft")  # what the arms are compared with, pair by pair
+BASELINES = ("stage1_continued", "sft")  # what the arms are compared with, pair by pair
 
 
 def collect_results(root: Path, seeds: list[int], split: str, about: dict[str, str], assets: Path) -> dict:
-    """{"arms": {arm: {"<row>/<metric>": estimate}}, "versus": {reference: {arm: the same}}, ...} of evaluated runs.
+    """{"arms": {arm: {"<row>/<metric>": estimate}}, "versus": {baseline: {arm: the same}}, ...} of evaluated runs.
 
     root holds a run folder per seed, about = {arm: what it is}, assets is the folder of the phantom's models. Raises
     ValueError for an arm that has no result for one of the seeds.
@@ -42,8 +42,8 @@ def collect_results(root: Path, seeds: list[int], split: str, about: dict[str, s
         "about": about,
         "arms": {"fixed_template": measured(template)} | {arm: measured(runs[arm]) for arm in runs},
         "versus": {
-            reference: {arm: measured(runs[arm], runs[reference]) for arm in list(about)[1:] if arm != reference}
-            for reference in REFERENCES
+            baseline: {arm: measured(runs[arm], runs[baseline]) for arm in list(about)[1:] if arm != baseline}
+            for baseline in BASELINES
         },
         "bleu_by_reference": by_reference(assets, runs, settings["ids"]),
     }

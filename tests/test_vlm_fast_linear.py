@@ -5,7 +5,7 @@ import torch
 from conftest import randomise
 
 from model import add_reference, get_base, load_policy, use_reference
-from vlm.fast_linear import lean_layers
+from vlm.fast_linear import fast_linears
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def test_the_active_adapter_counts(two_adapters, packed, monkeypatch):
         monkeypatch.setattr("vlm.fast_linear.can_be_packed", lambda layer: False)
     model, base = two_adapters, get_base(two_adapters)
     plain = outputs(model)
-    with lean_layers(base):
+    with fast_linears(base):
         lean = outputs(model)
     torch.testing.assert_close(lean, plain, atol=1e-5, rtol=1e-5)
     with use_reference(model):
         reference = outputs(model)
-        with lean_layers(base):
+        with fast_linears(base):
             torch.testing.assert_close(outputs(model), reference, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plain, reference, atol=1e-3)
 
@@ -46,7 +46,7 @@ def test_the_active_adapter_counts(two_adapters, packed, monkeypatch):
 def test_nothing_is_left_behind(two_adapters):
     model, base = two_adapters, get_base(two_adapters)
     before = outputs(model)
-    with pytest.raises(KeyError), lean_layers(base):
+    with pytest.raises(KeyError), fast_linears(base):
         changed = [layer for layer in model.modules() if "forward" in vars(layer)]
         assert len(changed) == 2 * 7 + 1  # seven with LoRA in each layer, and the output layer
         raise KeyError
@@ -62,7 +62,7 @@ def test_bfloat16_keeps_lora_in_float32(cfg):
     randomise(model)
     base = get_base(model)
     plain = outputs(model)
-    with lean_layers(base):
+    with fast_linears(base):
         lean = outputs(model)
     assert lean.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(lean, plain, atol=0.05, rtol=0.02)

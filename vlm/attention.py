@@ -94,7 +94,7 @@ class Packing:
         outputs = [scaled_dot_product_attention(query, key, value, self.prefix_mask, is_causal=causal, scale=scaling)]
         for first, last, start, mask in self.strips:
             seen_keys = torch.cat([key, keys[:, :, start:last]], dim=2)  # (B, H, P + last - start, d)
-            seen_values = torch.cat([value, values[:, :, start:last]], dim=2)
+            seen_values = torch.cat([value, values[:, :, start:last]], dim=2)  # the same
             strip = queries[:, :, first:last]  # (B, H, last - first, d)
             outputs.append(scaled_dot_product_attention(strip, seen_keys, seen_values, mask, scale=scaling))
         return torch.cat(outputs, dim=2)
@@ -124,12 +124,12 @@ def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torc
     group, length = len(completion_mask) // b, completion_mask.shape[1]
     is_input = completion_mask[:, 1:].reshape(b, -1).bool()  # (B, G * (T - 1))
     slots = int(is_input.sum(dim=1).max()) if length > 1 else 0
-    order = (~is_input).byte().argsort(dim=1, stable=True)[:, :slots]  # real tokens first, in their order
+    order = (~is_input).byte().argsort(dim=1, stable=True)[:, :slots]  # (B, S) real tokens first, in their order
     real = is_input.gather(1, order)  # (B, S)
     step = order % max(length - 1, 1)  # (B, S) which token of its report
     places = torch.arange(slots, device=order.device).expand_as(order) + prefix  # (B, S)
     after_first = torch.zeros_like(is_input, dtype=torch.long).scatter(1, order, places)  # (B, G * (T - 1))
-    first = torch.full((b, group, 1), prefix - 1, device=order.device)
+    first = torch.full((b, group, 1), prefix - 1, device=order.device)  # (B, G, 1)
     outputs = torch.cat([first, after_first.view(b, group, -1)], dim=2)  # (B, G, T)
     strips = list(strips_of(prompt_mask.bool(), order // max(length - 1, 1), real, dtype))
     return Packing(order, step, outputs, causal_mask(prompt_mask, dtype), strips)
@@ -145,13 +145,13 @@ def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dty
         start = int(before.sum(dim=1).min())  # where the first slot's report begins
         mine = owner[:, first:last, None] == owner[:, None, start:last]  # (B, last - first, last - start)
         mine &= (slot[first:last, None] >= slot[start:last]) & real[:, None, start:last]
-        seen = prompt_mask[:, None, :].expand(b, last - first, prefix)
+        seen = prompt_mask[:, None, :].expand(b, last - first, prefix)  # (B, last - first, P)
         yield first, last, start, additive(torch.cat([seen, mine], dim=2)[:, None], dtype)
 
 
 @dataclass
 class Decoding:
-    """Keys and values while N reports of B studies are written, one token a forward pass.
+    """The KV cache of sampling, while N reports of B studies are written, one token a forward pass.
 
     Rows of one study stand together. `prefill` fills the prefix; then `start` says how many reports each study has.
     """
@@ -211,9 +211,10 @@ class Decoding:
         query = query.view(n, heads, groups, -1) * scaling  # (N, Hkv, groups, d): heads that share a key side by side
         scores = self.to_grid(query) @ prefix_keys.transpose(2, 3)  # (B, Hkv, W * groups, P)
         if self.padding is not None:
-            scores = scores.masked_fill(self.padding, float("-inf"))
+            scores = scores.masked_fill(self.padding, float("-inf"))  # (B, Hkv, W * groups, P)
         own_scores = self.to_grid(query @ own_keys.transpose(2, 3))  # (B, Hkv, W * groups, t + 1)
-        weights = torch.cat([scores, own_scores], dim=3).softmax(dim=3, dtype=torch.float32).to(value.dtype)
+        weights = torch.cat([scores, own_scores], dim=3)  # (B, Hkv, W * groups, P + t + 1)
+        weights = weights.softmax(dim=3, dtype=torch.float32).to(value.dtype)
         weights, own_weights = weights.split([scores.shape[3], own_scores.shape[3]], dim=3)
         output = self.to_rows(weights @ prefix_values) + self.to_rows(own_weights) @ own_values  # (N, Hkv, groups, d)
         return output.reshape(n, heads * groups, 1, -1)

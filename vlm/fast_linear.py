@@ -1,4 +1,4 @@
-"""Linear layers for passes without a gradient, sampling and the reference's: the same numbers in fewer operations.
+"""Linear layers for passes without a gradient (sampling, reference policy): the same numbers in fewer operations.
 
 In a decoding step each layer sees a few dozen rows, so what surrounds the arithmetic costs as much as it does:
 
@@ -6,7 +6,7 @@ In a decoding step each layer sees a few dozen rows, so what surrounds the arith
     here                     y = W x;  addmm(y, x A^T, s B^T)              three
     on the CPU in float32    y = (W + s B A) x                             one: W is copied anyway, once per block,
                                                                            to lie as oneDNN's kernels want it
-No dropout. What `lean_layers` replaces it puts back.
+No dropout. What `fast_linears` replaces it puts back.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def can_be_packed(layer: Linear) -> bool:
 
 @contextlib.contextmanager
 @torch.no_grad()
-def lean_layers(base):
+def fast_linears(base):
     """Within this block `base`'s decoder layers and output layer run as said above, LoRA with its active adapter."""
     changed, small = [], set()
     for layer in [*base.model.language_model.layers.modules(), base.lm_head]:

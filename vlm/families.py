@@ -175,7 +175,7 @@ def placeholder_ids(config, tokenizer) -> set[int]:
 def encode_images(base, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """`inputs` and `vision`, what the frozen tower makes of the images.
 
-    Sampling, the reference policy's pass and the loss share it: nothing in front of the projection is ever trained. LLaVA:
+    Sampling, the reference policy's pass and the loss share it: nothing before the projection is ever trained. LLaVA:
     (images, tokens, Dv); Qwen: (patches, Dv), in the order of its attention windows.
     """
     if "vision" in inputs:

@@ -237,21 +237,26 @@ def merge(default: Config, values: dict) -> Config:
         for part in tables:
             table[part] = table[part] if isinstance(table.get(part), dict) else {}
             table = table[part]
-        table[key] = value
+        if value != {} or not isinstance(table.get(key), dict):  # an empty table changes nothing
+            table[key] = value
     try:
-        return TypeAdapter(type(default)).validate_json(json.dumps(tree))
+        return TypeAdapter(type(default)).validate_json(json.dumps(tree, default=str))  # TOML knows dates, for one
     except ValidationError as error:
         faults = [(".".join(map(str, fault["loc"])), fault["msg"], fault["input"]) for fault in error.errors()]
         raise ValueError("; ".join(f"{name}: {said}, got {value!r}" for name, said, value in faults)) from None
 
 
-def from_recorded(values: dict, default: Config) -> tuple[Config, list[str]]:
+def from_recorded(path: Path, default: Config) -> tuple[Config, list[str]]:
     """(`default` with a run's recorded config.json over it, names of recorded fields that are no longer known).
 
     A field that was added since keeps its default, one that was removed says nothing today: neither ends an old run.
+    ValueError, one line with the path, for a file that is no config or has a value that cannot be.
     """
-    recorded, known = flatten(values), flatten(dataclasses.asdict(default))
-    cfg = merge(default, {name: value for name, value in recorded.items() if name in known})
+    try:
+        recorded, known = flatten(json.loads(path.read_text(encoding="utf-8"))), flatten(dataclasses.asdict(default))
+        cfg = merge(default, {name: value for name, value in recorded.items() if name in known})
+    except (ValueError, AttributeError) as error:  # the latter: JSON, but no object
+        raise ValueError(f"{path}: {error}") from None
     return cfg, [name for name in recorded if name not in known]
 
 
@@ -306,6 +311,6 @@ def to_dict(config) -> dict:
 def flatten(tree: dict, where: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     items = {}
-    for key, value in tree.items():
-        items |= flatten(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    for key, value in tree.items():  # an empty table is kept: it may be one that nobody knows
+        items |= flatten(value, f"{where}{key}.") if isinstance(value, dict) and value else {where + key: value}
     return items

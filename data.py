@@ -177,7 +177,7 @@ def main() -> None:
     try:
         cfg = resolve(parse(description="Print a card of a data set."), ("data",), {"data": build})
         print(card(cfg.data, load_tokenizer(cfg.model.path)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
 
 

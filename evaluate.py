@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from config import Config, to_dict
 from data import load_studies, target_text
@@ -77,6 +76,7 @@ def evaluate(
     if first:
         judge = Judge(cfg, wanted, with_scorers, tagged)
         template = judge.score([[normal_template(wanted, cfg.data.target)]] * n, "template")
+    parallel.barrier()  # loading the judge may take longer than a process waits for another inside a pass
     for name, adapter, greedy, sampled in written:  # every process writes reports, the first one scores them
         if first:
             stats = {"greedy": judge.score(greedy, "greedy")}
@@ -88,7 +88,7 @@ def evaluate(
             result = {"policy": name, "adapter": str(adapter or ""), "settings": shared, "shuffled_as": shuffled_as}
             result["notes"] = [*notes, *filter(None, [judge.meteor.note])]
             save(folder / name, result | judge.summarise(stats), report_rows(wanted, greedy, sampled), stats)
-        parallel.barrier()  # judging may take longer than a process waits for another inside a pass
+        parallel.barrier()  # and so may judging
     if first:
         finish(folder, shared)
     parallel.barrier()
@@ -179,9 +179,7 @@ def normal_template(wanted: Wanted, target: str) -> str:
 def main() -> None:
     try:
         cfg = settings(EvalRun(), sys.argv[1:], __doc__)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
-        parallel.start(cfg.device)
+        parallel.start(cfg.device, cfg.threads)
         if parallel.world() > 1 and (cfg.compare or cfg.image or cfg.predictions):
             raise ValueError("several processes are for --run; start this without torchrun")
         if cfg.compare:

@@ -225,12 +225,12 @@ def completion_logps(
     return torch.zeros(completions.shape, device=hidden.device).index_put((row, position), chosen)
 
 
-def require_finite(logps: Tensor, ids: list[str]) -> None:
+def require_finite(logps: Tensor, ids: list[str], advice: str = "lower the learning rate") -> None:
     """Stop with the name of the first study whose log-probs (N, T) are not finite; N is a multiple of the studies."""
     bad = (~torch.isfinite(logps).all(dim=1)).nonzero().flatten()  # (rows,)
     if len(bad):
         study_id = ids[int(bad[0]) * len(ids) // len(logps)]
-        raise ValueError(f"the log-probs of study {study_id} are not finite: lower the learning rate")
+        raise ValueError(f"the log-probs of study {study_id} are not finite: {advice}")
 
 
 def token_logps(lm_head, hidden: Tensor, tokens: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:

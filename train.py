@@ -87,7 +87,7 @@ def grpo_update(
     if stats:
         part |= {name: [s[name] for s in stats] for name in stats[0]}
     row = average(parallel.gather(part)) | {"grad_norm": norm, "lr": cfg.grpo.lr}
-    if row["kl"] > HIGH_KL:
+    if row["kl"] > HIGH_KL and parallel.rank() == 0:
         said = f"update {k}: KL {row['kl']:.2f} is above {HIGH_KL}: read samples.jsonl for reward hacking"
         tqdm.write(said, sys.stderr)
     return row, sample
@@ -106,6 +106,9 @@ def policy_step(
     # 4. log-probs under the reference policy, once per batch of rollouts
     with torch.no_grad(), use_reference(model), fast_linears(get_base(model)):
         ref_logps = [completion_logps(model, m.inputs, m.completions, m.mask, rules) for m in micro_batches]  # (n, T)
+
+    for m, logps in zip(micro_batches, ref_logps, strict=True):
+        require_finite(logps, m.ids, "is the reference's adapter whole?")
 
     old_logps: list[Tensor] = []
     for iteration in range(g.num_iterations):
@@ -167,7 +170,7 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
     """Train one stage from adapter `init` and save `folder/adapter`; goes on from a checkpoint where there is one."""
     rank, world, cfg = parallel.rank(), parallel.world(), resolve(cfg, needs=())
     studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
-    if cfg.stage != "0":  # also before the Stage 0 of a longer run
+    if cfg.stage != "0" and cfg.rewards.lambda_format:  # also before the Stage 0 of a longer run
         require_format([study.report for study in studies], cfg.rewards.required_sections)
     held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every else []
     stage_cfg = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage]

@@ -46,7 +46,10 @@ def check_gate(cfg: Config) -> None:
     """Stop before RL when the SFT policy's sided F1 on the validation split is below the gate."""
     if cfg.eval.gate:
         path = Path(cfg.run) / "eval" / cfg.data.val_split / "sft" / "results.json"
-        f1 = 100 * json.loads(path.read_text(encoding="utf-8"))["greedy"]["sided_f1"]["value"]
+        found = json.loads(path.read_text(encoding="utf-8"))["greedy"].get("sided_f1", {}).get("value")
+        if found is None:
+            sys.exit(f"demo: {path} has no sided F1, so the gate cannot be checked: set --eval.gate 0")
+        f1 = 100 * found
         said = f"the SFT policy's sided F1 on the validation split: {f1:.1f} (gate {cfg.eval.gate:g})"
         print(said)
         if f1 < cfg.eval.gate:

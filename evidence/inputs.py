@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from config import Config, from_recorded, parse
-from formats.files import read_json, read_jsonl
+from formats.files import read_jsonl
 
 NO_RUN = {"--config", "--predictions", "--compare", "--help", "-h"}  # with one of these, no run's settings matter
 
@@ -18,7 +18,7 @@ def settings(default: Config, argv: list[str], description: str) -> Config:
     recorded = [stage / "config.json" for stage in stages if (stage / "adapter").exists()]
     recorded = next(filter(Path.exists, recorded), None)
     if recorded and not NO_RUN & {word.split("=")[0] for word in argv}:
-        default, ignored = from_recorded(read_json(recorded), default)
+        default, ignored = from_recorded(recorded, default)
         default.run = str(run)  # not the path at which it was trained
         print(f"settings: {recorded}" + f"; not known today and ignored: {', '.join(ignored)}" * bool(ignored))
     return parse(type(default), description, argv, default)

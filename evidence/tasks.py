@@ -58,6 +58,8 @@ class Task:
         output = self.log.open("a", encoding="utf-8") if self.log else None
         self.began = time.time()
         self.process = subprocess.Popen(self.command, stdout=output, stderr=output, env=environment)
+        if output:
+            output.close()
 
     def finish(self) -> None:
         """End the program, with the last lines of the log, unless the command ended well and made what it should."""

@@ -7,6 +7,7 @@ from pydantic import Field
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Trains = Annotated[int, Field(ge=2)]  # one study at least is held out, one at least trains
 Updates = Annotated[int, Field(ge=1)]
 
 
@@ -14,8 +15,8 @@ Updates = Annotated[int, Field(ge=1)]
 class PhantomConfig:
     """Sizes, rates and noise of the phantom world. A rate is a probability per study unless said otherwise."""
 
-    expert: Count = 6000  # studies in split `expert` (trains the frozen expert and the labeller's texts) [ours]
-    base: Count = 8000  # studies in split `base`: captions and reports that teach the base model to see [ours]
+    expert: Trains = 6000  # studies in split `expert` (trains the frozen expert and the labeller's texts) [ours]
+    base: Trains = 8000  # studies in split `base`: captions and reports that teach the base model to see [ours]
     sft: Count = 3000  # studies in split `sft` (Stage 0) [ours]
     train: Count = 2400  # studies in split `train` (Stages 1 and 2) [ours]
     val: Count = 256  # studies in split `val`, for choosing settings [ours]

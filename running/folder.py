@@ -6,7 +6,8 @@
                   checkpoint.pt   adapter, optimizer, RNG state, number of updates done: one file, replaced atomically
                   adapter/        the finished policy, for `peft.PeftModel.from_pretrained`; its presence = stage done
 
-A second start with the same command goes on from the checkpoint and ends with the same weights, bit by bit.
+A second start with the same command goes on from the checkpoint and ends with the same weights, bit by bit; with
+dropout in Stage 0 on the CPU and in one process only, as other generators are not kept.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ def lock(path: Path, wait: bool):
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"another process is writing to {path.parent}: wait, or choose another --name") from None
+        raise ValueError(f"another process is writing to {path.parent}: wait for it, or choose another --run") from None
     return file
 
 
@@ -68,7 +69,7 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt", "adapter"))
     if not path.exists() or not begun:  # a start that failed before its first update binds nobody
         return write_text(path, json.dumps(to_dict(cfg), indent=2) + "\n")
-    recorded, ignored = from_recorded(read_json(path), Config())
+    recorded, ignored = from_recorded(path, Config())
     if ignored:
         print(f"{path}: settings of an earlier version are ignored: {', '.join(ignored)}")
     old, new = flatten(to_dict(recorded)), flatten(to_dict(cfg))

@@ -127,7 +127,10 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
     if s.radgraph == "rules":
         yield "ok", "RadGraph", "the rules need no file", ""
         return
-    up = Path(s.radgraph_dir or user_cache_dir("radgraph", version=metadata.version("radgraph")))
+    installed = ""
+    with suppress(metadata.PackageNotFoundError):  # named above
+        installed = metadata.version("radgraph")
+    up = Path(s.radgraph_dir or user_cache_dir("radgraph", version=installed))
     folder = up / s.radgraph
     archive = look("RadGraph", str(folder), check_radgraph, SOURCES["radgraph"].format(up=up, name=s.radgraph))
     yield archive

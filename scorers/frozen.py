@@ -22,6 +22,8 @@ def loading(scorer: str, what: str | Path, advice: str) -> Iterator[None]:
     """Turns what goes wrong inside a `with loading(...):` that reads files into a ValueError of one line."""
     try:
         yield
+    except torch.OutOfMemoryError:  # says what it is, and is no bad file
+        raise
     except BAD_FILES as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"{scorer}: cannot load {what} ({why}); {advice}") from error

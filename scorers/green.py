@@ -57,7 +57,8 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
     with loading("eval.green", path, "give the folder or hub name of a causal language model"):
         settings = {"padding_side": "left", "add_eos_token": True}  # as the package sets them
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **settings)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    model.to(device).eval()
     tokenizer.pad_token, end, known = tokenizer.eos_token, tokenizer.eos_token_id, {}
 
     @torch.inference_mode()

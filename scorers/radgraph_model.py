@@ -30,8 +30,11 @@ def unpack(archive: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch, tarfile.open(archive) as tar:
         tar.extractall(f"{scratch}/archive", filter="data")
-        if not (place / "config.json").is_file():  # another process may have been faster
+        try:
             Path(scratch, "archive").rename(place)
+        except OSError:
+            if not (place / "config.json").is_file():  # else another process was faster
+                raise
 
 
 class PackageRadGraph:

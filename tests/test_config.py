@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -34,6 +35,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         ("[rewards]\nrank = 'hard'\n", "rewards.rank: Input should be 'soft' or 'literal', got 'hard'"),
         ("[rewards]\nrequired_sections = [1]\n", "rewards.required_sections.0: Input should be a valid string, got 1"),
         ("[rewards]\ntau = nan\n", "rewards.tau: Input should be a finite number"),
+        ("seed = 2020-01-01\n", "seed: Input should be a valid integer"),
+        ("[foo]\n", "foo: Unexpected keyword argument"),
         ("[grpo]\nnum_iterations = 0\nlr = -1\n", "lr: Input should be greater than 0, got -1; grpo.num_iterations: "),
     ],
 )
@@ -91,13 +94,18 @@ def test_every_number_says_its_range():
     assert list(numbers(Config)) == []
 
 
-def test_a_recorded_config_of_another_version_is_read():
+def test_a_recorded_config_of_another_version_is_read(tmp_path):
     values = to_dict(parse(argv=["--seed", "7"])) | {"gone": 1, "lost": {"a": 1}}
     values["grpo"] |= {"old": 2, "lr": 0.5}
     del values["rollout"]
-    cfg, ignored = from_recorded(values, Config())
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    cfg, ignored = from_recorded(tmp_path / "config.json", Config())
     assert (cfg.seed, cfg.grpo.lr, cfg.rollout) == (7, 0.5, Config().rollout)
     assert ignored == ["grpo.old", "gone", "lost.a"]
+    for text, message in (("[1]", "has no attribute"), ("{", "Expecting"), ('{"seed": "x"}', "seed: Input should be")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+            from_recorded(tmp_path / "config.json", Config())
 
 
 def test_the_shipped_configs_parse():

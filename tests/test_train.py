@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 import train
 from config import Config, RewardConfig
 from data import load_studies
-from model import get_base, load_policy, require_finite
+from model import get_base, load_policy, require_finite, sampling_rules
 from phantom import world as phantom
 from phantom.assets import resolve
 from phantom.findings import finding_of
 from rewards import compute_rewards, wrap
 from running import parallel
 from running.folder import claim_folder, lock
-from running.log import Log, keep_rows
+from running.log import Log, average, keep_rows
 from scorers.load import load_scorers
 from sft import sft_update
 
@@ -230,7 +230,7 @@ def test_two_runs_in_one_folder_are_refused(cfg):
         train.train(replace(cfg, stage="0"))
 
 
-@pytest.mark.parametrize("change", [dict(micro_batch=1), dict(micro_batch=2)])
+@pytest.mark.parametrize("change", [dict(micro_batch=1), dict(micro_batch=2), dict(micro_batch=3, micro_group=2)])
 def test_gradients_do_not_depend_on_the_micro_batch(finished, change, monkeypatch):
     def gradients(cfg):
         run, taken = Path(finished.run), {}
@@ -245,11 +245,39 @@ def test_gradients_do_not_depend_on_the_micro_batch(finished, change, monkeypatc
         train.grpo_update(model, processor, scorers, optimizer, batch, cfg, k=2, stage=1)
         return taken
 
-    whole = gradients(finished)
+    whole = gradients(replace(finished, grpo=replace(finished.grpo, micro_batch=3, micro_group=0)))
     split = gradients(replace(finished, grpo=replace(finished.grpo, **change)))
     assert whole.keys() == split.keys() and any(g.abs().max() > 0 for g in whole.values())
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_process_without_studies_takes_part(finished):
+    """With fewer studies than processes its share is empty: no gradient of its own, no row of its own."""
+    sft = Path(finished.run) / "sft" / "adapter"
+    model, processor, scorers, optimizer = train.load_stage(finished, 1, sft, sft)
+    stats, norm = train.policy_step(model, optimizer, [], sampling_rules(model, processor, finished), finished)
+    assert (stats, norm) == ([], 0.0)
+    assert average([{}, {"kl": [0.5], "loss": [1.0]}]) == {"kl": 0.5, "loss": 1.0}
+
+
+def test_a_broken_reference_policy_is_named(finished):
+    sft = Path(finished.run) / "sft" / "adapter"
+    model, processor, scorers, optimizer = train.load_stage(finished, 1, sft, sft)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("lora_B.ref.weight")).fill_(float("nan"))
+    batch = load_studies(finished.data, "train")[:2]
+    with pytest.raises(ValueError, match="not finite: is the reference's adapter whole"):
+        train.grpo_update(model, processor, scorers, optimizer, batch, finished, k=1, stage=1)
+
+
+def test_dropout_is_off_where_there_is_a_reference_policy(finished):
+    dropping = replace(finished, model=replace(finished.model, lora_dropout=0.5))
+    sft = Path(finished.run) / "sft" / "adapter"
+    for stage, off in ((0, False), (1, True)):
+        model = train.load_stage(dropping, stage, None, sft if stage else None)[0]
+        drops = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+        assert (not drops) == off
 
 
 def test_inner_epochs_move_the_ratio_away_from_one(finished, tmp_path):

@@ -158,14 +158,15 @@ def test_the_sweep_over_seeds_ends_in_tables_and_figures(whole, tmp_path):
     shutil.copytree(whole / "assets", cwd / "assets")
     words = [sys.executable, "-m", "evidence.sweep", "--config", str(cwd / "micro.toml"), "--seeds", "0", "1"]
     words += ["--sft.steps", "30", "--stage1.steps", "3", "--stage2.steps", "2", "--eval.samples", "1"]
-    process = subprocess.Popen(words, cwd=cwd, stdout=subprocess.DEVNULL, start_new_session=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # a module is started by its name, in another folder
+    process = subprocess.Popen(words, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 300
     while not (cwd / "runs" / "seeds" / "0" / "stage1" / "adapter").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "seed 0: stage1 " not in done.stdout  # finished before the kill: not done again
     results = json.loads((cwd / "results" / "phantom.json").read_text())

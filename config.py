@@ -114,9 +114,9 @@ class ScorerConfig:
     # rescales BERTScore to (F - b) / (1 - b), below 0 = 0: path of a baseline file, or `package` for the one that
     # bert-score ships for a hub name; empty = no rescaling [bert-score]
     bertscore_baseline: str = ""
-    # `rules`: the rules of scorers/radgraph_rules.py, enough for the phantom's English; else the model of the
-    # `radgraph` package [ours]
-    radgraph: Literal["rules", "radgraph", "radgraph-xl", "modern-radgraph-xl"] = "rules"
+    # the `radgraph` package's model, or `rules`: scorers/radgraph_rules.py's, enough for the phantom's English; auto =
+    # the rules there, none on real reports [ours]
+    radgraph: Literal["auto", "rules", "radgraph", "radgraph-xl", "modern-radgraph-xl"] = "auto"
     # folder with the package's unpacked archive in <model type>/ (config.json, weights.th, vocabulary/); empty = the
     # package's own cache, filled from the hub [radgraph]
     radgraph_dir: str = ""

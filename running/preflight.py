@@ -124,7 +124,7 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
         yield look("expert", s.expert, check_open_clip)
     if cfg.eval.green:
         yield look("GREEN", cfg.eval.green, check_model)
-    if s.radgraph == "rules":
+    if s.radgraph in ("auto", "rules"):
         yield "ok", "RadGraph", "the rules need no file", ""
         return
     installed = ""

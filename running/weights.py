@@ -1,21 +1,108 @@
-"""Model files looked at without loading them: is all there and whole, and how many weights are they?"""
+"""Model folders: is all there, whole and without code (before loading), and did all find its place (after it)?"""
 
+import json
+import re
 import zipfile
+from collections.abc import Iterable
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from formats.files import read_json
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before version 1.6
+POINTER = b"version https://git-lfs"  # what git leaves where a large file was not fetched
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+KNOWN_TEXTS = ("no effusion", "the heart is normal")  # what any model of English reports can spell
+BAD_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
+REFUSED = {"auto_map": "asks for code that comes with the weights, which is never run here",
+           "trust_remote_code": "asks for code that comes with the weights, which is never run here",
+           "quantization_config": "its weights are quantised; use the checkpoint as it was before"}  # fmt: skip
 
 
 def require(folder: Path, *names: str) -> None:
-    """ValueError unless `folder` has one of the files `names`."""
-    if not any((folder / name).is_file() for name in names):
+    """ValueError unless `folder` has one of the files `names`, and none of them is empty or a git-lfs pointer."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
         raise ValueError(f"{folder}: no {' or '.join(names)}" if folder.is_dir() else f"{folder}: no such folder")
+    for path in found:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+        if start in (b"", POINTER):
+            what = "a git-lfs pointer, not the file itself" if start else "empty"
+            raise ValueError(f"{path}: {what}: fetch it again (`git lfs pull` or `hf download`)")
+
+
+def refuse(folder: Path) -> None:
+    """ValueError where one of the folder's *config.json holds, at any depth, a key of REFUSED that is not empty."""
+    for path in sorted(folder.glob("*config.json")):
+        found = re.search(rf'"({"|".join(REFUSED)})": (?!null|false|{{}})', json.dumps(read_json(path)))
+        if found:
+            raise ValueError(f"{path}: '{found[1]}': {REFUSED[found[1]]}")
+
+
+@contextmanager
+def readable(folder: str | Path):
+    """Makes one line, a ValueError, of whatever transformers and tokenizers raise for damaged tokenizer files."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, BAD_TOKENIZER):  # tokenizers raises plain Exception
+            raise
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{folder}: its tokenizer cannot be used ({why})") from error
+
+
+def load_tokenizer(folder: str | Path, **settings):
+    """The tokenizer of a model's folder or hub name, after `check_tokenizer`; settings: for AutoTokenizer.
+
+    ValueError, one line, for files that are absent or damaged, or ask for code.
+    """
+    from transformers import AutoTokenizer  # seconds, which most who import this module need not wait
+
+    if Path(folder).is_dir():
+        require(Path(folder), *TOKENIZERS)
+        refuse(Path(folder))
+    with readable(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer, folder: str | Path) -> None:
+    """ValueError unless a known text survives the round trip, but for case and blanks, in fewer tokens than letters.
+
+    transformers makes up an empty vocabulary where files are absent, and spells words letter by letter where a large
+    one lost its merges.
+    """
+
+    def survives(text: str) -> bool:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        spelt = len(tokenizer) > 1000 and len(ids) >= len(text)
+        return "".join(tokenizer.decode(ids).lower().split()) == text.replace(" ", "") and not spelt
+
+    with readable(folder):
+        known = any(map(survives, KNOWN_TEXTS))
+    if not known:
+        raise ValueError(f"{folder}: its tokenizer ({len(tokenizer)} tokens) cannot spell '{KNOWN_TEXTS[0]}': are its "
+                         "files whole, and those of this model?")  # fmt: skip
+
+
+def require_placed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path) -> None:
+    """ValueError unless both lists of tensor names, as a loader reports them, are empty."""
+    for names, fault in ((sorted(missing), "are not in it"), (sorted(unexpected), "have no place in the model")):
+        if names:
+            raise ValueError(f"{where}: {len(names)} weights {fault}, e.g. {names[0]}")
+
+
+def require_finite(tensors: torch.nn.Module | dict[str, torch.Tensor], where: str | Path) -> None:
+    """ValueError naming the first tensor, of a module or by its name, that holds a NaN or infinity."""
+    for name, tensor in (tensors.state_dict() if isinstance(tensors, torch.nn.Module) else tensors).items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {name} holds NaN or infinity: is the file whole?")
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
@@ -60,6 +147,7 @@ def count_weights(folder: Path, stem: str = "model") -> int:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{folder}: the index names shard {name}, which is not there")
+        require(folder, name)
         if path.suffix != ".safetensors":
             check_torch_file(path)
             total += path.stat().st_size // 2
@@ -76,6 +164,7 @@ def check_model(folder: Path, weights: bool = True) -> None:
     """ValueError unless `folder` has a Hugging Face configuration, a tokenizer and, where asked for, whole weights."""
     require(folder, "config.json")
     require(folder, *TOKENIZERS)  # transformers would make up an empty one
+    refuse(folder)
     if weights:
         count_weights(folder)
 

@@ -7,8 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from running.weights import check_model, check_open_clip, check_radgraph, check_torch_file, count_weights
+from running.weights import (
+    check_model,
+    check_open_clip,
+    check_radgraph,
+    check_tokenizer,
+    check_torch_file,
+    count_weights,
+    load_tokenizer,
+    require_finite,
+    require_placed,
+)
 
 
 def write_shards(folder: Path, suffix: str = "safetensors") -> Path:
@@ -34,7 +46,7 @@ def test_a_missing_shard_a_cut_one_and_a_missing_tensor_are_named(tmp_path):
     whole = second.read_bytes()
     for broken in (whole[:-1], whole[:20], whole + b"x", struct.pack("<Q", 4) + b"\xff\xfe{}", b""):
         second.write_bytes(broken)
-        with pytest.raises(ValueError, match="00002-of-00002.safetensors: broken or cut off .*fetch it again"):
+        with pytest.raises(ValueError, match="00002-of-00002.safetensors: (broken or cut off|empty).*fetch it again"):
             count_weights(folder)
     save_file({"b": torch.ones(2, 2)}, second)
     with pytest.raises(ValueError, match="lacks tensor c, which the index puts there"):
@@ -101,3 +113,108 @@ def test_a_radgraph_archive(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json: lacks 'model'"):
         check_radgraph(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- tokenizers and loaded weights
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def tokenizer_of(folder: Path, model_type: str, **files: str) -> Path:
+    """A folder with a config.json and tokenizer files; `vocab_txt` becomes vocab.txt."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+def byte_pairs(words: list[str], size: int = 600) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as Qwen's and RoBERTa's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_tokenizers_of_all_kinds_pass(tmp_path):
+    lower = tokenizer_of(tmp_path / "bert", "bert", vocab_txt="[UNK]\nthe\nheart\nno\neff\n##usion")
+    assert load_tokenizer(lower)("no EFFUSION", add_special_tokens=False)["input_ids"] == [3, 4, 5]
+    byte_pairs(["the heart is normal"] * 9).save_pretrained(tmp_path / "bpe")
+    assert load_tokenizer(tmp_path / "bpe", padding_side="left").padding_side == "left"
+    words = tokenizer_of(tmp_path / "words", "bert", vocab_txt="[UNK]\nheart\nthe\nis\nnormal")
+    load_tokenizer(words)  # one of the texts is enough: "no effusion" is unknown here
+    metaspace = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁no", -1.0), ("▁effusion", -1.0)], unk_id=0))
+    metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=metaspace), tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "files"), [
+    ("bert", {}), ("bert", {"vocab_txt": ""}), ("bert", {"vocab_txt": POINTER}), ("bert", {"vocab_txt": "no\n"}),
+    ("bert", {"vocab_txt": "[UNK]\nhund\nkatze"}), ("bert", {"tokenizer_json": POINTER}),
+    ("bert", {"tokenizer_json": "{"}),
+    ("bert", {"tokenizer_json": "[]"}), ("bert", {"tokenizer_json": '{"added_tokens": [], "model": {"type": "New"}}'}),
+    ("roberta", {"vocab_json": "{}", "merges_txt": ""}), ("roberta", {"vocab_json": '{"n": 0}', "merges_txt": "#\n"}),
+    ("qwen2_5_vl", {"vocab_json": "{}", "merges_txt": ""}), ("llama", {"tokenizer_model": POINTER}),
+    ("llama", {"tokenizer_model": "cut off"}),
+])  # fmt: skip
+def test_tokenizers_that_are_made_up_or_damaged_are_one_line(tmp_path, model_type, files):
+    folder = tokenizer_of(tmp_path / "folder", model_type, **files)
+    with pytest.raises(ValueError, match="(no tokenizer.json or|empty|git-lfs|cannot spell|cannot be used)") as caught:
+        load_tokenizer(folder)
+    assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_a_large_vocabulary_without_its_merges_is_no_tokenizer(tmp_path):
+    whole = byte_pairs([f"the heart is normal no effusion {i:x}" for i in range(2000)], size=1500)
+    check_tokenizer(whole, tmp_path)
+    state = json.loads(whole.backend_tokenizer.to_str())
+    state["model"]["merges"] = []
+    letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    with pytest.raises(ValueError, match="cannot spell 'no effusion'"):
+        check_tokenizer(letters, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("config.json", {"auto_map": {"AutoConfig": "code.Config"}}, "code that comes with the weights"),
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["code.T", None]}}, "code that comes with the weights"),
+    ("open_clip_config.json", {"a": [{"tokenizer_kwargs": {"trust_remote_code": True}}]}, "code that comes with"),
+    ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantised"),
+])  # fmt: skip
+def test_folders_that_ask_for_code_or_are_quantised_are_refused(tmp_path, name, content, said):
+    folder = tokenizer_of(tmp_path / "folder", "bert", vocab_txt="[UNK]\nno\neffusion")
+    (folder / name).write_text(json.dumps({"model_type": "bert"} | content))
+    for load in (load_tokenizer, lambda folder: check_model(folder, weights=False)):
+        with pytest.raises(ValueError, match=f"{name}: '.*{said}"):
+            load(folder)
+    harmless = {"model_type": "bert", "auto_map": {}, "quantization_config": None, "trust_remote_code": False}
+    (folder / name).write_text(json.dumps(harmless))
+    load_tokenizer(folder)
+
+
+def test_weights_without_a_place_and_not_finite_are_named():
+    require_placed([], set(), "folder")
+    with pytest.raises(ValueError, match="^folder: 2 weights are not in it, e.g. a$"):
+        require_placed(["b", "a"], ["c"], "folder")
+    with pytest.raises(ValueError, match="^folder: 1 weights have no place in the model, e.g. c$"):
+        require_placed([], ["c"], "folder")
+    layer = torch.nn.Linear(2, 2)
+    require_finite(layer, "folder")
+    require_finite({"count": torch.tensor(3)}, "folder")
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            layer.bias[1] = value
+        for tensors in (layer, {"weight": torch.ones(2), "bias": layer.bias.to(torch.bfloat16)}):
+            with pytest.raises(ValueError, match="^folder: bias holds NaN or infinity"):
+                require_finite(tensors, "folder")
+
+
+def test_git_lfs_pointers_are_named_as_such(tmp_path):
+    folder = write_shards(tmp_path / "shards")
+    (folder / "model-00001-of-00002.safetensors").write_text(POINTER)
+    torch.save({}, tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_text(POINTER)
+    for check in (lambda: count_weights(folder), lambda: check_torch_file(tmp_path / "x.pth")):
+        with pytest.raises(ValueError, match="a git-lfs pointer, not the file itself: fetch it again"):
+            check()

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from phantom.findings import LABELS
+
 VIEW_RANK = {"frontal": 0, None: 1}  # anything else (lateral, oblique) comes after a view that is not known
 
 
@@ -22,6 +24,21 @@ class Row(NamedTuple):
     images: list[Path]  # frontal first
     fault: str  # why there is no image that can be used, else ""
     labels: list[str] | None = None  # exact labels, where truth.jsonl gives them
+
+
+def exact_labels(value, where: str) -> list[str] | None:
+    """The exact labels that a row's field `labels` holds, None where it holds none.
+
+    ValueError, beginning with `where`, unless they are the phantom's ("effusion_left"): no other labels are compared
+    with a report, so CheXpert's names, 14 numbers or a bare text would be taken for a truth that all reports miss.
+    """
+    if value is None:
+        return None
+    foreign = [label for label in value if label not in LABELS] if isinstance(value, list) else [value]
+    if foreign:
+        raise ValueError(f"{where}: labels {str(foreign[0])[:40]!r}: only a list of the phantom's findings can be exact, "
+                         f"e.g. {[LABELS[0], LABELS[-1]]}; leave other labels out")  # fmt: skip
+    return value
 
 
 def read_text(path: Path) -> str:

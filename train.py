@@ -40,7 +40,7 @@ from phantom.oracle import exact_labels, oracle_similarity
 from rewards import Scorers, compute_rewards, require_format
 from rollout import Rollout, rollout
 from running import parallel, preflight
-from running.folder import adapter_folder, claim_folder, last_k, load_checkpoint, lock, save_adapter, save_checkpoint
+from running.folder import adapter_folder, claim_folder, is_done, load_checkpoint, lock, save_adapter, save_checkpoint
 from running.log import Log, average, group_metrics, sample_record, shown
 from scorers.load import load_scorers
 from sft import sft_update
@@ -179,9 +179,8 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
         raise ValueError(f"fsdp: the batch of {batch_size} studies must be a multiple of the {world} processes")
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
     model, processor, scorers, optimizer = load_stage(cfg, stage, init, reference)
-    k0 = last_k(init) if stage > 0 else 0  # k counts policy updates over both RL stages
-    done = load_checkpoint(folder, model, optimizer)
-    log = Log(folder, k0 + done, active=rank == 0)
+    k0, done = load_checkpoint(folder, model, optimizer, stage, steps, init)  # k counts over both RL stages
+    log = Log(folder, k0, done, active=rank == 0)
     bar = tqdm(range(done, steps), folder.name.ljust(18), steps, initial=done, disable=rank > 0)
     for step in bar:
         k, began = k0 + step + 1, time.perf_counter()
@@ -198,7 +197,7 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
         log.write(k, row, None if step % cfg.sample_every else sample)
         bar.set_postfix(shown(row), refresh=False)  # drawn with the bar, so that a log file is not flooded
         if (step + 1) % cfg.save_every == 0 and rank == 0:
-            save_checkpoint(folder, model, optimizer, step + 1)
+            save_checkpoint(folder, model, optimizer, stage, k, step + 1)
     log.close()
     if rank == 0:
         save_adapter(folder, model, {"stage": stage, "k": k0 + steps if stage else 0, "seed": cfg.seed})
@@ -215,10 +214,10 @@ def train(cfg: Config) -> None:
         folder = run / (cfg.name if cfg.name and stage == last else FOLDERS[stage])
         done = held = None
         if parallel.rank() == 0:
-            done = (folder / "adapter").exists()
+            done = is_done(folder)
             if not done:
                 held = lock(folder / ".lock", wait=False)  # freed at the end of the stage or of the process
-                done = (folder / "adapter").exists()  # another process may have finished it just now
+                done = is_done(folder)  # another process may have finished it just now
             if asked or not done:
                 claim_folder(folder, cfg)
         if parallel.gather(done)[0]:  # the writing process's word, for all

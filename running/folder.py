@@ -7,27 +7,48 @@
                   adapter/        the finished policy, for `peft.PeftModel.from_pretrained`; its presence = stage done
 
 A second start with the same command goes on from the checkpoint and ends with the same weights, bit by bit; with
-dropout in Stage 0 on the CPU and in one process only, as other generators are not kept.
+dropout in Stage 0 on the CPU and in one process only, as other generators are not kept. Reports are patients' texts:
+what is written here only its owner may read.
 """
 
 import contextlib
 import fcntl
+import io
 import json
 import os
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 
 from config import Config, flatten, from_recorded, to_dict
 from formats.files import read_json
+from running.weights import require_finite
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = (
     "stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp", "device",
     "threads", "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "model.gradient_checkpointing",
 )  # fmt: skip
+FINISHED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
+# what torch raises on a damaged file, and its contents on the checks of `load_checkpoint`
+BAD_STATE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+             pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int):
+    """Where there is no room: an OSError of one line with `path`, its `size` in bytes, and the bytes that are free."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path}: {size:,} bytes cannot be written ({error}; {free:,} are free): make room and start "
+                      "again, a run goes on from its last checkpoint") from error  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -36,14 +57,17 @@ def atomic_folder(folder: Path):
     tmp = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    yield tmp
-    os.replace(tmp, folder)
+    try:
+        yield tmp
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # half of it would only fill the disk
 
 
 def lock(path: Path, wait: bool):
     """Hold `path` for this process: an open file, freed when it is closed or the process dies.
 
-    Where another process holds it: wait, or raise ValueError.
+    Where another process holds it: wait, or raise ValueError. A file system without locks is said on a line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")
@@ -52,14 +76,31 @@ def lock(path: Path, wait: bool):
     except BlockingIOError:
         file.close()
         raise ValueError(f"another process is writing to {path.parent}: wait for it, or choose another --run") from None
+    except OSError as error:
+        print(f"{path}: not locked ({error.strerror}): see to it that no second process writes to {path.parent}")
     return file
 
 
+def private(path: str, flags: int) -> int:
+    """An `opener` for files that nobody but their owner may read."""
+    return os.open(path, flags, 0o600)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file that appears whole or not at all; OSError names it and the bytes that it needs."""
+    write_bytes(path, text.encode(errors="backslashreplace"))  # of a lone surrogate, which UTF-8 does not know
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """As `write_text`."""
     tmp = path.with_name(f"{path.name}.tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
+    tmp.unlink(missing_ok=True)  # an older one may be readable by all
+    try:
+        with writing(path, len(data)), open(tmp, "wb", opener=private) as file:
+            file.write(data)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def claim_folder(folder: Path, cfg: Config) -> None:
@@ -79,36 +120,80 @@ def claim_folder(folder: Path, cfg: Config) -> None:
                              "choose another --run or --name, or delete the folder")  # fmt: skip
 
 
-def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
-    """Everything the next update depends on, in one file."""
+def save_checkpoint(folder: Path, model, optimizer, stage: int, k: int, step: int) -> None:
+    """Everything the next update depends on, in one file, after `step` updates of the stage, the last of them k."""
     adapter = get_peft_model_state_dict(model, adapter_name="default")
-    state = {"step": step, "adapter": adapter, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-    torch.save(state, folder / "checkpoint.pt.tmp")
-    os.replace(folder / "checkpoint.pt.tmp", folder / "checkpoint.pt")
+    state = {"stage": stage, "k": k, "step": step, "adapter": adapter, "optimizer": optimizer.state_dict(),
+             "rng": torch.get_rng_state()}  # fmt: skip
+    torch.save(state, buffer := io.BytesIO())  # not to the disk: torch has no words for a full one
+    write_bytes(folder / "checkpoint.pt", buffer.getbuffer())
 
 
-def load_checkpoint(folder: Path, model, optimizer) -> int:
-    """Restore the last checkpoint; returns the number of updates done, 0 without one."""
-    if not (folder / "checkpoint.pt").exists():
-        return 0
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    set_peft_model_state_dict(model, state["adapter"], adapter_name="default")
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
+def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init: Path | None) -> tuple[int, int]:
+    """Restore the last checkpoint of a stage of `steps` updates that began from adapter `init`.
+
+    Returns (k of the last policy update before the stage, updates of the stage done: 0 without a checkpoint).
+    ValueError, one line, for a damaged file or one that is not this stage's.
+    """
+    path, k0 = folder / "checkpoint.pt", last_k(init) if stage > 0 else 0
+    if not path.exists():
+        return k0, 0
+    try:
+        with zipfile.ZipFile(path) as file:
+            if broken := file.testzip():  # torch does not look at the checksums
+                raise ValueError(f"wrong checksum of {broken}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step, own = state["step"], get_peft_model_state_dict(model, adapter_name="default")
+        if type(step) is not int or not 0 < step <= steps or (state["stage"], state["k"]) != (stage, k0 + step):
+            raise ValueError(f"update {step}, k = {state['k']} of stage {state['stage']}, but stage {stage} has "
+                             f"{steps} updates from k = {k0 + 1} on")  # fmt: skip
+        moments = state["optimizer"]["state"]
+        tensors = state["adapter"] | {f"{i}.{name}": x for i, row in moments.items() for name, x in row.items()}
+        wanted = {name: x.shape for name, x in own.items()}
+        for i, x in enumerate(optimizer.param_groups[0]["params"]):
+            wanted |= {f"{i}.step": torch.Size(), f"{i}.exp_avg": x.shape, f"{i}.exp_avg_sq": x.shape}
+        odd = dict(wanted.items() ^ {name: x.shape for name, x in tensors.items()}.items())
+        if odd:
+            raise ValueError(f"{min(odd)} is missing, left over, or of another shape")
+        require_finite(tensors, "weights")
+        set_peft_model_state_dict(model, state["adapter"], adapter_name="default")
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+    except torch.OutOfMemoryError:  # the file is not to blame
+        raise
+    except BAD_STATE as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path}: damaged or not this stage's ({why}): delete it to train the stage anew") from error
+    return k0, step
 
 
 def save_adapter(folder: Path, model, state: dict) -> None:
     """`folder/adapter` in PEFT's format plus trainer_state.json (`k`, where the next stage goes on)."""
-    with atomic_folder(folder / "adapter") as tmp:
+    size = sum(x.nbytes for x in get_peft_model_state_dict(model, adapter_name="default").values())
+    with writing(folder / "adapter", size), atomic_folder(folder / "adapter") as tmp:
         model.save_pretrained(str(tmp), selected_adapters=["default"])
         (tmp / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a stage's folder holds its finished policy; ValueError for half of one, which no kill leaves behind."""
+    adapter = folder / "adapter"
+    lacking = [name for name in FINISHED if not (adapter / name).is_file()]
+    if lacking and os.path.lexists(adapter):
+        raise ValueError(f"{adapter}: no {lacking[0]}: delete it, and the stage goes on from its checkpoint")
+    return not lacking
+
+
 def last_k(adapter: Path) -> int:
-    """k of an adapter's last policy update, from its trainer_state.json; 0 for an adapter that was made elsewhere."""
+    """k of an adapter's last policy update, from its trainer_state.json; 0, and a line, for one made elsewhere."""
     path = Path(adapter) / "trainer_state.json"
-    return read_json(path).get("k", 0) if path.exists() else 0
+    if not path.exists():
+        print(f"{adapter}: no trainer_state.json, as of a policy made elsewhere: k counts from 0")
+        return 0
+    k = read_json(path).get("k")
+    if type(k) is not int or k < 0:
+        raise ValueError(f"{path}: k is {k!r}, no number of policy updates: put the file back as it was")
+    return k
 
 
 def adapter_folder(path: str) -> Path:

@@ -12,18 +12,21 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data import Study
 from rollout import Rollout
-from running.folder import write_text
+from running.folder import private, write_text, writing
 
 
 class Log:
     """metrics.jsonl, samples.jsonl and TensorBoard of one stage; does nothing on processes other than the first."""
 
-    def __init__(self, folder: Path, last_k: int, active: bool = True):
+    def __init__(self, folder: Path, k0: int, done: int, active: bool = True):
+        """Goes on after `done` updates of a stage that began after update k0."""
         self.folder, self.active = folder, active
         if active:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                keep_rows(folder / name, last_k)
-            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=last_k + 1)
+            lost = done - keep_rows(folder / "metrics.jsonl", k0, k0 + done)
+            if lost:
+                print(f"{folder / 'metrics.jsonl'}: the rows of {lost} earlier updates are lost; the weights are not")
+            keep_rows(folder / "samples.jsonl", k0, k0 + done)
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=k0 + done + 1)
 
     def write(self, k: int, row: dict[str, float], sample: dict | None = None) -> None:
         """Append the row of update k, and a group of candidates where one is given."""
@@ -32,25 +35,43 @@ class Log:
         append(self.folder / "metrics.jsonl", {"k": k} | row)
         if sample is not None:
             append(self.folder / "samples.jsonl", sample)
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, k)
+        with writing(self.folder / "tb", 100 * len(row)):
+            for name, value in row.items():
+                self.tensorboard.add_scalar(name, value, k)
 
     def close(self) -> None:
         if self.active:
-            self.tensorboard.close()
+            with writing(self.folder / "tb", 0):
+                self.tensorboard.close()
 
 
 def append(path: Path, row: dict) -> None:
     """Add one line to a .jsonl."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    line = json.dumps(row) + "\n"
+    with writing(path, len(line)), open(path, "a", encoding="utf-8", opener=private) as file:
+        file.write(line)
 
 
-def keep_rows(path: Path, last_k: int) -> None:
-    """Drop the rows after update `last_k`, and a last line that a kill cut short: they will be written again."""
+def keep_rows(path: Path, k0: int, last_k: int) -> int:
+    """Keep the rows of updates k0 + 1 to `last_k`, each once and in order; their number.
+
+    Those after it, and a last line that a kill cut short, will be written again; a line says which others are dropped.
+    """
+    rows, bad = {}, []
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else (), 1):
+        try:
+            k = json.loads(line)["k"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            k = None
+        if type(k) is not int or k <= k0 or k in rows:
+            bad.append(number)
+        elif k <= last_k:
+            rows[k] = line + "\n"
+    if bad:
+        print(f"{path}: line {bad[0]} and {len(bad) - 1} others without a k of their own are left out")
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        write_text(path, "".join(line for line in lines if json.loads(line)["k"] <= last_k))
+        write_text(path, "".join(rows[k] for k in sorted(rows)))
+    return len(rows)
 
 
 def group_metrics(out: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> dict[str, list[float]]:

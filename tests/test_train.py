@@ -326,7 +326,7 @@ def test_sft_lowers_the_loss(finished, cfg):
 def test_keep_rows_drops_later_and_broken_lines(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"k": 1}\n{"k": 2}\n{"k": 3}\n{"k": ')
-    keep_rows(path, 2)
+    assert keep_rows(path, 0, 2) == 2
     assert path.read_text() == '{"k": 1}\n{"k": 2}\n'
 
 

@@ -250,12 +250,14 @@ def from_recorded(path: Path, default: Config) -> tuple[Config, list[str]]:
     """(`default` with a run's recorded config.json over it, names of recorded fields that are no longer known).
 
     A field that was added since keeps its default, one that was removed says nothing today: neither ends an old run.
+    `eval.ratescore`, a program, keeps its default too: the folder of a run, perhaps a stranger's, starts nothing.
     ValueError, one line with the path, for a file that is no config or has a value that cannot be.
     """
     try:
         recorded, known = flatten(json.loads(path.read_text(encoding="utf-8"))), flatten(dataclasses.asdict(default))
-        cfg = merge(default, {name: value for name, value in recorded.items() if name in known})
-    except (ValueError, AttributeError) as error:  # the latter: JSON, but no object
+        taken = known.keys() - {"eval.ratescore"}
+        cfg = merge(default, {name: value for name, value in recorded.items() if name in taken})
+    except (ValueError, AttributeError, RecursionError) as error:  # JSON, but no object, or nested without end
         raise ValueError(f"{path}: {error}") from None
     return cfg, [name for name in recorded if name not in known]
 

@@ -12,9 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from config import Config, EvalConfig, from_recorded
 from running import folder as running_folder
 from running.folder import (
     atomic_folder,
+    claim_folder,
     is_done,
     last_k,
     load_checkpoint,
@@ -259,3 +261,24 @@ def test_reports_are_for_their_owner_alone(saved):
     append(saved / "samples.jsonl", {"k": 1})
     for path in saved.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+# ------------------------------------------------------------------------------------------------- recorded settings
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "null", "{", "", '{"a":' * 100_000 + "1" + "}" * 100_000,
+                                  '{"a":' * 100_000, '{"seed": "x"}', '"\\ud800"'], ids=range(9))  # fmt: skip
+def test_a_damaged_config_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text("")  # begun
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: ") as caught:
+        claim_folder(tmp_path, Config())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recorded_config_names_no_program(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eval": {"ratescore": "/bin/evil", "samples": 9}}))
+    recorded, ignored = from_recorded(tmp_path / "config.json", Config())
+    assert (recorded.eval.ratescore, recorded.eval.samples, ignored) == ("", 9, [])
+    mine = Config(eval=EvalConfig(ratescore="/my/python"))
+    assert from_recorded(tmp_path / "config.json", mine)[0].eval.ratescore == "/my/python"

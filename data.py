@@ -18,7 +18,13 @@ from formats.images import check_image, read_image
 from formats.iu_xray import kaggle_rows, openi_rows, r2gen_rows
 from formats.mimic import chexpert_lines, mimic_rows
 from running import parallel
+from running.weights import load_tokenizer
 
+# where a header may stand: in capitals at the start of any word, with a capital letter at the start of a line, and
+# otherwise only where a sentence begins, so that "no acute findings: ..." is none
+HEADER = re.compile(
+    r"(?:(?<!\w)(?=[A-Z]{8})|^\s*(?=[A-Z])|(?:\A|(?<=[.!?]))\s*)(?i:(findings|impression)):", re.MULTILINE
+)
 ROWS = {"r2gen": r2gen_rows, "openi": openi_rows, "kaggle": kaggle_rows, "mimic": mimic_rows}
 
 
@@ -29,6 +35,7 @@ class Study:
     report: str  # the target text, without <report> tags
     split: str
     labels: list[str] | None = None  # what the image really shows ("<finding>_<side>"), where truth.jsonl says so
+    view_known: bool = True  # False: the first image may be a lateral one
 
     @property
     def image(self) -> Path:
@@ -44,10 +51,10 @@ def read_views(study: Study) -> list[Image.Image]:
 def split_sections(text: str) -> dict[str, str]:
     """{"findings": str, "impression": str} of a report, white space collapsed, "" for what is not there.
 
-    The headers are `FINDINGS:` and `IMPRESSION:`, in capitals at the start of a word; a repeated header's texts are
-    joined. Text before the first header belongs to neither. A text without any header is {"findings": text} alone.
+    A repeated header's texts are joined. Text before the first header belongs to neither. A text without any header is
+    {"findings": text} alone.
     """
-    before, *parts = re.split(r"(?<!\w)(FINDINGS|IMPRESSION):", text)
+    before, *parts = HEADER.split(text)
     if not parts:
         return {"findings": " ".join(before.split())}
     found = {"findings": "", "impression": ""}
@@ -56,14 +63,18 @@ def split_sections(text: str) -> dict[str, str]:
     return {name: " ".join(body.split()) for name, body in found.items()}
 
 
-def target_text(report: str | dict[str, str] | None, target: str) -> tuple[str, str]:
+def target_text(report: str | dict[str, str], target: str) -> tuple[str, str]:
     """(the text a model shall write for `report`, a text or its sections; "") or ("", why there is none).
 
     target "both" gives "FINDINGS: f IMPRESSION: i" and needs both, except that a text without headers stays as it is.
     """
-    if report is None:
-        return "", "no report file"
-    sections = split_sections(report) if isinstance(report, str) else report
+    if report == {}:
+        return "", "no FINDINGS or IMPRESSION header"
+    if isinstance(report, str):
+        sections = split_sections(report)
+    else:  # what follows a header inside a section is a second report
+        first = {name: next(filter(str.strip, HEADER.split(text)[::2]), "") for name, text in report.items()}
+        sections = {name: " ".join(text.split()) for name, text in first.items()}
     if not any(sections.values()):
         return "", "empty report"
     wanted = list(sections) if target == "both" else [target]
@@ -83,9 +94,9 @@ def load_studies(cfg, split: str) -> list[Study]:
     """
     studies, skips = parallel.broadcast(lambda: read_split(cfg, split))
     if not has_splits(cfg):
-        print(f"data: {cfg.path} has no split of its own: '{split}' is all its studies, as is every other split")
-    if skips:
-        print(f"data: {cfg.path} [{split}]: {len(studies)} studies, skipped {describe_skips(skips)}")
+        print(f"data: {cfg.path} has no split of its own: {split!r} is all its studies, as is every other split")
+    if said := remarks(cfg, studies, skips):
+        print(f"data: {cfg.path} [{split}]: {len(studies)} studies, {'; '.join(said)}")
     return studies
 
 
@@ -102,12 +113,12 @@ def read_split(cfg, split: str) -> tuple[list[Study], dict[str, list[str]]]:
             raise ValueError(f"data: {folder} [{split}]: id {row.id} occurs twice")
         seen.add(row.id)
         views = row.images[: cfg.views]
-        text, reason = target_text(row.report, cfg.target)
+        text, reason = ("", row.fault) if row.report is None else target_text(row.report, cfg.target)
         reason = reason or row.fault or next(filter(None, map(check_image, views)), "")
         if reason:
             skips.setdefault(reason, []).append(row.id)
         else:
-            studies.append(Study(row.id, views, text, split, row.labels))
+            studies.append(Study(row.id, views, text, split, row.labels, row.view_known))
     if not studies or skips and cfg.strict:
         why = "data.strict forbids skips" if studies else f"no usable study among {len(seen)}"
         raise ValueError(f"data: {folder} [{split}]: {why}: {describe_skips(skips)}")
@@ -117,6 +128,14 @@ def read_split(cfg, split: str) -> tuple[list[Study], dict[str, list[str]]]:
 def has_splits(cfg) -> bool:
     """Whether the data set says which study is in which split; Open-i's own release does not."""
     return cfg.format in ("r2gen", "mimic") or cfg.format == "kaggle" and (Path(cfg.path) / "annotation.json").exists()
+
+
+def remarks(cfg, studies: list[Study], skips: dict[str, list[str]]) -> list[str]:
+    """What to know of a split that was read: what was skipped, and in how many studies the views are not known."""
+    unknown = [study.id for study in studies if not study.view_known]
+    teller = "ViewPosition in mimic-cxr-2.0.0-metadata.csv.gz" if cfg.format == "mimic" else "indiana_projections.csv"
+    said = f"views not known: {len(unknown)} studies, the first image may be lateral ({teller} tells the views)"
+    return ([f"skipped {describe_skips(skips)}"] if skips else []) + ([said] if unknown else [])
 
 
 def describe_skips(skips: dict[str, list[str]]) -> str:
@@ -148,7 +167,7 @@ def card(cfg, tokenizer=None) -> str:
             line += f"  tokens {_percentiles([len(ids) for ids in tokens['input_ids']])}"
         line += f"  {np.mean([len(study.images) for study in studies]):.2f} views a study" if cfg.views > 1 else ""
         lines.append(line + ("" if studies[0].labels is None else "  with exact labels"))
-        notes = [f"skipped {describe_skips(skips)}"] if skips else []
+        notes = remarks(cfg, studies, skips)
         notes += chexpert_lines(Path(cfg.path), {study.id for study in studies}) if cfg.format == "mimic" else []
         lines += [f"{'':10}{note}" for note in notes]
     return "\n".join(lines)
@@ -158,17 +177,6 @@ def _percentiles(lengths: list[int]) -> str:
     return " / ".join(f"{value:.0f}" for value in (*np.percentile(lengths, (5, 50, 95)), max(lengths)))
 
 
-def load_tokenizer(path: str):
-    """The tokenizer of a model folder (or of a hub name in the local cache); None, said on one line, without one."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (ImportError, OSError, ValueError) as error:  # ImportError: sentencepiece is not there
-        reason = str(error).split("\n")[0] if Path(path).is_dir() else "no such folder, nor is it in the hub's cache"
-        print(f"lengths in words only: the tokenizer of model.path {path} cannot be loaded ({reason})")
-
-
 def main() -> None:
     from config import parse
     from phantom.cache import resolve
@@ -176,7 +184,11 @@ def main() -> None:
 
     try:
         cfg = resolve(parse(description="Print a card of a data set."), ("data",), {"data": build})
-        print(card(cfg.data, load_tokenizer(cfg.model.path)))
+        try:
+            tokenizer = load_tokenizer(cfg.model.path, local_files_only=True)
+        except (ValueError, OSError, ImportError) as error:  # ImportError: sentencepiece is not there
+            tokenizer = print(f"lengths in words only: {str(error).splitlines()[0]}")
+        print(card(cfg.data, tokenizer))
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
 

@@ -1,4 +1,4 @@
-"""What iu_xray.py and mimic.py share: a study's row, text files and tables, the name of a split, the order of views.
+"""What iu_xray.py and mimic.py share: a study's row, text files and tables, exact labels, names of splits and views.
 
 Each unusable file is a ValueError of one line: the file, the place in it, what to do.
 """
@@ -6,47 +6,60 @@ Each unusable file is a ValueError of one line: the file, the place in it, what 
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from phantom.findings import LABELS
 
-VIEW_RANK = {"frontal": 0, None: 1}  # anything else (lateral, oblique) comes after a view that is not known
+# the order of a study's images: PA, other frontal views, views that are not known, all others
+VIEWS = (r"(PA|POSTERO-?ANTERIOR)\b", r"(AP|ANTERO-?POSTERIOR|FRONTAL)\b", r"(UNKNOWN|NONE|NAN)?$", "")
 
 
 class Row(NamedTuple):
     """A study as its data set tells it."""
 
     id: str
-    report: str | dict[str, str] | None  # a text, or its {"findings", "impression"}; None without a report file
-    images: list[Path]  # frontal first
-    fault: str  # why there is no image that can be used, else ""
+    report: str | dict[str, str] | None  # a text, or its {"findings", "impression"}; None: `fault` says why
+    images: Iterable[Path] = ()  # frontal first
+    fault: str = ""  # why there is no report or no image that can be used, else ""
+    view_known: bool = True  # False: the first image may be a lateral one
     labels: list[str] | None = None  # exact labels, where truth.jsonl gives them
 
 
 def exact_labels(value, where: str) -> list[str] | None:
-    """The exact labels that a row's field `labels` holds, None where it holds none.
+    """A row's field `labels`; ValueError, beginning with `where`, unless it is None or lists the phantom's labels.
 
-    ValueError, beginning with `where`, unless they are the phantom's ("effusion_left"): no other labels are compared
-    with a report, so CheXpert's names, 14 numbers or a bare text would be taken for a truth that all reports miss.
+    Reports are compared with no others: CheXpert's names or 14 numbers would be a truth that every report misses.
     """
-    if value is None:
-        return None
-    foreign = [label for label in value if label not in LABELS] if isinstance(value, list) else [value]
-    if foreign:
-        raise ValueError(f"{where}: labels {str(foreign[0])[:40]!r}: only a list of the phantom's findings can be exact, "
-                         f"e.g. {[LABELS[0], LABELS[-1]]}; leave other labels out")  # fmt: skip
-    return value
+    if value is None or isinstance(value, list) and all(label in LABELS for label in value):
+        return value
+    raise ValueError(f"{where}: labels {str(value)[:60]!r} are not a list of the phantom's, such as {LABELS[-1]!r}: "
+                     "leave the field out, no other labels are compared with reports")  # fmt: skip
+
+
+@contextmanager
+def open_text(path: Path):
+    """A text file, .gz unpacked, UTF-8 or what its byte-order mark says; ValueError when it cannot be read."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")  # a pipe would be waited for without end
+        with opener(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        with opener(path, "rt", encoding=encoding) as file:
+            yield file
+    except (OSError, EOFError, UnicodeError, zlib.error, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); is it there, whole, and UTF-8 text?") from error
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file; ValueError when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); is it there, whole, and UTF-8 text?") from error
+    """All of a text file; ValueError when it cannot be read."""
+    with open_text(path) as file:
+        return file.read()
 
 
 def read_json(path: Path) -> dict:
@@ -63,28 +76,40 @@ def read_jsonl(path: Path) -> list[dict]:
 def _json_object(text: str, place: str) -> dict:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+        if re.search(r"\\ud[89a-f]", text, re.IGNORECASE):  # half a character, which no file can hold, becomes "?"
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits, brackets a thousand deep
         raise ValueError(f"{place}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{place}: not a JSON object")
     return value
 
 
-def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yield the rows of a .csv or .csv.gz file, {column: text}; ValueError names file and absent column or line."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            absent = [column for column in columns if column not in names]
-            if absent:
-                raise ValueError(f"{path}: no column '{absent[0]}'; it has {', '.join(names)}")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(f"{path}: line {reader.line_num}: not {len(names)} fields as in line 1")
+def read_csv(path: Path, columns: Iterable[str], damaged: list[int] | None = None) -> Iterator[dict[str, str]]:
+    """Yield the rows of a .csv or .csv.gz file, {column: text}; ValueError names file and absent column or line.
+
+    damaged: takes the line numbers of rows with too many or too few fields, which are an error without it.
+    """
+    with open_text(path) as file:
+        reader = csv.DictReader(file, strict=True)  # a quote that never ends is an error, not one long last field
+        names = reader.fieldnames or []
+        for column in columns:
+            if column not in names:
+                raise ValueError(f"{path}: no column {column!r}; it has {', '.join(map(repr, names))}")
+        for row in reader:
+            if None not in row and None not in row.values():
                 yield row
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); is it there, whole, and UTF-8 text?") from error
+            elif damaged is None:
+                raise ValueError(f"{path}: line {reader.line_num}: not {len(names)} fields as in line 1")
+            else:
+                damaged.append(reader.line_num)
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """folder / name; ValueError, beginning with `where`, for one elsewhere: a shared table reads no other files."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: {name!r} leads out of {folder}: give it relative to that folder")
+    return folder / name
 
 
 def pick_split(path: Path, known: Iterable[str], split: str) -> str:
@@ -92,15 +117,16 @@ def pick_split(path: Path, known: Iterable[str], split: str) -> str:
     for name in (split, {"val": "validate", "validate": "val"}.get(split)):
         if name in known:
             return name
-    raise ValueError(f"{path}: no split '{split}'; it has {', '.join(known)}")
+    raise ValueError(f"{path}: no split {split!r}; it has {', '.join(map(repr, known))}")
 
 
-def frontal_first(views: Iterable[tuple[Path, str | None]]) -> tuple[list[Path], str]:
-    """(image files, frontal views first, then views not known, then the others; "") or ([], why there is none).
+def frontal_first(views: Iterable[tuple[Path, str]]) -> tuple[list[Path], str, bool]:
+    """(image files in the order of VIEWS, why none can be used or "", whether the first one's view is known).
 
-    views: (file, "frontal", "lateral" or None) in the order to keep among equals. Only lateral views is a fault.
+    views: (file, its view's name or "") in the order to keep among equals. Only lateral views is a fault.
     """
-    ordered = sorted(views, key=lambda pair: VIEW_RANK.get(pair[1], 2))
-    if not ordered:
-        return [], "no image file"
-    return ([path for path, _ in ordered], "") if ordered[0][1] in VIEW_RANK else ([], "lateral view only")
+    ranked = [(next(i for i, x in enumerate(VIEWS) if re.match(x, v.strip().upper())), path) for path, v in views]
+    ranked.sort(key=lambda pair: pair[0])
+    first = ranked[0][0] if ranked else None
+    fault = {None: "no image file", 3: "lateral view only"}.get(first, "")
+    return [path for _, path in ranked], fault, first != 2

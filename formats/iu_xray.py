@@ -1,31 +1,34 @@
 """IU-Xray (Open-i's chest X-rays) in the three forms it comes in; each yields the rows that data.py reads.
 
 - `r2gen`: R2Gen's `annotation.json` = {"train": [{"id", "report", "image_path": ["x/0.png", ...]}], ...} beside
-  `images/`; R2Gen's MIMIC-CXR file has the same form. The order of `image_path` is taken as it is. A `truth.jsonl`
-  beside it ({"id", "labels"}) gives exact labels.
-- `openi`: Open-i's `ecgen-radiology/<uid>.xml` beside `images/`. Images are linked by `images/pairs.jsonl`
-  ({"uid", "file", "view_seen"}) where it exists, else by uid and the XML's parentImage ids; the frontal view comes
-  first, as said by the Kaggle `indiana_projections.csv` where it exists, else the first image whose view is not known.
-- `kaggle`: `indiana_reports.csv` + `indiana_projections.csv` beside `images/` or `images/images_normalized/`. With
-  R2Gen's `annotation.json` in the folder its split is used, else every split is all the studies.
+  `images/`; so is its MIMIC-CXR file. The order of `image_path` is kept; `truth.jsonl` ({"id", "labels"}) is optional.
+- `openi`: Open-i's `ecgen-radiology/<uid>.xml` beside `images/`, linked by `images/pairs.jsonl` ({"uid", "file",
+  "view_seen"}) where it exists, else by uid and the XML's parentImage ids. Neither XML nor file names tell the views:
+  put the Kaggle `indiana_projections.csv` into the folder.
+- `kaggle`: `indiana_reports.csv` + `indiana_projections.csv` beside `images/` or `images/images_normalized/`; the split
+  is that of R2Gen's `annotation.json` where it lies in the folder, else every split is all the studies.
 """
 
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree.ElementTree import ParseError
 
-from formats.files import Row, frontal_first, pick_split, read_csv, read_json, read_jsonl
+from defusedxml import ElementTree
+
+from formats.files import Row, exact_labels, frontal_first, inside, pick_split, read_csv, read_json, read_jsonl
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm"}
 
 
 def read_annotation(path: Path) -> dict[str, list[dict]]:
-    """R2Gen's {split: [{"id", ...}, ...]}; ValueError when the file has another form."""
+    """R2Gen's {split: [{"id", ...}, ...]}, ids as texts, "" in a record without; ValueError for another form."""
     annotation = read_json(path)
     for split, rows in annotation.items():
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-            raise ValueError(f"{path}: split '{split}' must be a list of records, each with an 'id'")
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: split {split!r} must be a list of records")
+        known = [isinstance(row, dict) and isinstance(row.get("id"), str | int) for row in rows]
+        annotation[split] = [r | {"id": str(r["id"])} if ok else {"id": ""} for r, ok in zip(rows, known, strict=True)]
     return annotation
 
 
@@ -33,16 +36,21 @@ def r2gen_rows(folder: Path, split: str) -> Iterator[Row]:
     """The rows of an R2Gen folder's split, in the file's order."""
     path, truth = folder / "annotation.json", folder / "truth.jsonl"
     annotation = read_annotation(path)
-    name = pick_split(path, annotation, split)
-    labels = {str(row.get("id")): row.get("labels") for row in read_jsonl(truth)} if truth.exists() else None
+    name, exact = pick_split(path, annotation, split), truth.exists()
+    rows = enumerate(read_jsonl(truth) if exact else (), 1)
+    labels = {str(row.get("id")): exact_labels(row.get("labels"), f"{truth}: row {number}") for number, row in rows}
     for number, row in enumerate(annotation[name]):
-        study_id, report, images = str(row["id"]), row.get("report"), row.get("image_path")
-        if not isinstance(images, list) or not all(isinstance(text, str) for text in (report, *images)):
-            raise ValueError(f"{path}: {name}[{number}] ({study_id}): needs a text 'report', a list 'image_path'")
-        if labels is not None and labels.get(study_id) is None:
+        study_id, report, images = row["id"], row.get("report"), row.get("image_path")
+        place = f"{name}[{number}]"
+        if not study_id or not isinstance(report, str):
+            yield Row(study_id or place, None, fault="report is no text" if study_id else "no id")
+        elif not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            yield Row(study_id, report, fault="image_path is no list of names")
+        elif exact and labels.get(study_id) is None:
             raise ValueError(f"{truth}: no labels for study {study_id}")
-        paths = [folder / "images" / image for image in images]
-        yield Row(study_id, report, paths, "" if images else "no image file", labels and labels[study_id])
+        else:
+            paths = [inside(folder / "images", image, f"{path}: {place} ({study_id})") for image in images]
+            yield Row(study_id, report, paths, "" if paths else "no image file", labels=labels.get(study_id))
 
 
 def openi_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -53,9 +61,12 @@ def openi_rows(folder: Path, split: str) -> Iterator[Row]:
     images = _images(folder)
     for path in files:
         try:
+            if not path.is_file():
+                raise OSError
             root = ElementTree.parse(path).getroot()
-        except (ElementTree.ParseError, ValueError) as error:
-            raise ValueError(f"{path}: broken XML ({error})") from error
+        except (OSError, ParseError, ValueError, LookupError):  # LookupError: an encoding that Python does not know
+            yield Row(path.stem, None, fault="unreadable XML")
+            continue
         texts = {node.get("Label", "").lower(): "".join(node.itertext()) for node in root.iter("AbstractText")}
         order = [_image_key(node.get("id", ""))[1] for node in root.iter("parentImage")]
         found = images.get(path.stem, {})
@@ -65,20 +76,19 @@ def openi_rows(folder: Path, split: str) -> Iterator[Row]:
 
 def kaggle_rows(folder: Path, split: str) -> Iterator[Row]:
     """The rows of the Kaggle CSV pair in the order of indiana_reports.csv, split by annotation.json where it is."""
-    annotation, home = folder / "annotation.json", {}
+    annotation, home, damaged = folder / "annotation.json", {}, []
     if annotation.exists():
         splits = read_annotation(annotation)
         split = pick_split(annotation, splits, split)
-        home = {_image_key(str(row["id"]))[0]: name for name, rows in splits.items() for row in rows}
+        home = {_image_key(row["id"])[0]: name for name, rows in splits.items() for row in rows}
     images = _images(folder, table_needed=True)
-    for row in read_csv(folder / "indiana_reports.csv", ("uid", "findings", "impression")):
-        uid = row["uid"]
-        if home.get(uid, split) != split:
-            continue
-        chosen, fault = frontal_first(images.get(uid, {}).values())
-        if home and uid not in home:
+    for row in read_csv(folder / "indiana_reports.csv", ("uid", "findings", "impression"), damaged):
+        chosen, fault, view_known = frontal_first(images.get(row["uid"], {}).values())
+        if home and row["uid"] not in home:
             fault = "in no split of annotation.json"
-        yield Row(uid, _sections(row), chosen, fault)
+        if home.get(row["uid"], split) == split:
+            yield Row(row["uid"], _sections(row), chosen, fault, view_known)
+    yield from (Row(f"line {line}", None, fault="row of another length") for line in damaged)
 
 
 def _sections(texts: dict[str, str]) -> dict[str, str]:
@@ -92,27 +102,24 @@ def _image_key(name: str) -> tuple[str, str]:
     return (match[1], match[2] or stem) if match else ("", stem)
 
 
-def _images(folder: Path, table_needed: bool = False) -> dict[str, dict[str, tuple[Path, str | None]]]:
-    """{uid: {image name: (file, "frontal", "lateral" or None)}}.
+def _images(folder: Path, table_needed: bool = False) -> dict[str, dict[str, tuple[Path, str]]]:
+    """{uid: {image name: (file, its view's name or "")}} of pairs.jsonl, else of all files in the folder.
 
-    Files and views are those of images/pairs.jsonl, else all in the folder with views that are not known;
     indiana_projections.csv overrules the views.
     """
     images, pairs, table = {}, folder / "images" / "pairs.jsonl", folder / "indiana_projections.csv"
-    if pairs.exists():
-        for row in read_jsonl(pairs):
-            if "uid" not in row or "file" not in row:
-                raise ValueError(f"{pairs}: a row without 'uid' or 'file'")
-            image = folder / "images" / row["file"], (row.get("view_seen") or "").lower() or None
-            images.setdefault(str(row["uid"]), {})[_image_key(row["file"])[1]] = image
-    else:
-        home = folder / "images" / "images_normalized"
-        for path in sorted((home if home.is_dir() else folder / "images").glob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                uid, name = _image_key(path.name)
-                images.setdefault(uid, {})[name] = path, None
-    for row in read_csv(table, ("uid", "filename", "projection")) if table_needed or table.exists() else []:
+    for number, row in enumerate(read_jsonl(pairs) if pairs.exists() else (), 1):
+        if "uid" not in row or not isinstance(row.get("file"), str):
+            raise ValueError(f"{pairs}: row {number} needs a 'uid' and, as a text, a 'file'")
+        file = inside(pairs.parent, row["file"], f"{pairs}: row {number}")
+        images.setdefault(str(row["uid"]), {})[_image_key(row["file"])[1]] = file, str(row.get("view_seen") or "")
+    home = folder / "images" / "images_normalized"
+    for path in [] if pairs.exists() else sorted((home if home.is_dir() else home.parent).glob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            uid, name = _image_key(path.name)
+            images.setdefault(uid, {})[name] = path, ""
+    for row in read_csv(table, ("uid", "filename", "projection")) if table_needed or table.exists() else ():
         found, name = images.get(row["uid"], {}), _image_key(row["filename"])[1]
         if name in found:
-            found[name] = found[name][0], row["projection"].lower()
+            found[name] = found[name][0], row["projection"]
     return images

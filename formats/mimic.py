@@ -6,11 +6,10 @@
     <folder>/files/p10/p10000032/s50414267.txt   the report; mimic-cxr-reports/files/... is looked at first
     <folder>/files/p10/p10000032/s50414267/<dicom_id>.jpg, .png or .dcm
 
-A study is one row, its id the study_id. Among its images PA comes before AP, then views that are not known; a study
-with none of these is "lateral view only". Section headers are read as in MIT-LCP's section_parser.py, with three
-differences: misspelt headers are recognised by likeness instead of a list, only the text below the last FINAL REPORT
-counts (an addendum or a wet read stands above it), and a header that names a view ("PA AND LATERAL CHEST:") gives the
-findings only where no header says FINDINGS.
+The sections are those of MIT-LCP's mimic-cxr/txt/section_parser.py, except: a capital header that is not known (LUNGS:,
+ETT:) is a sub-heading, whose text stays in the section around it; so is, inside the findings, one that names a view; a
+header of another reading or of a message (ADDENDUM, NOTIFICATION OF CRITICAL FINDINGS) is no section of the report;
+misspelt headers are known by likeness; only the text below the last line FINAL REPORT counts.
 """
 
 import difflib
@@ -19,18 +18,28 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from formats.files import Row, frontal_first, pick_split, read_csv, read_text
+from formats.files import Row, frontal_first, inside, pick_split, read_csv, read_text
 
-HEADER = re.compile(r"^[ \t]*([A-Z][A-Z ()/,&-]*|Findings|Impression)[ \t]*:(?=\s)", re.MULTILINE)
+HEADER = re.compile(r"^[ \t]*([A-Z][A-Z0-9 ()/,&_-]{0,70}|[A-Z][a-z]+):(?!\d\d)", re.MULTILINE)
 RULE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)  # the line of underscores between a report and its addendum
-OTHER_HEADERS = ("indication", "reason", "history", "comparison", "technique", "exam", "addendum",
-                 "wet read", "recommendation", "notification", "clinical", "pfi")  # fmt: skip
-VIEW_HEADERS = ("chest", "portable", "view", "ap and lat", "pa and lat", "frontal", "lateral and", "ribs")
+START = re.compile(r"^[ \t]*FINAL REPORT[ \t:]*$", re.MULTILINE)
+HEADERS = (  # (section, pattern): the first that is found in a header's words, in lower case, names its section
+    ("other", r"\b(addendum|clinical|communicat|critical|discuss|notif|pfi|preliminary|previous|prior|provisional)"),
+    ("impression", r"\b(impression|conclusion)"),
+    ("findings", r"^findings?\b"),
+    ("view", r"\bfindings?\b"),
+    ("other", r"^exam|^views?$|\b(attending|comment|comparison|dates?|dictated|history|indication|number|procedure|"
+              r"reason|recommendation|reference|signed|technique|type|wet ?read)"),
+    ("", r"\b(drain|port|tube|wall)s?\b"),
+    ("view", r"\b(chest|cxr|frontal|portable|ribs?|views?)\b|\b(pa|ap) (and )?lat|\blat(eral)? (and )?(pa|ap)\b"),
+)  # fmt: skip
+SPELLINGS = ("impression", "findings", "comparison", "indication", "examination", "technique", "recommendation")
 
 
 def mimic_rows(folder: Path, split: str) -> Iterator[Row]:
     """The rows of one split's studies, in the order of the split's table."""
-    table, views = _table(folder, "split"), _views(folder)
+    table, metadata = _table(folder, "split"), read_csv(_table(folder, "metadata"), ("dicom_id", "ViewPosition"))
+    views = {r["dicom_id"]: r["ViewPosition"] or r.get("ViewCodeSequence_CodeMeaning", "") for r in metadata}
     studies = {}  # {(split, subject, study): [dicom_id, ...]}
     for row in read_csv(table, ("dicom_id", "study_id", "subject_id", "split")):
         images = studies.setdefault((row["split"], row["subject_id"], row["study_id"]), [])
@@ -43,26 +52,16 @@ def mimic_rows(folder: Path, split: str) -> Iterator[Row]:
     for (its_split, subject, study), dicoms in studies.items():
         if its_split != split:
             continue
-        place, found = Path(f"p{subject[:2]}") / f"p{subject}" / f"s{study}", []
-        for dicom in sorted(dicoms, key=lambda dicom: not views.get(dicom, "").startswith("PA")):
-            files = (folder / "files" / place / f"{dicom}{suffix}" for suffix in (".jpg", ".png", ".dcm"))
-            found += [(path, view_kind(views.get(dicom, ""))) for path in files if path.is_file()][:1]
-        path = reports / place.with_suffix(".txt")
-        sections = report_sections(read_text(path)) if path.is_file() else None
-        yield Row(study, sections, *frontal_first(found))
-
-
-def view_kind(view: str) -> str | None:
-    """"frontal" for PA, AP, "AP AXIAL", "postero-anterior" and the like, None for "", else "lateral"."""
-    if not view:
-        return None
-    return "frontal" if re.match(r"(PA|AP|POSTERO-?ANTERIOR|ANTERO-?POSTERIOR)\b", view) else "lateral"
-
-
-def _views(folder: Path) -> dict[str, str]:
-    """{dicom_id: view in capitals}: ViewPosition, or where that is empty the meaning of the view code, or ""."""
-    rows = read_csv(_table(folder, "metadata"), ("dicom_id", "ViewPosition"))
-    return {r["dicom_id"]: (r["ViewPosition"] or r.get("ViewCodeSequence_CodeMeaning", "")).upper() for r in rows}
+        home = f"p{subject[:2]}/p{subject}/s{study}"
+        found = {dicom: path for dicom in dicoms for suffix in (".dcm", ".png", ".jpg")
+                 if (path := inside(folder / "files", f"{home}/{dicom}{suffix}", str(table))).is_file()}  # fmt: skip
+        images, fault, view_known = frontal_first((path, views.get(dicom, "")) for dicom, path in found.items())
+        report, path = None, reports / f"{home}.txt"
+        try:
+            report = report_sections(read_text(path))
+        except ValueError:
+            fault = "unreadable report file" if path.exists() else "no report file"
+        yield Row(study, report, images, fault, view_known)
 
 
 def _table(folder: Path, name: str) -> Path:
@@ -76,29 +75,33 @@ def _table(folder: Path, name: str) -> Path:
 def report_sections(text: str) -> dict[str, str]:
     """{"findings": str, "impression": str} of a MIMIC-CXR report file, white space collapsed, "" for what is not there.
 
-    The last section of a name that holds any text counts. A merged "FINDINGS AND IMPRESSION:" is the impression, as in
-    MIT-LCP's parser, and CONCLUSION is another word for it.
+    {} for a text without any header of the two. The last section of a name that holds any text counts. A merged
+    "FINDINGS AND IMPRESSION:" is the impression, as in MIT-LCP's parser, and CONCLUSION is another word for it.
     """
-    text = RULE.sub("ADDENDUM: ", text.rpartition("FINAL REPORT")[2])
-    parts = HEADER.split(text)  # [before the first header, header, body, header, body, ...]
-    found = {}
+    reports = [part for part in START.split(text) if part.strip()]
+    parts = HEADER.split(RULE.sub("ADDENDUM: ", reports[-1] if reports else ""))  # [text before, header, body, ...]
+    runs = [("other", parts[:1])]  # (section, its pieces of text)
     for header, body in zip(parts[1::2], parts[2::2], strict=True):
-        if body.strip():
-            found[section_name(header)] = " ".join(body.split())
-    return {"findings": found.get("findings") or found.get("view", ""), "impression": found.get("impression", "")}
+        name, (section, pieces) = section_name(header), runs[-1]
+        if not name or name == "view" and section in ("findings", "view") and any(map(str.strip, pieces)):
+            pieces += [f"{header}:", body]
+        else:
+            runs.append((name, [body]))
+    found = {name: " ".join(" ".join(pieces).split()) for name, pieces in runs if any(map(str.strip, pieces))}
+    sections = {"findings": found.get("findings") or found.get("view", ""), "impression": found.get("impression", "")}
+    return {} if reports and {name for name, _ in runs} <= {"other"} else sections
 
 
 @functools.cache
 def section_name(header: str) -> str:
-    """"findings", "impression", "view" (a header that names the views: findings follow) or "other"."""
-    name = " ".join(header.lower().split())
-    if "provisional" in name:  # PROVISIONAL FINDINGS IMPRESSION (PFI), a resident's first reading
-        return "other"
-    for section, words in (("impression", ("impression", "conclusion")), ("findings", ("findings",))):
-        if any(word in name for word in words) or difflib.get_close_matches(name, words, cutoff=0.8):
-            return section
-    named_view = any(word in name for word in VIEW_HEADERS) and not any(word in name for word in OTHER_HEADERS)
-    return "view" if named_view else "other"
+    """The section that a header opens: "findings", "impression", "other", "view" (findings, if no header says so), or
+    "" for a sub-heading inside a section. A misspelling leaves out, doubles or swaps letters of the word itself."""
+    words = re.findall("[a-z]+", header.lower())
+    for i, word in enumerate(words):
+        near = difflib.get_close_matches(word, SPELLINGS, n=1, cutoff=0.85)
+        if near and set(word) <= set(near[0] + "s"):
+            words[i] = near[0]
+    return next((section for section, pattern in HEADERS if re.search(pattern, " ".join(words))), "")
 
 
 def chexpert_lines(folder: Path, ids: set[str]) -> list[str]:

@@ -4,7 +4,7 @@
     missing   the run would stop without it; the command that fetches it stands below
     to do     the run starts without it, but read the line
 
-Headers are read, weights never (weights.py); the memory is an estimate (memory.py). Nothing is fetched or sent.
+Headers and tokenizers are read, weights never (weights.py); the memory is an estimate (memory.py). Nothing is fetched.
 """
 
 import shutil
@@ -14,18 +14,30 @@ from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from textwrap import indent
 
 import torch
 from appdirs import user_cache_dir
 from huggingface_hub import snapshot_download
 from packaging.requirements import Requirement
+from tabulate import tabulate
 
 from config import Config
-from data import describe_skips, read_split
+from data import read_split, remarks
 from formats.files import read_json, read_text
 from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimate, read_shape
-from running.weights import check_model, check_open_clip, check_radgraph, check_torch_file, count_weights, require
-from vlm.families import PARTS
+from running.weights import (
+    check_model,
+    check_open_clip,
+    check_radgraph,
+    check_tokenizer,
+    check_torch_file,
+    count_weights,
+    load_tokenizer,
+    require,
+)
+from scorers.load import may_judge
+from vlm.families import PARTS, llava_med_tokenizer
 
 Item = tuple[str, str, str, str]  # status, what, text, command or ""
 MAX_IMAGE_TOKENS = 1280  # of one image; more is a setting that nobody chose [Qwen2.5-VL's recipes use at most that]
@@ -64,21 +76,21 @@ def look(what: str, path: str, test: Callable[[Path], str | None], command: str 
         return "missing", what, str(error), command or fetch(path)
 
 
+def version(package: str) -> str:
+    """Of an installed package; "" where it is not installed."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return ""
+
+
 def check_programs(cfg: Config) -> Iterator[Item]:
     """What is installed: packages against requirements.txt's floors, and Java, without which evaluate.py goes on."""
     lines = read_text(Path(__file__).parents[1] / "requirements.txt").splitlines()
     needs = [Requirement(need) for line in lines if (need := line.partition("#")[0].strip())]
-    bad = []
-    for need in needs:
-        version = None
-        with suppress(metadata.PackageNotFoundError):
-            version = metadata.version(need.name)
-        if not version or not need.specifier.contains(version, prereleases=True):
-            bad.append(f"{need.name} is {version or 'not installed'}, needed {need.specifier}")
-    if bad:
-        yield "missing", "packages", "; ".join(bad), "pip install -r requirements.txt -c constraints.txt"
-    else:
-        yield "ok", "packages", f"all {len(needs)} of requirements.txt", ""
+    bad = [f"{need.name} is {version(need.name) or 'not installed'}, needed {need.specifier}" for need in needs
+           if not need.specifier.contains(version(need.name) or "0", prereleases=True)]  # fmt: skip
+    command = "pip install -r requirements.txt -c constraints.txt" if bad else ""
+    yield "missing" if bad else "ok", "packages", "; ".join(bad) or f"all {len(needs)} of requirements.txt", command
     if shutil.which("java"):
         yield "ok", "Java", "there, for METEOR", ""
     else:
@@ -98,8 +110,9 @@ def check_data(cfg: Config) -> Iterator[Item]:
             command = "" if path.is_dir() else SOURCES["data"][data.format].format(path=path, up=path.parent)
             yield "missing", "data", str(error), command
             return
-        skipped = f", before them skipped {describe_skips(skips)}" if skips else ""
-        yield "ok", "data", f"{path} [{split}]: the first {len(studies)} studies can be read{skipped}", ""
+        said = "; ".join([f"the first {len(studies)} studies can be read", *remarks(data, studies, skips)])
+        status = "ok" if all(study.view_known for study in studies) else "to do"
+        yield status, "data", f"{path} [{split}]: {said}", ""
 
 
 def check_policy(folder: Path) -> str:
@@ -108,29 +121,38 @@ def check_policy(folder: Path) -> str:
     family = read_json(folder / "config.json").get("model_type")
     if family not in PARTS:
         raise ValueError(f"{folder}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
-    if family != "llava_mistral":  # its original folder has no processor
-        require(folder, "preprocessor_config.json", "processor_config.json")
     check_model(folder)
+    if family == "llava_mistral":  # its original folder has no processor
+        check_tokenizer(llava_med_tokenizer(str(folder)), folder)
+    else:
+        require(folder, "preprocessor_config.json", "processor_config.json")
+        load_tokenizer(folder)
     return f"{family}, {count_weights(folder):,} weights, every shard whole"
+
+
+def check_encoder(folder: Path, stem: str = "") -> None:
+    """ValueError unless `folder` has a configuration, a tokenizer that can spell, and whole weights called `stem`."""
+    check_model(folder, stem)
+    load_tokenizer(folder)
 
 
 def check_scorers(cfg: Config) -> Iterator[Item]:
     """The files of the frozen scorers of Eqs. 3, 4 and 6; of an encoder whose weights are elsewhere all but these."""
-    s, check_encoder = cfg.scorers, partial(check_model, weights=False)
+    s, check_whole = cfg.scorers, partial(check_encoder, stem="model")
+    flags = may_judge(cfg, cfg.stage != "1" and cfg.rewards.lambda_vis > 0) if cfg.stage != "0" else []
+    if flags:
+        yield "missing", "scorers", f"only the phantom's, which know no real reports: set {', '.join(flags)}", ""
     yield look("CheXbert", s.chexbert, check_torch_file)
     yield look("CheXbert", s.bert, check_encoder)
-    yield look("BERTScore", s.bertscore, check_model)
+    yield look("BERTScore", s.bertscore, check_whole)
     if s.expert != "oracle":
         yield look("expert", s.expert, check_open_clip)
     if cfg.eval.green:
-        yield look("GREEN", cfg.eval.green, check_model)
+        yield look("GREEN", cfg.eval.green, check_whole)
     if s.radgraph in ("auto", "rules"):
         yield "ok", "RadGraph", "the rules need no file", ""
         return
-    installed = ""
-    with suppress(metadata.PackageNotFoundError):  # named above
-        installed = metadata.version("radgraph")
-    up = Path(s.radgraph_dir or user_cache_dir("radgraph", version=installed))
+    up = Path(s.radgraph_dir or user_cache_dir("radgraph", version=version("radgraph")))
     folder = up / s.radgraph
     archive = look("RadGraph", str(folder), check_radgraph, SOURCES["radgraph"].format(up=up, name=s.radgraph))
     yield archive
@@ -161,14 +183,14 @@ def check_room(cfg: Config) -> Iterator[Item]:
         return
     checkpointed = replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
     stages = [estimate(shape, cfg, stage, SCORERS) for stage in range(3)]
-    need = max(parts["total"] for parts in stages)
-    rows = [" " * 7 + "".join(f"  {name}" for name in (*stages[0], "checkpointed"))]
+    need, rows = max(parts["total"] for parts in stages), []
     for stage, parts in enumerate(stages):
         parts["checkpointed"] = estimate(shape, checkpointed, stage, SCORERS)["total"]
-        rows.append(f"Stage {stage}" + "".join(f"{value / GIB:>{len(name) + 2}.1f}" for name, value in parts.items()))
+        rows.append({"": f"Stage {stage}"} | {name: value / GIB for name, value in parts.items()})
     setting = f"{cfg.grpo.batch_size} studies x {cfg.rollout.group_size} candidates, micro_batch {cfg.grpo.micro_batch}"
     text = f"GiB on one GPU, an estimate: {setting}; sampling and loss take turns; the last column is the total with "
-    yield "ok", "memory", f"\n{'':20}".join([f"{text}model.gradient_checkpointing", *rows]), ""
+    table = indent(tabulate(rows, headers="keys", tablefmt="plain", floatfmt=".1f"), " " * 20)
+    yield "ok", "memory", f"{text}model.gradient_checkpointing\n{table}", ""
     if shape.image_tokens > MAX_IMAGE_TOKENS:
         yield "to do", "memory", f"{shape.image_tokens} tokens an image; model.max_pixels = 401408 gives 512", ""
     have = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0

@@ -69,7 +69,8 @@ def test_why_there_is_no_target_text():
     assert data.target_text({"findings": "a", "impression": ""}, "both") == ("", "no impression")
     assert data.target_text("IMPRESSION: Clear.", "both") == ("", "no findings")
     assert data.target_text(" ", "impression") == ("", "empty report")
-    assert data.target_text(None, "both") == ("", "no report file")
+    assert data.target_text({"findings": "", "impression": ""}, "both") == ("", "empty report")
+    assert data.target_text({}, "both") == ("", "no FINDINGS or IMPRESSION header")
 
 
 # --------------------------------------------------------------------------------------------------------- r2gen
@@ -108,14 +109,12 @@ def test_r2gen_skips_are_counted_with_three_examples(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"train": [row("a")]}, "no split 'test'; it has train"),
+        ({"train": [row("a")]}, "no split 'test'; it has 'train'"),
         ({"test": [row("a"), row("a")]}, "id a occurs twice"),
         ({"test": [row("a", "")]}, "no usable study among 1: 1: empty report 1"),
         ({"test": []}, "no usable study among 0"),
-        ({"test": [{"id": "a", "image_path": []}]}, r"test\[0\] \(a\): needs a text 'report'"),
-        ({"test": [row("a", 5)]}, r"test\[0\] \(a\): needs a text 'report'"),
-        ({"test": {"a": 1}}, "split 'test' must be a list"),
-        ({"test": [{"report": "x", "image_path": []}]}, "split 'test' must be a list of records, each with an 'id'"),
+        ({"    ": [row("a")]}, "no split 'test'; it has '    '"),
+        ({"test": {"a": 1}}, "split 'test' must be a list of records"),
     ],
 )
 def test_r2gen_errors(tmp_path, rows, message):
@@ -166,9 +165,11 @@ def test_openi_links_by_parent_image_and_takes_the_frontal_view(tmp_path, capsys
     cfg = config(tmp_path, format="openi")
     studies = data.load_studies(cfg, "whatever")
     assert [(s.id, s.image.name) for s in studies] == [("9", "CXR9_IM-1-3001.png"), ("10", "CXR10_IM-1-2001.png")]
+    assert not any(study.view_known for study in studies)
     assert studies[0].report == "FINDINGS: Clear. IMPRESSION: Normal."
     out = capsys.readouterr().out
     assert "no split of its own" in out and "no image file 1 (11)" in out and "no findings 1 (12)" in out
+    assert "views not known: 2 studies" in out and "indiana_projections.csv" in out and "views not" in data.card(cfg)
     table = "uid,filename,projection\n10,10_IM-1-1001.dcm.png,Frontal\n10,10_IM-1-2001.dcm.png,Lateral\n"
     table += "9,9_IM-1-3001.dcm.png,Lateral\n9,9_IM-1-4001.dcm.png,Lateral\n"
     (tmp_path / "indiana_projections.csv").write_text(table)
@@ -178,7 +179,7 @@ def test_openi_links_by_parent_image_and_takes_the_frontal_view(tmp_path, capsys
     [study] = data.load_studies(config(tmp_path, format="openi", views=9), "test")
     assert [path.name for path in study.images] == ["10_IM-1-1001.dcm.png", "CXR10_IM-1-2001.png"]
     (tmp_path / "indiana_projections.csv").write_text("uid,file\n1,2\n")
-    with pytest.raises(ValueError, match="no column 'filename'; it has uid, file"):
+    with pytest.raises(ValueError, match="no column 'filename'; it has 'uid', 'file'"):
         data.load_studies(cfg, "test")
 
 
@@ -191,11 +192,11 @@ def test_openi_links_by_pairs(tmp_path):
     (tmp_path / "indiana_projections.csv").write_text("uid,filename,projection\n11,11_IM-1-1001.dcm.png,Frontal\n")
     assert data.load_studies(config(tmp_path, format="openi"), "test")[0].image.name == "b.png"
     (tmp_path / "images/pairs.jsonl").write_text('{"uid": 10}\n')
-    with pytest.raises(ValueError, match="without 'uid' or 'file'"):
+    with pytest.raises(ValueError, match="pairs.jsonl: row 1 needs a 'uid' and, as a text, a 'file'"):
         data.load_studies(config(tmp_path, format="openi"), "test")
     (tmp_path / "images/pairs.jsonl").unlink()
     (tmp_path / "ecgen-radiology/10.xml").write_text("<e>")
-    with pytest.raises(ValueError, match="10.xml: broken XML"):
+    with pytest.raises(ValueError, match=r"unreadable XML 1 \(10\)"):
         data.load_studies(config(tmp_path, format="openi"), "test")
 
 
@@ -205,7 +206,7 @@ def test_an_xml_without_sections_is_an_empty_report(tmp_path):
     with pytest.raises(ValueError, match=r"no usable study among 1: 1: empty report 1 \(1\)"):
         data.load_studies(config(tmp_path, format="openi"), "test")
     (tmp_path / "ecgen-radiology/1.xml").write_bytes(b"<?xml version='1.0' encoding='utf-8'?><e>\xff</e>")
-    with pytest.raises(ValueError, match="1.xml: broken XML"):
+    with pytest.raises(ValueError, match=r"unreadable XML 1 \(1\)"):
         data.load_studies(config(tmp_path, format="openi"), "test")
 
 
@@ -246,16 +247,17 @@ def test_kaggle_takes_r2gens_split_where_it_lies_beside(tmp_path, capsys):
     (tmp_path / "annotation.json").write_text(json.dumps(split))
     assert [study.id for study in data.load_studies(cfg, "train")] == ["1"]
     assert capsys.readouterr().out.endswith("[train]: 1 studies, skipped 1: in no split of annotation.json 1 (4)\n")
-    with pytest.raises(ValueError, match="no split 'sft'; it has train, val, test"):
+    with pytest.raises(ValueError, match="no split 'sft'; it has 'train', 'val', 'test'"):
         data.load_studies(cfg, "sft")
 
 
 def test_kaggle_errors(tmp_path):
     cases = {
-        "uid,findings\n1,a\n": "indiana_reports.csv: no column 'impression'; it has uid, findings",
+        "uid,findings\n1,a\n": "indiana_reports.csv: no column 'impression'; it has 'uid', 'findings'",
         "": "indiana_reports.csv: no column 'uid'; it has ",
         KAGGLE + "1,x,again,\n": "id 1 occurs twice",
-        KAGGLE + "6,x,a,b,c\n": "indiana_reports.csv: line 11: not 4 fields as in line 1",
+        KAGGLE + '6,x,"never closed\n7,x,a,b\n': "indiana_reports.csv: cannot be read .unexpected end of data",
+        KAGGLE + f"6,x,{'a' * 131073},b\n": "indiana_reports.csv: cannot be read .field larger than field limit",
     }
     for text, message in cases.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -300,7 +302,7 @@ def test_the_first_process_reads_for_all_and_its_error_ends_all(tmp_path):
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first[0] == ["train", "none"] and second[0] == []
     assert first[1] == second[1] == [[i, str(folder / f"images/{i}/0.png"), REPORT] for i in "ac"]
-    assert first[2] == second[2] == f"{folder / 'annotation.json'}: no split 'none'; it has train"
+    assert first[2] == second[2] == f"{folder / 'annotation.json'}: no split 'none'; it has 'train'"
 
 
 # ---------------------------------------------------------------------------------------------------- real files

@@ -71,9 +71,9 @@ def test_data_is_read_split_by_split(tmp_path):
     cfg = r2gen(tmp_path / "data")
     items = list(preflight.check_data(cfg))
     assert [item[0] for item in items] == ["ok", "ok", "ok"]  # train serves SFT and RL: looked at once
-    assert "[train]: the first 2 studies can be read, before them skipped 1: no image file 1 (" in items[0][2]
+    assert "[train]: the first 2 studies can be read; skipped 1: no image file 1 (" in items[0][2]
     [item] = preflight.check_data(replace(cfg, data=replace(cfg.data, rl_split="extra", sft_split="extra")))
-    assert item[0] == "missing" and "no split 'extra'; it has train, val, test" in item[2] and item[3] == ""
+    assert item[0] == "missing" and "no split 'extra'; it has 'train', 'val', 'test'" in item[2] and item[3] == ""
 
 
 @pytest.mark.parametrize("form, words", [
@@ -107,6 +107,55 @@ def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):
     (folder / "config.json").write_text("{")
     status, text = policy()
     assert status == "missing" and "config.json: not JSON" in text
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
+    ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
+    ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}', "tokenizer"),
+    ("config.json", '{"model_type": "llava", "quantization_config": {"bits": 4}}', "quantised"),
+    ("processor_config.json", '{"auto_map": {"AutoProcessor": "code.P"}}', "code that comes with the weights"),
+])  # fmt: skip
+def test_a_policy_that_could_not_be_loaded_is_missing(base_dir, tmp_path, name, content, said):
+    folder = shutil.copytree(base_dir, tmp_path / "base")
+    (folder / name).write_text(content)
+    status, _, text, _ = preflight.look("policy", str(folder), preflight.check_policy)
+    assert status == "missing" and text.startswith(str(folder)) and said in text
+
+
+def test_an_encoder_with_a_made_up_tokenizer_is_missing(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "vocab.txt").write_text("[UNK]\nhund\nkatze")
+    for check in (preflight.check_encoder, lambda folder: preflight.check_encoder(folder, "model")):
+        assert preflight.look("CheXbert", str(tmp_path), check)[0] == "missing"
+    (tmp_path / "vocab.txt").write_text("[UNK]\nno\neffusion")
+    assert preflight.look("CheXbert", str(tmp_path), preflight.check_encoder)[0] == "ok"
+
+
+def test_the_phantoms_scorers_may_not_judge_real_reports(tmp_path):
+    cfg = r2gen(tmp_path)
+    cfg.model.path = str(tmp_path)
+
+    def flags(**settings) -> str:
+        items = [item for item in preflight.check_scorers(replace(cfg, **settings)) if item[1] == "scorers"]
+        return "; ".join(f"{item[0]}: {item[2]}" for item in items)
+
+    assert flags().startswith("missing: only the phantom's") and "--scorers.chexbert" in flags()
+    assert "--scorers.expert" in flags() and "--scorers.expert" not in flags(stage="1")
+    assert flags(stage="0") == "" and flags(data=DataConfig()) == ""  # SFT has no reward; the phantom's own data
+
+
+def test_views_that_are_not_known_are_to_do(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "ecgen-radiology").mkdir()
+    for i in range(3):
+        Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "images" / f"CXR{i}.png")
+        (tmp_path / "ecgen-radiology" / f"{i}.xml").write_text(
+            f'<eCitation><AbstractText Label="FINDINGS">Clear lungs.</AbstractText><AbstractText Label="IMPRESSION">None.'
+            f'</AbstractText><parentImage id="CXR{i}"/></eCitation>')  # fmt: skip
+    items = preflight.check_data(Config(data=DataConfig(path=str(tmp_path), format="openi")))
+    for status, _, text, _ in items:
+        assert status == "to do" and "views not known: 3 studies" in text and "indiana_projections.csv" in text
 
 
 def test_a_hub_name_is_looked_up_in_the_cache(tmp_path, monkeypatch):

@@ -21,24 +21,24 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from phantom.config import AssetsConfig, PhantomConfig
 
-# what a number may be; pydantic checks it wherever a config comes from (`check`)
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
+# what a value may be; pydantic checks it wherever a config comes from (`check`)
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
+Size = Annotated[int, Field(ge=1, le=2**16)]  # of what stands in memory at once
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Trainable = Literal["language", "projector", "language+projector"]
 
 
 @dataclass
 class DataConfig:
     path: str = "phantom:data"  # folder of the data set; `phantom:data` is built on first use [ours]
-    # r2gen: annotation.json + images/; openi: Open-i's ecgen-radiology/*.xml + images/; kaggle: indiana_reports.csv,
-    # indiana_projections.csv + images/; mimic: PhysioNet's files/ and tables (formats/) [R2Gen]
+    # r2gen: annotation.json; openi: ecgen-radiology/*.xml; kaggle: indiana_reports.csv and indiana_projections.csv
+    # (each with images/); mimic: PhysioNet's files/ and tables (formats/) [R2Gen]
     format: Literal["r2gen", "openi", "kaggle", "mimic"] = "r2gen"
-    # most images per study that the policy sees, frontal first; the expert sees the first alone [ours]
-    views: AtLeastOne = 1
-    # which sections the model writes and is scored on [paper: both]
-    target: Literal["findings", "impression", "both"] = "both"
+    views: Size = 1  # most images per study that the policy sees, frontal first; the expert sees one [ours]
+    target: Literal["findings", "impression", "both"] = "both"  # sections written and scored [paper: both]
     prompt: str = "Write the report."  # the instruction after the image; the paper's prompts are not published [ours]
     sft_split: str = "sft"  # split that Stage 0 imitates [ours]
     rl_split: str = "train"  # split that Stages 1 and 2 sample on [ours]
@@ -50,39 +50,33 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    # folder or hub name of the base vision-language model: LLaVA in Hugging Face layout, LLaVA-Med v1.5 in its original
-    # one, or Qwen2.5-VL [paper: LLaVA-Med v1.5]
+    # folder or hub name of the base: LLaVA in Hugging Face layout, LLaVA-Med v1.5, Qwen2.5-VL [paper: LLaVA-Med v1.5]
     path: str = "phantom:base"
-    # Qwen2.5-VL: pixels to which larger images are scaled down, 784 of them a token; 0 = what the model's folder says,
-    # usually 12.8 million, so 401408 (512 tokens) is a better start for radiographs [ours]
+    # Qwen2.5-VL: pixels to which larger images are scaled down, 784 a token: try 401408 (512 tokens); 0 = as the folder
+    # says, usually 12.8 million [ours]
     max_pixels: Count = 0
-    # precision of the frozen base; LoRA weights and log-probs are always float32 [ours]
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    # keep one hidden state per layer and compute the rest again in the backward pass: a third more time, a fraction of
-    # the memory, the same gradient [TRL's flag]
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; LoRA and log-probs are float32 [ours]
+    # compute each layer again in the backward pass: a third more time, far less memory, the same gradient [TRL's flag]
     gradient_checkpointing: bool = False
-    lora_r: AtLeastOne = 16  # LoRA rank [ours; not in the paper]
+    lora_r: Size = 16  # LoRA rank [ours; not in the paper]
     lora_alpha: AtLeastOne = 32  # LoRA alpha, the update is scaled by alpha / r [ours; not in the paper]
-    # LoRA dropout probability, active in Stage 0 only: RL needs deterministic log-probs [ours]
-    lora_dropout: Share = 0.0
+    lora_dropout: Share = 0.0  # active in Stage 0 only: RL needs deterministic log-probs [ours]
 
 
 @dataclass
 class RolloutConfig:
-    group_size: Annotated[int, Field(ge=2)] = 8  # G, candidate reports per study [TRL's default; not in the paper]
+    group_size: Annotated[Size, Field(ge=2)] = 8  # G, candidate reports per study [TRL's default; not in the paper]
     # softmax temperature of sampling and of every log-prob in the loss [TRL; not in the paper]
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # nucleus mass kept when sampling, 1 = off [TRL; not in the paper]
     top_k: Count = 0  # number of most likely tokens kept when sampling, 0 = off [TRL; not in the paper]
     min_new_tokens: Count = 4  # tokens before the end-of-sequence token is allowed [ours; not in the paper]
-    # tokens at which a report is cut off; it then stays in the loss [ours; not in the paper]
-    max_new_tokens: AtLeastOne = 96
+    max_new_tokens: Size = 96  # tokens at which a report is cut off; it stays in the loss [ours; not in the paper]
 
 
 @dataclass
 class RewardConfig:
-    # Eq. 3 weight of BLEU-4 + ROUGE-L; lambda_lex + lambda_sem must be 1 [ours; not in the paper]
-    lambda_lex: Weight = 0.5
+    lambda_lex: Weight = 0.5  # Eq. 3 weight of BLEU-4 + ROUGE-L; with lambda_sem 1 [ours; not in the paper]
     lambda_sem: Weight = 0.5  # Eq. 3 weight of BERTScore [ours; not in the paper]
     lambda_clin: Weight = 1.0  # Eq. 5 weight of the clinical reward [ours; not in the paper]
     lambda_cx: Weight = 0.5  # Eq. 4 weight of CheXbert F1 [ours; not in the paper]
@@ -101,26 +95,24 @@ class RewardConfig:
 
 @dataclass
 class ScorerConfig:
-    # the frozen expert of Eq. 6: folder or hf-hub: name of an open_clip model; phantom:expert_noisy learnt from reports
-    # as noisy as the references; `oracle` knows the exact labels (an upper bound) [paper: not named]
+    # frozen expert of Eq. 6: folder or hf-hub: name of an open_clip model; phantom:expert_noisy learnt from reports as
+    # noisy as the references; `oracle` knows the exact labels (an upper bound) [paper: not named]
     expert: str = "phantom:expert"
     # checkpoint in CheXbert's format: path, or hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth [Smit et al. 2020]
     chexbert: str = "phantom:labeller/chexbert.pth"
-    # folder or hub name of the BERT (config, tokenizer) that the CheXbert checkpoint sits on; of the published one
-    # bert-base-uncased [Smit et al. 2020]
+    # its BERT (config, tokenizer): folder or hub name; the published one's: bert-base-uncased [Smit et al. 2020]
     bert: str = "phantom:labeller"
     bertscore: str = "phantom:labeller"  # folder or hub name of BERTScore's encoder [ours]
     bertscore_layer: AtLeastOne = 2  # encoder layer whose states BERTScore compares [ours]
-    # rescales BERTScore to (F - b) / (1 - b), below 0 = 0: path of a baseline file, or `package` for the one that
-    # bert-score ships for a hub name; empty = no rescaling [bert-score]
+    # rescales BERTScore to (F - b) / (1 - b), at least 0: a baseline file, or `package` for bert-score's own one of a
+    # hub name; empty = no rescaling [bert-score]
     bertscore_baseline: str = ""
     # the `radgraph` package's model, or `rules`: scorers/radgraph_rules.py's, enough for the phantom's English; auto =
     # the rules there, none on real reports [ours]
     radgraph: Literal["auto", "rules", "radgraph", "radgraph-xl", "modern-radgraph-xl"] = "auto"
-    # folder with the package's unpacked archive in <model type>/ (config.json, weights.th, vocabulary/); empty = the
-    # package's own cache, filled from the hub [radgraph]
+    # folder with the package's unpacked archive in <model type>/; empty = the package's cache, from the hub [radgraph]
     radgraph_dir: str = ""
-    # what has to agree: entities, with whether they have a relation, or with the relations [ours; not in the paper]
+    # what has to agree: entities, with whether they have a relation, or with the relations [ours]
     radgraph_level: Literal["simple", "partial", "complete"] = "partial"
 
 
@@ -128,31 +120,24 @@ class ScorerConfig:
 class SFTConfig:
     steps: Count = 220  # optimizer updates; 0 = `epochs` passes over the split [ours]
     epochs: Positive = 3.0  # passes over the split when steps = 0 [paper: 3]
-    batch_size: AtLeastOne = 32  # studies per update, over all processes [ours]
-    # studies per forward/backward pass: the gradient stays the same; fewer need less memory [ours]
-    micro_batch: AtLeastOne = 8
+    batch_size: Size = 32  # studies per update, over all processes [ours]
+    micro_batch: Size = 8  # studies per forward/backward pass: the same gradient; fewer need less memory [ours]
     lr: Positive = 4e-3  # peak learning rate of AdamW; 3% warm-up, then linear decay to 0 [ours]
     max_grad_norm: Positive = 1.0  # gradient norm above which gradients are scaled down [TRL]
-    # whose LoRA weights Stage 0 trains [ours; not in the paper]
-    trainable: Literal["language", "projector", "language+projector"] = "language+projector"
+    trainable: Trainable = "language+projector"  # whose LoRA weights Stage 0 trains [ours; not in the paper]
 
 
 @dataclass
 class GRPOConfig:
-    batch_size: AtLeastOne = 8  # studies per update, over all processes; each has G candidates [paper: 8]
-    # studies per forward/backward pass: the gradient stays the same; fewer need less memory, and on a CPU stay in its
-    # cache [ours]
-    micro_batch: AtLeastOne = 2
-    # candidates of a study per forward/backward pass, 0 = all of them: when one study is still too much [ours]
-    micro_group: Count = 0
-    # constant learning rate of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]
-    lr: Positive = 1.5e-3
+    batch_size: Size = 8  # studies per update, over all processes; each has G candidates [paper: 8]
+    micro_batch: Size = 2  # studies per pass, as sft.micro_batch; on a CPU a few stay in its cache [ours]
+    micro_group: Count = 0  # candidates of a study per pass, 0 = all: where one study is still too much [ours]
+    lr: Positive = 1.5e-3  # constant, of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]
     beta: Weight = 0.04  # Eq. 10 weight of the KL to the SFT policy [DeepSeekMath; not in the paper]
     eps_low: Share = 0.2  # Eq. 10 lower clip range of the importance ratio [DeepSeekMath; not in the paper]
     eps_high: Positive = 0.2  # Eq. 10 upper clip range of the importance ratio [DeepSeekMath; not in the paper]
     num_iterations: AtLeastOne = 1  # optimizer updates per batch of rollouts, TRL's mu [TRL; not in the paper]
-    # Eq. 9 RankNorm, GRPO's z-score, or reward minus group mean [paper: rank]
-    advantage: Literal["rank", "zscore", "mean"] = "rank"
+    advantage: Literal["rank", "zscore", "mean"] = "rank"  # Eq. 9, GRPO's z-score, or minus the mean [paper: rank]
     max_grad_norm: Positive = 1.0  # gradient norm above which gradients are scaled down [TRL]
 
 
@@ -160,24 +145,22 @@ class GRPOConfig:
 class StageConfig:
     steps: Count = 60  # policy updates (rollout batches) in this stage; 0 = `epochs` passes over the split [ours]
     epochs: Positive = 3.0  # passes over the split when steps = 0 [paper: 3]
-    # whose LoRA weights this stage trains [paper: Stage 1 language, Stage 2 vision projection]
-    trainable: Literal["language", "projector", "language+projector"] = "language"
+    trainable: Trainable = "language"  # whose LoRA weights train [paper: Stage 1 language, Stage 2 vision projection]
 
 
 @dataclass
 class EvalConfig:
-    batch_size: AtLeastOne = 64  # studies decoded together [ours]
-    # sampled reports per study beside the greedy one, at rollout.temperature; 0 = greedy only [ours]
-    samples: Count = 4
+    batch_size: Size = 64  # studies decoded together [ours]
+    samples: Annotated[Count, Field(le=2**16)] = 4  # sampled reports per study beside the greedy one; 0 = none [ours]
     val_studies: AtLeastOne = 128  # studies of the validation split in the passes during training (val_every) [ours]
+    # tokens of BLEU, ROUGE-L and METEOR: of whole texts, or of texts cleaned and cut as by R2Gen for IU X-Ray or for
+    # MIMIC-CXR (evidence/protocols.py) [R2Gen]
+    protocol: Literal["raw", "r2gen", "r2gen-mimic"] = "raw"
     bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 1000  # resamples of the studies for the 95% intervals [ours]
-    # folder or hub name of GREEN's judge, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN (scorers/green.py)
-    # [Ostmeier et al. 2024]
+    # GREEN's judge, folder or hub name, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN [Ostmeier et al. 2024]
     green: str = ""
-    # Python interpreter of an environment with RaTEScore; empty = no RaTEScore (scorers/ratescore.py) [Zhao et al.
-    # 2024]
-    ratescore: str = ""
-    # percent: sided F1 that the demo's SFT policy must reach on the validation split before RL starts, 0 = no gate;
+    ratescore: str = ""  # Python of an environment with RaTEScore; empty = no RaTEScore [Zhao et al. 2024]
+    # percent: sided F1 on the validation split that the demo's SFT policy must reach before RL starts, 0 = no gate:
     # Stage 2 was seen to hurt a policy that hardly looks at the image [ours]
     gate: Annotated[float, Field(ge=0, le=100)] = 57.0
 
@@ -188,24 +171,21 @@ class Config:
 
     # 0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]
     stage: Literal["0", "1", "2", "all"] = "all"
-    # the run folder: config, metrics, checkpoints, adapters; an interrupted run goes on from it. Under torchrun write
-    # --run-dir: torchrun takes --run for its own --run-path [ours]
+    # the run folder; an interrupted run goes on from it. Under torchrun --run-dir: it takes --run for its own [ours]
     run: Annotated[str, tyro.conf.arg(aliases=("--run-dir",))] = "runs/phantom"
-    # folder of this stage inside the run; empty = sft, stage1 or stage2. For branches off one predecessor [ours]
-    name: str = ""
+    # folder of this stage in the run, for branches off one predecessor; empty = sft, stage1 or stage2 [ours]
+    name: Annotated[str, Field(pattern=r"^([\w-][\w.-]*)?$")] = ""
     # start --stage 0, 1 or 2 from this adapter (or stage) folder instead of the predecessor's [ours]
     init_from: str = ""
     # adapter (or stage) folder of the KL's reference policy; empty = the run's own sft [paper: the SFT policy]
     reference: str = ""
     seed: Count = 0  # seed of everything: data order, sampling, initial LoRA weights [ours]
-    # seed of the phantom's images, reports and small models, apart from `seed` so that runs share them [ours]
-    assets_seed: Count = 0
+    assets_seed: Count = 0  # seed of the phantom's data and models, apart from `seed`: runs share them [ours]
     assets_dir: str = "assets"  # cache of the phantom's data set and models, one folder per setting [ours]
-    device: str = "auto"  # auto = cuda where there is one, else cpu [ours]
-    # spread the frozen base over the GPUs of torchrun (PyTorch's FSDP2), for one that does not fit on each [ours]
-    fsdp: bool = False
-    # CPU threads per process, 0 = torch's choice; for small models one thread and two processes win [ours]
-    threads: Count = 1
+    # cpu, cuda, cuda:1, ...; auto = cuda where there is one, else cpu [ours]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")] = "auto"
+    fsdp: bool = False  # spread the base over torchrun's GPUs (PyTorch's FSDP2): it does not fit on each [ours]
+    threads: Annotated[Count, Field(le=1024)] = 1  # CPU threads per process, 0 = torch's choice [ours]
     save_every: AtLeastOne = 20  # updates between checkpoints [ours]
     sample_every: AtLeastOne = 20  # updates between groups written to samples.jsonl with their rewards [ours]
     # updates between greedy passes over eval.val_studies of data.val_split, logged as val/*; 0 = never [ours]
@@ -269,7 +249,7 @@ def parse(cls=Config, description: str = "", argv: list[str] | None = None, defa
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     default = cls() if default is None else default
-    description += "\n\n--config FILE.toml sets fields from a file; flags win over it."
+    description = f"{description or ''}\n\n--config FILE.toml sets fields from a file; flags win over it."
     path = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
     try:
         if path is not None:
@@ -284,13 +264,13 @@ def parse(cls=Config, description: str = "", argv: list[str] | None = None, defa
 def load_toml(path: str, default: Config) -> Config:
     """`default` overlaid with a TOML file; ValueError with one line when the file is not usable."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         if type(values.get("stage")) is int:
             values["stage"] = str(values["stage"])  # `stage = 2` means "2"
         return merge(default, flatten(values))
     except OSError as error:
         raise ValueError(f"{path or '--config needs a file'}: {error.strerror}") from None
-    except ValueError as error:  # TOML's own errors and those of the text's encoding are ValueErrors too
+    except (ValueError, RecursionError) as error:  # also TOML's own and the encoding's; tables in tables without end
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -302,6 +282,8 @@ def check(config: Config) -> Config:
         raise ValueError(f"rewards.lambda_lex + rewards.lambda_sem must be 1, got {lex_and_sem:g}")
     if config.rollout.min_new_tokens >= config.rollout.max_new_tokens:
         raise ValueError("rollout.min_new_tokens must be below rollout.max_new_tokens")
+    if 0 < config.model.max_pixels < 16 * 784:
+        raise ValueError(f"model.max_pixels counts pixels, 784 a token: {config.model.max_pixels} is below 16 tokens")
     return config
 
 

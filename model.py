@@ -14,11 +14,14 @@ holding the SFT policy: `disable_adapter()` would give the base model instead, w
 
 import contextlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 from config import Config
 from running import parallel
 from vlm import attention
+from vlm.adapters import load_adapter, targets
 from vlm.attention import Decoding, pack, run_layers
-from vlm.families import PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
+from vlm.families import BROKEN, PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
 
 LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
 
@@ -72,21 +76,21 @@ def load_policy(
     """Load `cfg.model.path`, plus an adapter folder, or a new LoRA adapter (whose update is 0), or neither.
 
     trainable: what shall train (set_trainable). reference: adapter of the frozen reference policy, for RL; dropout is
-    then off. Returns (model in eval mode, processor). ValueError for what does not fit: vlm/families.py.
+    then off. Returns (model in eval mode, processor). ValueError for what does not fit.
     """
-    model, processor = load_family(cfg.model.path, getattr(torch, cfg.model.dtype), cfg.model.max_pixels)
+    m = cfg.model
+    model, processor = load_family(m.path, getattr(torch, m.dtype), m.max_pixels)
     if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").exists():
-            raise ValueError(f"{adapter}: no adapter_config.json there; expected a PEFT adapter folder")
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = load_adapter(model, Path(adapter))
     elif new_lora:
-        model = get_peft_model(model, lora_config(cfg, model))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        settings = {"r": m.lora_r, "lora_alpha": m.lora_alpha, "lora_dropout": m.lora_dropout}
+        model = get_peft_model(model, LoraConfig(target_modules=targets(model), **settings))
+    model.requires_grad_(False)
     prepare(model, cfg)
     if cfg.fsdp:
         parallel.shard(get_base(model))
     model = model.to(parallel.pick_device(cfg.device)).eval()
+    check_prompt(model, processor, cfg)
     if reference is not None:
         add_reference(model, reference)
         disable_dropout(model)
@@ -103,11 +107,14 @@ def prepare(model, cfg: Config) -> None:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def lora_config(cfg: Config, model) -> LoraConfig:
-    """LoRA (Hu et al. 2022) on every linear layer of the language model and of the vision projection."""
-    parts, m = PARTS[get_base(model).config.model_type], cfg.model
-    return LoraConfig(r=m.lora_r, lora_alpha=m.lora_alpha, lora_dropout=m.lora_dropout,
-                      target_modules="|".join(parts.values()), base_model_name_or_path=m.path)  # fmt: skip
+def check_prompt(model, processor, cfg: Config) -> None:
+    """ValueError unless a grey image with the prompt goes through template, preprocessing, tower and projection."""
+    base, image = get_base(model), Image.new("RGB", (64, 64), "grey")
+    try:
+        with torch.no_grad():
+            embed_prompt(base, encode_prompts(processor, [image], cfg.data.prompt, base.device))
+    except (TemplateError, *BROKEN) as error:
+        raise ValueError(f"{cfg.model.path}: no prompt can be made: {' '.join(str(error).split())[:300]}") from error
 
 
 def set_trainable(model, trainable: str) -> list[str]:
@@ -128,7 +135,7 @@ def set_trainable(model, trainable: str) -> list[str]:
 def add_reference(model: PeftModel, adapter: str | Path) -> None:
     """Load the SFT policy's adapter as the frozen second adapter `ref`."""
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.load_adapter(str(adapter), adapter_name="ref", is_trainable=False)
+    load_adapter(model, Path(adapter), "ref")
     model.set_adapter("default")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, False))
@@ -251,12 +258,24 @@ def token_logps(lm_head, hidden: Tensor, tokens: Tensor, positions: Tensor, rule
     return torch.cat([checkpoint(part, *some, use_reentrant=False) for some in parts])
 
 
-def tokenize_reports(processor, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor, int]:
-    """Texts -> (ids (B, T) ended by EOS and padded, mask (B, T) by position, number of texts cut to max_tokens)."""
-    tokenizer, eos = processor.tokenizer, processor.tokenizer.eos_token_id
-    rows = [ids + [eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+def report_ids(processor, texts: list[str], banned: Iterable[int] = ()) -> tuple[list[list[int]], list[bool]]:
+    """Each text's token ids, ended by EOS, and whether it spelt out a special token (an image's, a chat's, </s>).
+
+    Those are left out, and `banned` ones too; `<unk>` stays where it is none of these.
+    """
+    tokenizer, rows = processor.tokenizer, processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    never = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {*banned}
+    kept = [[i for i in row if i not in never] + [tokenizer.eos_token_id] for row in rows]
+    return kept, [len(left) <= len(row) for left, row in zip(kept, rows, strict=True)]
+
+
+def tokenize_reports(
+    processor, texts: list[str], max_tokens: int, device, banned: Iterable[int] = ()
+) -> tuple[Tensor, Tensor, int]:
+    """Texts -> (ids (B, T) of `report_ids`, padded, mask (B, T) by position, number of texts cut to max_tokens)."""
+    rows = report_ids(processor, texts, banned)[0]
     cut = sum(len(row) > max_tokens for row in rows)
     rows = [torch.tensor(row[:max_tokens], device=device) for row in rows]  # B x (its length,)
-    ids = pad_sequence(rows, batch_first=True, padding_value=eos)  # (B, T)
+    ids = pad_sequence(rows, batch_first=True, padding_value=processor.tokenizer.eos_token_id)  # (B, T)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # (B, T)
     return ids, mask, cut

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from model import SamplingRules, encode_prompts, get_base, next_hidden, policy_logits, prefill, sampling_rules
+from model import encode_prompts, get_base, next_hidden, policy_logits, prefill, require_finite, sampling_rules
 from running import parallel
 from vlm.families import encode_images
 from vlm.fast_linear import fast_linears
@@ -74,17 +74,17 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
     total = cdf[:, -1:]  # (N, 1)
     # u * total can round up to total itself: stay below it, so that the index exists and has weight
     point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # (N, 1)
-    return torch.searchsorted(cdf, point, right=True)[:, 0]  # (N,)
+    return torch.searchsorted(cdf, point, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)  # (N,); NaN comes after all
 
 
 @torch.no_grad()
 def sample(
-    model, inputs: dict[str, Tensor], rules: SamplingRules, u: Tensor | None, max_new_tokens: int, group_size: int = 1,
+    model, inputs: dict[str, Tensor], rules, u: Tensor | None, max_new_tokens: int, group_size: int = 1,
     top_p: float = 1.0, top_k: int = 0, together: bool = False,
 ) -> Rollout:  # fmt: skip
     """Write `group_size` reports for each of the B encoded prompts. u: (N, T) uniforms, or None for greedy decoding.
 
-    together: go on until every process is done, as a base that is spread over them needs them all (config `fsdp`).
+    rules: model.SamplingRules. together: go on until every process is done, as a base that is spread over them needs.
     """
     base = get_base(model)
     with fast_linears(base):
@@ -127,6 +127,7 @@ def rollout(
     u = None if samples == 0 else uniforms(ids, cfg.seed, step, group_size, r.max_new_tokens)  # (N, T)
     rules = sampling_rules(model, processor, cfg)
     out = sample(model, inputs, rules, u, r.max_new_tokens, group_size, r.top_p, r.top_k, cfg.fsdp)
+    require_finite(out.logps, ids)
     texts = decode(processor, out)
     return out, [texts[i : i + group_size] for i in range(0, len(texts), group_size)], inputs
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from config import Config
 from data import Study, read_views
-from model import completion_logps, encode_prompts, require_finite, sampling_rules, tokenize_reports
+from model import completion_logps, encode_prompts, report_ids, require_finite, sampling_rules, tokenize_reports
 from rewards import wrap
 from running import parallel
 
@@ -29,8 +29,19 @@ def text_logps(
     at `cfg.rollout.max_new_tokens`."""
     rules = sampling_rules(model, processor, cfg)
     rules.temperature, rules.min_new_tokens = 1.0, 0  # Eq. 2 is about the model itself, not about how it is sampled
-    tokens, mask, cut = tokenize_reports(processor, texts, cfg.rollout.max_new_tokens, inputs["input_ids"].device)
+    device, length = inputs["input_ids"].device, cfg.rollout.max_new_tokens
+    tokens, mask, cut = tokenize_reports(processor, texts, length, device, rules.banned_ids)
     return completion_logps(model, inputs, tokens, mask, rules), mask, cut
+
+
+def describe_references(model, processor, studies: list[Study], cfg: Config) -> list[str]:
+    """What of the references Stage 0 will not imitate, a line for each kind: their number and the first study."""
+    length, banned = cfg.rollout.max_new_tokens, sampling_rules(model, processor, cfg).banned_ids
+    rows, spelt = report_ids(processor, [wrap(study.report) for study in studies], banned)
+    kinds = {f"are cut: longer than rollout.max_new_tokens = {length}": [len(row) > length for row in rows],
+             "spell out special tokens (<unk>, </s>, <image>, ...), which are left out": spelt}  # fmt: skip
+    return [f"{sum(hits)} of {len(studies)} references {kind} (first: study {studies[hits.index(True)].id})"
+            for kind, hits in kinds.items() if any(hits)]  # fmt: skip
 
 
 def sft_update(model, processor, optimizer, batch: list[Study], cfg: Config, step: int, steps: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ Algorithm 1 of the paper, and where each line stands below:
     return theta
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -42,8 +43,8 @@ from rollout import Rollout, rollout
 from running import parallel, preflight
 from running.folder import adapter_folder, claim_folder, is_done, load_checkpoint, lock, save_adapter, save_checkpoint
 from running.log import Log, average, group_metrics, sample_record, shown
-from scorers.load import load_scorers
-from sft import sft_update
+from scorers.load import load_scorers, may_judge
+from sft import describe_references, sft_update
 from vlm.families import select_studies
 from vlm.fast_linear import fast_linears
 
@@ -152,18 +153,13 @@ def load_stage(cfg: Config, stage: int, init: Path | None, reference: Path | Non
     trainable, scorers = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable, None
     model, processor = load_policy(cfg, init, new_lora=init is None, trainable=trainable, reference=reference)
     if stage > 0:
-        oracle, visual = cfg.scorers.expert == "oracle", uses_expert(cfg, stage)
+        oracle, visual = cfg.scorers.expert == "oracle", stage == 2 and cfg.rewards.lambda_vis > 0
         scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
         if oracle and visual:
             scorers.similarity = oracle_similarity(exact_labels(cfg))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.sft.lr if stage == 0 else cfg.grpo.lr, weight_decay=0.0)
     return model, processor, scorers, optimizer
-
-
-def uses_expert(cfg: Config, stage: int) -> bool:
-    """Whether this stage's reward looks at images."""
-    return stage == 2 and cfg.rewards.lambda_vis > 0
 
 
 def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
@@ -179,6 +175,8 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
         raise ValueError(f"fsdp: the batch of {batch_size} studies must be a multiple of the {world} processes")
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
     model, processor, scorers, optimizer = load_stage(cfg, stage, init, reference)
+    for line in describe_references(model, processor, studies, cfg) if stage == 0 else ():
+        print(line)
     k0, done = load_checkpoint(folder, model, optimizer, stage, steps, init)  # k counts over both RL stages
     log = Log(folder, k0, done, active=rank == 0)
     bar = tqdm(range(done, steps), folder.name.ljust(18), steps, initial=done, disable=rank > 0)
@@ -190,6 +188,8 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
             row, sample = sft_update(model, processor, optimizer, batch, cfg, step, steps), None
         else:
             row, sample = grpo_update(model, processor, scorers, optimizer, batch, cfg, k=k, stage=stage)
+        if not math.isfinite(row["grad_norm"]):  # the weights are lost: keep the checkpoint before them
+            raise ValueError(f"{folder.name}: the gradient of update {step + 1} is not finite: lower the learning rate")
         row["seconds"] = time.perf_counter() - began
         if held_out and (step + 1) % cfg.val_every == 0:
             outputs = generate_split(model.eval(), processor, held_out, cfg)
@@ -209,6 +209,14 @@ def train(cfg: Config) -> None:
     run, last = Path(cfg.run), 2 if cfg.stage == "all" else int(cfg.stage)
     if cfg.init_from and cfg.stage == "all":
         raise ValueError("init_from starts one stage from an adapter: say which by --stage 0, 1 or 2")
+    if cfg.name in {"base", "eval", "images", *FOLDERS.values()} - {FOLDERS[last]}:
+        raise ValueError(f"--name {cfg.name}: in a run this is the name of something else; choose another")
+    foreign = may_judge(cfg, with_expert=last == 2 and cfg.rewards.lambda_vis > 0) if last > 0 else []
+    if foreign:
+        raise ValueError(f"the phantom's scorers know nothing of {cfg.data.path}: name others by {', '.join(foreign)}")
+    if parallel.rank() == 0:
+        resolve(cfg, needed_assets(cfg))  # builds what is missing, once
+    parallel.barrier()
     for stage in range(last if cfg.init_from else 0, last + 1):
         asked = cfg.stage == "all" or stage == last
         folder = run / (cfg.name if cfg.name and stage == last else FOLDERS[stage])
@@ -243,10 +251,8 @@ def kl_reference(cfg: Config, init: Path) -> Path:
 
 def needed_assets(cfg: Config) -> tuple[str, ...]:
     """The phantom's assets that the stages of this run read (phantom/assets.py)."""
-    if cfg.stage == "0":
-        return ("data", "base")
-    expert = ("expert", "expert_noisy") if uses_expert(cfg, 2) and cfg.stage != "1" else ()
-    return ("data", "base", "labeller", *expert)
+    expert = ("expert", "expert_noisy") if cfg.stage in ("2", "all") and cfg.rewards.lambda_vis > 0 else ()
+    return ("data", "base") if cfg.stage == "0" else ("data", "base", "labeller", *expert)
 
 
 @dataclass
@@ -262,12 +268,11 @@ def main() -> None:
         sys.exit(preflight.preflight(cfg))
     try:
         parallel.start(cfg.device, cfg.threads)
-        if parallel.rank() == 0:
-            resolve(cfg, needed_assets(cfg))  # builds what is missing, once
-        parallel.barrier()
         train(cfg)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: {str(error).splitlines()[0]} Lower grpo.micro_batch, grpo.micro_group or sft.micro_batch.")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
     finally:

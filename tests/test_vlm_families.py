@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +230,64 @@ def test_qwen_scales_large_images_down_to_max_pixels(folders, cfg):
         assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == tokens
     with pytest.raises(ValueError, match="max_pixels is for qwen2_5_vl"):
         load_policy(replace(cfg, model=replace(cfg.model, max_pixels=1000)))
+
+
+# ------------------------------------------------------------------------------------ what would fail in mid-run
+
+
+@pytest.fixture
+def llava(base_dir, tmp_path):
+    """A copy of the tiny LLaVA's folder, and a function that changes one of its JSON files."""
+    folder = Path(shutil.copytree(base_dir, tmp_path / "llava"))
+
+    def change(file, **values):
+        path = folder / file
+        kept = {k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not None}
+        path.write_text(json.dumps(kept))
+
+    return folder, change
+
+
+def test_a_processor_of_2024_takes_its_patch_size_from_config_json(llava, cfg, images):
+    folder, change = llava
+    before = encode_prompts(load_policy(cfg)[1], images, "the chest", "cpu")
+    later = ["patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"]
+    change("processor_config.json", **dict.fromkeys(later))
+    at = replace(cfg, model=replace(cfg.model, path=str(folder)))
+    after = encode_prompts(load_policy(at)[1], images, "the chest", "cpu")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("values", [{"patch_size": 8}, {"num_additional_image_tokens": 3},
+                                    {"vision_feature_select_strategy": "full"}])  # fmt: skip
+def test_image_tokens_without_features_are_found_before_training(values, llava, cfg):
+    folder, change = llava
+    change("processor_config.json", **values)
+    at = replace(cfg, model=replace(cfg.model, path=str(folder)))
+    with pytest.raises(ValueError, match=rf"{folder}: .* \d+ image tokens in the prompts, but 4 image features: make the"):
+        load_policy(at)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ nobody.knows }}", "{{ raise_exception('a') }}",
+                                      "no image {{ messages[0]['content'][1]['text'] }}"])  # fmt: skip
+def test_a_broken_chat_template_is_one_line(template, llava, cfg):
+    folder, _ = llava
+    (folder / "chat_template.jinja").write_text(template)
+    at = replace(cfg, model=replace(cfg.model, path=str(folder)))
+    with pytest.raises(ValueError, match=f"{folder}: ") as error:
+        load_policy(at)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sampled", [None, 0])
+def test_a_policy_that_diverged_is_named_and_not_sampled(policy, cfg, images, sampled):
+    model, processor = policy
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1e38)
+    with pytest.raises(ValueError, match="study a are not finite: lower the learning rate"):
+        rollout(model, processor, images[:1], ["a"], cfg, step=1, samples=sampled)
 
 
 @pytest.mark.skipif(not X_RAYS, reason=f"no real X-rays at {SHARED}")

@@ -1,5 +1,6 @@
 """LLaVA-Med v1.5 in its original layout, and checkpoints that must be refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 from tiny_families import LLAVA_MED, studies, write_json, write_llava_med, write_weights
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
+from config import Config, ModelConfig
+from data import Study
 from model import encode_prompts, load_policy
+from sft import describe_references, sft_update
 from vlm.families import llava_med_config, llava_med_tokenizer, load_family
 
 
@@ -75,7 +79,7 @@ def test_llava_med_at_full_size_has_the_released_number_of_weights(tmp_path):
              "mm_hidden_size": 1024, "max_position_embeddings": 32768}  # fmt: skip
     write_llava_med(tmp_path)
     write_json(tmp_path / "config.json", LLAVA_MED | sizes)
-    config = llava_med_config(str(tmp_path), llava_med_tokenizer(str(tmp_path)))
+    config = llava_med_config(str(tmp_path), LLAVA_MED | sizes, llava_med_tokenizer(str(tmp_path)))
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     # Mistral-7B 7,241,732,096 + CLIP ViT-L/14-336 303,507,456 + two layers 1024 -> 4096 -> 4096
@@ -103,9 +107,9 @@ def test_llava_med_tokenizer_model_is_read_or_asked_for(tmp_path, monkeypatch):
 
 
 FAULTS = [  # (what is said about them, weights to set under their original names; None = take out)
-    ("are not in the checkpoint, e.g. model.multi_modal_projector.linear_2.bias", {"model.mm_projector.2.bias": None}),
+    ("1 weights are not in it, e.g. model.multi_modal_projector.linear_2.bias", {"model.mm_projector.2.bias": None}),
     ("have no place in the model, e.g. model.language_model.layers.9", {"model.layers.9": torch.ones(1)}),
-    (r"have another shape .*lm_head.weight \(\(7, 32\), not \(\d+, 32\)\)", {"lm_head.weight": torch.ones(7, 32)}),
+    (r"have no place .*lm_head.weight \[7, 32\] \(by config.json \[\d+, 32\]\)", {"lm_head.weight": torch.ones(7, 32)}),
 ]
 
 
@@ -147,3 +151,59 @@ def test_unknown_families_and_settings_are_named(cfg, tmp_path):
         write_llava_med(folder, **{key: value})
         with pytest.raises(ValueError, match=value):
             load_family(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("file, change, match", [
+    ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'quantization_config'.*quantised"),
+    ("config.json", {"auto_map": {"AutoConfig": "evil.Config"}}, "'auto_map'.*code"),
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, "'auto_map'.*code"),
+    ("config.json", {"num_attention_heads": 0}, "zero"),
+    ("config.json", {"hidden_size": "wide"}, "hidden_size"),
+])  # fmt: skip
+def test_a_folder_that_asks_for_more_than_weights_is_refused(file, change, match, tmp_path):
+    write_llava_med(tmp_path)
+    write_json(tmp_path / file, json.loads((tmp_path / file).read_text()) | change)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{match}") as error:
+        load_family(str(tmp_path), torch.float32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.mm_projector.0.bias", "lm_head.weight"])
+def test_a_base_that_is_not_finite_is_named(name, tmp_path):
+    write_llava_med(tmp_path)
+    weights = {}
+    for file in tmp_path.glob("*.safetensors"):
+        weights |= load_file(file)
+    weights[name].view(-1)[-1] = float("nan")
+    write_weights(tmp_path, weights)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{name.split('.')[-1]} holds NaN"):
+        load_family(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize("file, text, match", [
+    ("config.json", "[" * 5000, "no readable config.json"),
+    ("config.json", "[1]", "config.json"),
+    ("config.json", "{", "config.json"),
+    ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    ("tokenizer.json", "", "empty"),
+    ("tokenizer.json", "{}", ""),
+])  # fmt: skip
+def test_a_damaged_file_is_one_line(file, text, match, tmp_path):
+    write_llava_med(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{match}") as error:
+        load_family(str(tmp_path), torch.float32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spelt", ["<unk> seen", "the end</s>", "<s>clear"])
+def test_a_reference_that_spells_a_special_token_trains_without_it(spelt, llava_med, tmp_path):
+    """<unk> is LLaVA-Med's image: its log-prob in a report is -inf."""
+    cfg = Config(model=ModelConfig(path=str(llava_med)), device="cpu")
+    model, processor = load_policy(cfg, new_lora=True, trainable="language")
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    two = [Study(name, [tmp_path / "a.png"], text, "sft") for name, text in (("a", "the lungs"), ("b", spelt))]
+    [line] = describe_references(model, processor, two, cfg)
+    assert line.startswith("1 of 2 references spell out special tokens") and line.endswith("study b)")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    assert np.isfinite(sft_update(model, processor, optimizer, two, cfg, 0, 1)["loss"])

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from running.weights import check_model
+from running.weights import REFUSED, check_model, check_tokenizer, require_finite, require_placed
 
 # What the two parts of a stage are called inside each family's module tree. Regexes, not lists of suffixes:
 # "q_proj" alone would also match the vision tower, which stays frozen.
@@ -46,6 +47,10 @@ KNOWN = {"mm_projector_type": ["mlp2x_gelu"], "mm_vision_select_feature": ["patc
 MISTRAL_INSTRUCT = ("{% for m in messages %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<unk>\n"
                     "{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}")  # fmt: skip
 
+# what transformers makes of damaged files, beside its own one-line errors
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+          StrictDataclassError)  # fmt: skip
+
 # PEFT asks for the first at every load, the second has a new name from 5.2x on; nothing a user could do about them
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
 
@@ -53,27 +58,39 @@ warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", categ
 def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
     """(base model, processor) of a checkpoint folder or hub name; max_pixels: see `model.max_pixels` in config.py.
 
-    ValueError naming the first fault: no config.json, an unknown family, a broken file, a weight that is missing (which
-    transformers would leave random with a mere warning), of another shape, or left over.
+    ValueError naming the first fault: no config.json, an unknown family, a broken file, code or quantised weights, a
+    made-up tokenizer, a weight that is NaN, missing (transformers would leave it random with a mere warning), of
+    another shape, or left over.
     """
-    family = read_config(path).get("model_type")
+    config = read_config(path)
+    family = config.get("model_type")
     if family not in PARTS:
         raise ValueError(f"{path}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
     if max_pixels and family != "qwen2_5_vl":
         raise ValueError(f"model.max_pixels is for qwen2_5_vl; {path} is a {family}, which has one image size")
+    for key in REFUSED.keys() & {key for key, value in config.items() if value}:
+        raise ValueError(f"{path}/config.json: '{key}': {REFUSED[key]}")
     if Path(path).is_dir():  # else a hub name, whose files the hub has checked
         check_model(Path(path))
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
         if family == "llava_mistral":
-            model, info, processor = load_llava_med(path, **options)
+            model, info, processor = load_llava_med(path, config, **options)
         else:
             model, info = transformers.AutoModelForImageTextToText.from_pretrained(path, **options)
-            processor = transformers.AutoProcessor.from_pretrained(path)
-    except OSError as error:  # no weights, a shard that the index names is not there, no tokenizer
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
-    check_weights(path, info)
+            processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except BROKEN as error:  # a shard that the index names is not there, sizes that contradict each other
+        fault = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(fault if fault.startswith(path) else f"{path}: {fault}") from error
+    shapes = [f"{name} {list(got)} (by config.json {list(want)})" for name, got, want in info["mismatched_keys"]]
+    require_placed(info["missing_keys"], [*shapes, *info["unexpected_keys"]], path)
+    require_finite(model, path)
+    check_tokenizer(processor.tokenizer, path)
     processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
+    if family == "llava" and processor.patch_size is None:  # a folder of 2024: these three were the model's alone
+        processor.patch_size = model.config.vision_config.patch_size
+        processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(model.config.vision_config.model_type == "clip_vision_model")
     if max_pixels:
         processor.image_processor.size["longest_edge"] = max_pixels  # Qwen's name for a number of pixels
     return model, processor
@@ -86,34 +103,23 @@ def read_config(path: str) -> dict:
         raise ValueError(f"{path}: no such folder")  # asking the hub for it would take half a minute
     try:
         config = transformers.PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
-    except OSError as error:
+    except (*BROKEN, RecursionError) as error:
         raise ValueError(f"{path}: no readable config.json ({str(error).splitlines()[0]})") from error
-    if not config:
+    if not (config and isinstance(config, dict)):
         raise ValueError(f"{path}: no config.json; expected a model folder or a hub name")
     return config
 
 
-def check_weights(path: str, info: dict) -> None:
-    """ValueError naming the first weight that the checkpoint lacks, has in another shape, or has too much."""
-    mismatched = [f"{name} ({tuple(got)}, not {tuple(want)})" for name, got, want in info["mismatched_keys"]]
-    faults = {"weights are not in the checkpoint": info["missing_keys"],
-              "weights have another shape than config.json says": mismatched,
-              "weights of the checkpoint have no place in the model": info["unexpected_keys"]}  # fmt: skip
-    for fault, names in faults.items():
-        if names:
-            raise ValueError(f"{path}: {len(names)} {fault}, e.g. {sorted(names)[0]}")
-
-
-def load_llava_med(path: str, **options):
+def load_llava_med(path: str, raw: dict, **options):
     """(model, loading info, processor) of a `llava_mistral` folder: transformers' LLaVA over renamed weights.
 
-    The processor pads an image to a square with CLIP's mean colour before CLIP's own preprocessing.
+    raw: its config.json. The processor pads an image to a square with CLIP's mean colour before CLIP's preprocessing.
     """
     tokenizer = llava_med_tokenizer(path)
-    config = llava_med_config(path, tokenizer)
+    config = llava_med_config(path, raw, tokenizer)
     side = config.vision_config.image_size
     images = transformers.LlavaImageProcessorPil(  # resizes with PIL, as in training; torchvision's differs a little
-        do_pad=read_config(path).get("image_aspect_ratio") == "pad", size={"shortest_edge": side},
+        do_pad=raw.get("image_aspect_ratio") == "pad", size={"shortest_edge": side},
         crop_size={"height": side, "width": side})  # fmt: skip
     processor = transformers.LlavaProcessor(  # the additional token: CLIP's class token, which "default" drops
         images, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
@@ -123,31 +129,29 @@ def load_llava_med(path: str, **options):
     return *llava.from_pretrained(path, config=config, key_mapping=RENAME, **options), processor
 
 
-def llava_med_config(path: str, tokenizer) -> transformers.LlavaConfig:
-    """transformers' LLaVA configuration of a `llava_mistral` folder; ValueError for a setting that is not known."""
-    raw = read_config(path)
+def llava_med_config(path: str, raw: dict, tokenizer) -> transformers.LlavaConfig:
+    """transformers' LLaVA configuration of a `llava_mistral` folder; ValueError for a setting that is not known.
+
+    The tower's sizes: in folder `mm_vision_tower` (inside the checkpoint, or anywhere), else CLIP ViT-L/14-336's.
+    """
     for key in ("mm_vision_tower", "mm_vision_select_layer"):
         if key not in raw:
             raise ValueError(f"{path}/config.json: no '{key}' there; is this the original LLaVA-Med v1.5?")
     for key, known in KNOWN.items():
         if raw.get(key, known[0]) not in known:
             raise ValueError(f"{path}/config.json: {key} is {raw[key]!r}; known: {', '.join(map(repr, known))}")
-    vision, with_class = vision_config(path, raw["mm_vision_tower"]), raw.get("mm_vision_select_feature") == "cls_patch"
+    tower, with_class = raw["mm_vision_tower"], raw.get("mm_vision_select_feature") == "cls_patch"
+    vision = transformers.CLIPVisionConfig(**CLIP_L_336)
+    folder = next((f for f in (Path(path) / tower, Path(tower)) if (f / "config.json").is_file()), None)
+    if folder:
+        vision = transformers.CLIPVisionConfig.from_pretrained(folder)
+    elif not tower.rstrip("/").endswith("clip-vit-large-patch14-336"):
+        raise ValueError(f"{path}: vision tower '{tower}' is unknown; put its config.json into {Path(path) / tower}")
     return transformers.LlavaConfig(
         vision_config=vision, text_config=transformers.MistralConfig.from_dict(raw | {"model_type": "mistral"}),
         image_token_index=tokenizer.unk_token_id, image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         projector_hidden_act="gelu", vision_feature_layer=raw["mm_vision_select_layer"],
         vision_feature_select_strategy="full" if with_class else "default")  # fmt: skip
-
-
-def vision_config(path: str, tower: str) -> transformers.CLIPVisionConfig:
-    """The configuration in folder `tower` (inside the checkpoint, or anywhere), else CLIP ViT-L/14-336's by name."""
-    for folder in (Path(path) / tower, Path(tower)):
-        if (folder / "config.json").is_file():
-            return transformers.CLIPVisionConfig.from_pretrained(folder)
-    if not tower.rstrip("/").endswith("clip-vit-large-patch14-336"):
-        raise ValueError(f"{path}: vision tower '{tower}' is unknown; put its config.json into {Path(path) / tower}")
-    return transformers.CLIPVisionConfig(**CLIP_L_336)
 
 
 def llava_med_tokenizer(path: str):
@@ -216,7 +220,8 @@ def embed_prompt(base, inputs: dict[str, Tensor]) -> Tensor:
         features = base.model.multi_modal_projector(vision).flatten(0, 1)  # (image tokens, D)
     embeds, places = base.get_input_embeddings()(ids), ids == base.config.image_token_id
     if int(places.sum()) != len(features):
-        raise ValueError(f"{int(places.sum())} image tokens in the prompts, but {len(features)} image features")
+        said = f"{int(places.sum())} image tokens in the prompts, but {len(features)} image features"
+        raise ValueError(f"{said}: make the processor's patch_size agree with config.json")
     return embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
 
 

@@ -44,7 +44,7 @@ def fast_linears(base):
     """Within this block `base`'s decoder layers and output layer run as said above, LoRA with its active adapter."""
     changed, small = [], set()
     for layer in [*base.model.language_model.layers.modules(), base.lm_head]:
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLinear) and layer.active_adapters[0] in layer.lora_A:  # else no LoRA of this adapter
             [name] = layer.active_adapters
             small |= {id(part) for part in layer.modules()}  # they come after it
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]

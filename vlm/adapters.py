@@ -1,0 +1,79 @@
+"""LoRA on the policy (Hu et al. 2022): a new adapter, or one out of a folder in PEFT's format, checked whole.
+
+Only what vlm/fast_linear.py computes is taken: plain LoRA and rsLoRA (arXiv 2312.03732: the scaling is alpha / sqrt(r))
+on linear layers of the language model and the vision projection. All else is refused by its name, and no pattern out of
+a folder is run: a regex can be made to take hours.
+"""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from formats.files import read_json
+from running import parallel
+from running.weights import require, require_finite, require_placed, tensor_shapes
+from vlm.families import PARTS
+
+# fields of adapter_config.json that are used, and those that change nothing; any other must have PEFT's default
+USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+IDLE = {"base_model_name_or_path", "task_type", "auto_mapping", "revision", "inference_mode", "peft_version"}
+
+
+def targets(base) -> str:
+    """The regex of the linear layers that an adapter may stand on."""
+    return "|".join(PARTS[base.config.model_type].values())
+
+
+def load_adapter(model, folder: Path, name: str = "default"):
+    """`model`, the bare base or one with an adapter, with the folder's adapter too, as `name`.
+
+    ValueError, one line, for a kind that is not known here and for weights that are cut off, not finite, of another
+    shape or not all in their place. An adapter that says it was made on another base gets a note.
+    """
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        require(folder, file)
+    base = model if name == "default" else model.get_base_model()
+    raw, shapes = read_json(folder / "adapter_config.json"), tensor_shapes(folder / "adapter_model.safetensors")
+    try:
+        config = read_config(raw, targets(base), {shape[0] for tensor, shape in shapes.items() if "lora_A" in tensor})
+        place = re.compile(rf"base_model\.model\.({targets(base)})\.lora_[AB]\.weight")
+        require_placed([], [tensor for tensor in shapes if not place.fullmatch(tensor)], "its weights")
+        if name == "default":
+            model = get_peft_model(base, config)
+        else:
+            model.add_adapter(name, config)
+        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        require_placed(held.keys() - shapes.keys(), shapes.keys() - held.keys(), "its weights")
+        for tensor, value in held.items():
+            if shapes[tensor] != list(value.shape):
+                raise ValueError(f"{tensor} is {shapes[tensor]}, on this base it must be {list(value.shape)}")
+        weights = load_file(folder / "adapter_model.safetensors")
+        require_finite(weights, "its weights")
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:  # what odd values end in
+        raise ValueError(f"{folder} cannot be used as an adapter: {' '.join(str(error).split())}") from error
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    made_on = str(raw.get("base_model_name_or_path") or base.name_or_path)
+    if Path(made_on).parts[-2:] != Path(base.name_or_path).parts[-2:] and parallel.rank() == 0:
+        print(f"note: {folder} was made on {made_on}, here it stands on {base.name_or_path}", file=sys.stderr)
+    return model
+
+
+def read_config(raw: dict, own: str, ranks: set[int]) -> LoraConfig:
+    """The config that an adapter_config.json stands for; ValueError naming what is not known here.
+
+    own: the one regex that may say which layers. ranks: of the weights, before memory is taken for others.
+    """
+    plain = LoraConfig().to_dict()
+    odd = {key: value for key, value in raw.items() if value and key not in USED | IDLE and value != plain.get(key)}
+    if odd not in ({}, {"init_lora_weights": "gaussian"}):  # how it began is no matter
+        raise ValueError(f"this kind is not known here: {str(odd)[:200]}")
+    named = raw["target_modules"]
+    if named != own and not (isinstance(named, list) and all(isinstance(target, str) for target in named)):
+        raise ValueError("target_modules must be a list of names; a regex from elsewhere is not run")
+    if ranks != {raw["r"]} or not 0 < raw["lora_alpha"] / raw["r"] < math.inf:
+        raise ValueError(f"r = {raw['r']} and lora_alpha = {raw['lora_alpha']} with weights of rank {sorted(ranks)}")
+    return LoraConfig(**{key: raw[key] for key in USED & raw.keys()})

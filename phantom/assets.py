@@ -5,8 +5,7 @@
     expert     open_clip folder                                   frozen scorer of Eq. 6; expert_noisy: noisy reports
     labeller   BERT folder + chexbert.pth in CheXbert's format    clinical reward of Eq. 4, and BERTScore's encoder
 
-A config value `phantom:base` means that asset's folder, in which it is built on first use: cache.py.
-`python -m phantom.assets --build data base expert labeller` builds them ahead of a run.
+`python -m phantom.assets --build data base expert labeller` builds them ahead of a run, which else does on first use.
 """
 
 import sys

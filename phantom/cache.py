@@ -10,6 +10,7 @@ This module knows no builder: who wants an asset built brings them along. assets
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,8 +18,10 @@ from typing import Literal, get_args
 import torch
 
 from config import Config
+from formats.files import inside, read_json
 from phantom.config import Recipe
-from running.folder import atomic_folder, lock
+from running.folder import atomic_folder, lock, writing
+from running.weights import check_model, check_open_clip, check_torch_file, require
 
 Name = Literal["data", "base", "expert", "expert_noisy", "labeller"]
 NAMES = get_args(Name)
@@ -39,18 +42,19 @@ def asset_dir(cfg: Config) -> Path:
 def resolve(cfg: Config, needs: Collection[str] = (), builders: Builders | None = None) -> Config:
     """Replace every `phantom:NAME` path by its folder, which is built where it is missing and NAME is in `needs`.
 
-    ValueError for a name that is none of NAMES.
+    ValueError for a name that is none of NAMES, a path that leads out of its folder, and a folder that is damaged.
     """
 
     def place(value):
         if not str(value).startswith("phantom:"):
             return value
-        name, _, inside = value.removeprefix("phantom:").partition("/")
+        name, _, rest = value.removeprefix("phantom:").partition("/")
         if name not in NAMES:
             raise ValueError(f"{value}: unknown; known are {', '.join(f'phantom:{known}' for known in NAMES)}")
+        path = inside(asset_dir(cfg) / name, rest, value)
         if name in needs:
             ensure(cfg, name, builders)
-        return str(asset_dir(cfg) / name / inside)
+        return str(path)
 
     def placed(table):
         return dataclasses.replace(table, **{key: place(value) for key, value in vars(table).items()})
@@ -58,19 +62,43 @@ def resolve(cfg: Config, needs: Collection[str] = (), builders: Builders | None 
     return dataclasses.replace(cfg, data=placed(cfg.data), model=placed(cfg.model), scorers=placed(cfg.scorers))
 
 
+def check_asset(folder: Path) -> None:
+    """ValueError, one line, for an asset that is not whole: a file is missing, empty or cut off."""
+    try:
+        for path in folder.glob("*.json"):
+            if not read_json(path):
+                raise ValueError(f"{path}: empty")
+        if folder.name == "data":
+            require(folder, "annotation.json")
+            studies = (folder / "truth.jsonl").read_bytes().count(b"\n")
+            if len(os.listdir(folder / "images")) < studies:
+                raise ValueError(f"images: less than {studies} folders")
+        elif folder.name.startswith("expert"):
+            check_open_clip(folder)
+        elif folder.name == "base":
+            require(folder, "processor_config.json")
+            check_model(folder)
+        else:
+            check_torch_file(folder / "chexbert.pth")
+            check_model(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): delete it, and it is built anew") from error
+
+
 def ensure(cfg: Config, name: Name, builders: Builders) -> Path:
-    """Build asset `name` unless it is there; returns its folder."""
+    """Build asset `name` unless it is there; returns its folder. ValueError for one that is damaged."""
     folder = asset_dir(cfg) / name
     if folder.exists():
+        check_asset(folder)
         return folder
     if name not in ("data", "labeller"):  # the labeller learns from texts of its own
         ensure(cfg, "data", builders)
     with lock(folder.with_name(f"{name}.lock"), wait=True):  # two processes may want the same asset
         if not folder.exists():
             print(f"building {folder}", flush=True)
-            threads = torch.get_num_threads()
+            size, threads = 200_000_000 if name == "data" else 7_500_000, torch.get_num_threads()  # with the defaults
             torch.set_num_threads(1)  # more would add up in another order, and end in other bits
-            with atomic_folder(folder) as unfinished, torch.random.fork_rng(devices=[]):
+            with writing(folder, size), atomic_folder(folder) as unfinished, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.assets_seed)
                 builders[name](recipe_of(cfg), unfinished)
             torch.set_num_threads(threads)

@@ -6,9 +6,10 @@ from typing import Annotated
 from pydantic import Field
 
 Rate = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Trains = Annotated[int, Field(ge=2)]  # one study at least is held out, one at least trains
-Updates = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Trains = Annotated[int, Field(ge=2, lt=2**31)]  # one study at least is held out, one at least trains
+Updates = Annotated[int, Field(ge=1, lt=2**31)]
+Side = Annotated[int, Field(ge=32, le=2048)]  # of an image; in fewer pixels no finding would show
 
 
 @dataclass
@@ -21,11 +22,9 @@ class PhantomConfig:
     train: Count = 2400  # studies in split `train` (Stages 1 and 2) [ours]
     val: Count = 256  # studies in split `val`, for choosing settings [ours]
     test: Count = 384  # studies in split `test`, reported [ours]
-    # pixels along each side of the square image; in fewer than 32 no finding would show [ours]
-    image_size: Annotated[int, Field(ge=32)] = 64
+    image_size: Side = 64  # pixels along each side of the square image [ours]
     normal: Rate = 0.20  # share of studies without any finding [ours]
-    # rate in an abnormal study, before studies with 0 or more than 4 findings are drawn again [ours]
-    cardiomegaly: Rate = 0.30
+    cardiomegaly: Rate = 0.30  # rate in an abnormal study, before those with 0 or over 4 findings are redrawn [ours]
     edema: Rate = 0.12  # the same for edema without cardiomegaly [ours]
     edema_with_cardiomegaly: Rate = 0.30  # the same for edema with cardiomegaly [ours]
     device: Rate = 0.20  # the same for a support device [ours]
@@ -39,8 +38,7 @@ class PhantomConfig:
     fracture: Rate = 0.11  # the same for a rib fracture, each side [ours]
     omit_mild: Rate = 0.14  # rate at which a reference omits a finding of the mildest severity [ours]
     omit: Rate = 0.06  # rate at which a reference omits any other finding [ours]
-    # rate at which a reference that states cardiomegaly also states an edema that is not there [ours]
-    prior_edema_cardiomegaly: Rate = 0.55
+    prior_edema_cardiomegaly: Rate = 0.55  # rate at which a reference that states cardiomegaly makes edema up [ours]
     prior_atelectasis_effusion: Rate = 0.50  # the same: atelectasis after an effusion on that side [ours]
     prior_effusion_consolidation: Rate = 0.40  # the same: effusion after a consolidation on that side [ours]
     prior_effusion_atelectasis: Rate = 0.35  # the same: effusion after an atelectasis on that side [ours]
@@ -49,10 +47,8 @@ class PhantomConfig:
     prior_device_effusion: Rate = 0.35  # the same: a support device after an effusion [ours]
     prior_device_pneumothorax: Rate = 0.45  # the same: a support device after a pneumothorax [ours]
     prior_pneumothorax_fracture: Rate = 0.45  # the same: pneumothorax after a fracture on that side [ours]
-    # rate at which a finding is hedged ("possible ...") in a report, set per author around this value [ours]
-    hedge: Rate = 0.15
-    # share of base captions that carry the references' omissions and priors; the others tell the truth [ours]
-    base_prior: Rate = 0.40
+    hedge: Rate = 0.15  # rate at which a report hedges a finding ("possible ..."); authors vary around it [ours]
+    base_prior: Rate = 0.40  # share of base captions that err as the references do; the others tell the truth [ours]
 
 
 @dataclass

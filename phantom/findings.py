@@ -28,22 +28,19 @@ class Finding:
     def label(self) -> str:
         return f"{self.name}_{self.side}" if self.side else self.name
 
+    @property
+    def level(self) -> int:
+        """The severity as a number, 0 to 2."""
+        return SEVERITIES[self.name].index(self.severity)
 
-def draw_finding(name: str, side: str | None, rng: np.random.Generator, sites=None) -> Finding:
-    """A finding of random site (of `sites`, by default all that it can have) and severity."""
-    sites = sites or SITES.get(name, ("",))
-    return Finding(name, side, sites[int(rng.integers(len(sites)))], SEVERITIES[name][int(rng.integers(3))])
 
-
-def finding_of(label: str, rng: np.random.Generator) -> Finding:
-    """A finding of one of LABELS with random site and severity."""
-    if label not in LABELS:
-        raise ValueError(f"phantom: unknown label '{label}'; known: {', '.join(LABELS)}")
+def finding_of(label: str, rng: np.random.Generator, sites=None) -> Finding:
+    """A finding of one of LABELS with random site (of `sites`, by default all that it can have) and severity."""
     name, _, side = label.partition("_")
-    return draw_finding(name, side or None, rng)
+    sites = sites or SITES.get(name, ("",))
+    return Finding(name, side or None, sites[int(rng.integers(len(sites)))], SEVERITIES[name][int(rng.integers(3))])
 
 
 def labels_of(findings: list[Finding]) -> list[str]:
     """The labels of `findings`, in the order of LABELS."""
-    present = {f.label for f in findings}
-    return [label for label in LABELS if label in present]
+    return sorted((f.label for f in findings), key=LABELS.index)

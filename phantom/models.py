@@ -1,8 +1,7 @@
-"""Architectures and tokenizers of the phantom's small models, before any training (which is training.py).
+"""Architectures (their sizes in models.toml) and tokenizers of the phantom's small models, before any training.
 
 Each is a small version of a real component in that component's own classes: a LLaVA (CLIP vision tower, two-layer
-projection, Llama) with its processor and a byte-level BPE, a CLIP and a BERT over a WordPiece vocabulary. Their sizes
-stand in models.toml.
+projection, Llama) with its processor and a byte-level BPE, a CLIP and a BERT over a WordPiece vocabulary.
 """
 
 import copy
@@ -62,7 +61,7 @@ def word_piece(corpus: list[str], folder: Path) -> hf.BertTokenizerFast:
     words = {word for text in corpus for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text.lower())}
     letters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    vocab += sorted(words - set(letters))
+    vocab += sorted(words.difference(letters))
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
     return hf.BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=512)
 

@@ -1,8 +1,8 @@
 """The phantom's radiologists: reports and captions in English for a list of findings, by four authors.
 
-The phrases stand in phrases.toml, the grammar here. A *mention* is what is said about one kind of finding: (name,
-findings, hedged). Every writer returns its text and its *facts*, {topic: class} with CheXbert's classes 1 positive,
-2 negative, 3 uncertain; a topic is a finding's name or "silhouette", "opacity" or "pneumonia".
+The phrases stand in phrases.toml, the grammar here. A *group* is the one or two findings of a kind that are told
+together. Writers return their text and its *facts*, {topic: class} with CheXbert's classes 1 positive, 2 negative,
+3 uncertain; a topic is a finding's name or "silhouette", "opacity" or "pneumonia".
 """
 
 import tomllib
@@ -23,9 +23,9 @@ def _pick(rng, options):
     return options[int(rng.random() * len(options))]
 
 
-def _usual(rng, options, author: int):
-    """About half the time everybody's stock sentence, else the author's own: normal reports are near copies."""
-    return options[0] if rng.random() < 0.45 else options[author]
+def _listed(parts: list[str], last: str) -> str:
+    """ "a, b or c" with `last` " or "."""
+    return last.join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _tidy(text: str) -> str:
@@ -34,154 +34,130 @@ def _tidy(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _facts(text: str, names, cls: int) -> dict:
-    """The topics that a sentence about findings `names` settles, all of class `cls`."""
-    told = {"opacit": {"opacity": cls}, "pneumonia": {"pneumonia": UNCERTAIN}, "cardiomediastinal": {"silhouette": cls}}
-    return merge_facts([dict.fromkeys(names, cls), *(facts for word, facts in told.items() if word in text)])
+def _facts(text: str, names: list[str], cls: int) -> dict:
+    """The topics that a sentence about `names` settles, of class `cls`; but pneumonia is never more than possible."""
+    implied = [topic for word, topic in PHRASES.implied.items() if word in text]
+    return dict.fromkeys([*names, *implied], cls) | ({"pneumonia": UNCERTAIN} if "pneumonia" in text else {})
 
 
 def merge_facts(parts) -> dict:
     """One {topic: class} for several sentences: positive beats uncertain beats negative."""
-    merged = {}
-    for topic, cls in (item for part in parts for item in part.items()):
-        merged[topic] = max(cls, merged.get(topic, cls), key=(NEGATIVE, UNCERTAIN, POSITIVE).index)
-    return merged
+    facts = [fact for part in parts for fact in part.items()]
+    return dict(sorted(facts, key=lambda fact: (NEGATIVE, UNCERTAIN, POSITIVE).index(fact[1])))
 
 
-def mentions(findings: list[Finding], rng, hedge: float) -> list[tuple]:
-    """Group findings into mentions: both sides of a kind often become one "bilateral"; each is hedged at a rate.
-
-    Devices are never hedged: a pacemaker is there or it is not.
-    """
-    groups, said = {}, []
-    for f in findings:
-        groups.setdefault(f.name, []).append(f)
-    for name, group in groups.items():
-        together = len(group) == 1 or rng.random() < 0.6
-        for part in [group] if together else [[f] for f in group]:
-            said.append((name, part, name != "device" and rng.random() < hedge))
-    return said
-
-
-def noun_phrase(name: str, group: list[Finding], rng, short: bool = False) -> str:
+def noun_phrase(group: list[Finding], rng, short: bool = False) -> str:
     """ "small left pleural effusion", lower case without article; `short` leaves the severity out."""
     first, both = group[0], len(group) == 2
-    same = all(f.severity == first.severity for f in group)
-    words = PHRASES.severities[name][first.severity] if same and not short else [""]
-    one_site = all(f.site == first.site for f in group)
-    zones = PHRASES.zones[name][first.site] if one_site and name in PHRASES.zones else [""]
-    patterns = PHRASES.nouns[first.site if name == "device" else name]
+    one_severity, one_site = (len({getattr(f, key) for f in group}) == 1 for key in ("severity", "site"))
+    words = PHRASES.severities[first.name][first.severity] if one_severity and not short else [""]
+    zones = PHRASES.zones.get(first.name, {}).get(first.site, [""]) if one_site else [""]
+    patterns = PHRASES.nouns[first.site if first.name == "device" else first.name]
     text = patterns[0] if short else _pick(rng, patterns)
-    text = text.format(sev=_pick(rng, words), side="bilateral" if both else first.side, zone=_pick(rng, zones),
-                       s="s" if both else "")  # fmt: skip
-    return " ".join(text.split())
+    side, plural = ("bilateral", "s") if both else (first.side, "")
+    return " ".join(text.format(sev=_pick(rng, words), side=side, zone=_pick(rng, zones), s=plural).split())
 
 
-def positive(name: str, group: list[Finding], hedged: bool, rng, author: int) -> tuple[str, dict]:
-    """One sentence that states (or hedges) a finding."""
-    options = AUTHORS[author]["hedges" if hedged else "plain"]
-    if not hedged and rng.random() < 0.35:
-        options = PHRASES.special[name]
-    phrase = noun_phrase(name, group, rng)
-    severe = PHRASES.severities[name][group[0].severity][0]
-    text = _pick(rng, options)
-    if "blunted" in text and len(group) == 2:
-        text = PHRASES.special["effusion"][1]  # an angle is on one side
-    plural = phrase.startswith("bilateral") and phrase.endswith("s") and not phrase.endswith(("sis", "ax"))
-    no_article = phrase.startswith("bilateral") or any(word in phrase for word in PHRASES.no_article)
-    article = "" if no_article else "an " if phrase[0] in "aeiou" else "a "
-    text = text.format(np=phrase, a=article + phrase, sev=severe, sevly=severe + "ly", side=group[0].side,
-                       **{"is": "are" if plural else "is"})  # fmt: skip
-    return _tidy(text), _facts(text, [name], UNCERTAIN if hedged else POSITIVE)
+class Radiologist:
+    """Author number `author` of AUTHORS (None: any of them), who chooses words with `rng`."""
 
+    def __init__(self, rng: np.random.Generator, author: int | None = None):
+        self.rng, self.author = rng, int(rng.integers(len(AUTHORS))) if author is None else author
+        self.style = AUTHORS[self.author]
 
-def denial(names: list[str], rng, author: int) -> tuple[str, dict]:
-    """ "No pleural effusion or pneumothorax is seen.": one sentence that denies every finding in `names`."""
-    nouns = [PHRASES.denied[name] for name in names]
-    if len(nouns) > 1 and nouns[0] == "pleural effusion" and rng.random() < 0.1:
-        nouns[0] = "effusion"
-    listed = nouns[0] if len(nouns) == 1 else ", ".join(nouns[:-1]) + " or " + nouns[-1]
-    return _usual(rng, PHRASES.denials, author).format(np=listed), dict.fromkeys(names, NEGATIVE)
+    def usual(self, options: list[str]) -> str:
+        """About half the time everybody's stock sentence, else the author's own: normal reports are near copies."""
+        return options[0] if self.rng.random() < 0.45 else options[self.author]
 
+    def positive(self, group: list[Finding], hedged: bool) -> tuple[str, dict]:
+        """One sentence that states (or hedges) a finding."""
+        first, options = group[0], self.style["hedges" if hedged else "plain"]
+        if not hedged and self.rng.random() < 0.35:
+            options = PHRASES.special[first.name]
+        phrase, text = noun_phrase(group, self.rng), _pick(self.rng, options)
+        if "blunted" in text and len(group) == 2:
+            text = PHRASES.special["effusion"][1]  # an angle is on one side
+        plural = phrase.startswith("bilateral") and phrase.endswith("s") and not phrase.endswith(("sis", "ax"))
+        no_article = phrase.startswith("bilateral") or any(word in phrase for word in PHRASES.no_article)
+        article = "" if no_article else "an " if phrase[0] in "aeiou" else "a "
+        severe = PHRASES.severities[first.name][first.severity][0]
+        words = {"np": phrase, "a": article + phrase, "sev": severe, "sevly": severe + "ly", "side": first.side}
+        text = text.format(**words, **{"is": "are" if plural else "is"})
+        return _tidy(text), _facts(text, [first.name], UNCERTAIN if hedged else POSITIVE)
 
-def _other_side(findings: list[Finding], rng) -> list[tuple[str, dict]]:
-    """At times "No right pleural effusion." where only the left has one: denied on that side alone, so no fact."""
-    sides = {f.side for f in findings if f.name == "effusion"}
-    said = len(sides) == 1 and rng.random() < 0.2
-    return [(f"No {'left' if 'right' in sides else 'right'} pleural effusion.", {})] if said else []
+    def denial(self, names: list[str]) -> tuple[str, dict]:
+        """ "No pleural effusion or pneumothorax is seen.": one sentence that denies every finding in `names`."""
+        nouns = [PHRASES.denied[name] for name in names]
+        if len(nouns) > 1 and nouns[0] == "pleural effusion" and self.rng.random() < 0.1:
+            nouns[0] = "effusion"
+        return self.usual(PHRASES.denials).format(np=_listed(nouns, " or ")), dict.fromkeys(names, NEGATIVE)
 
+    def normal(self, topic: str, stated: list[str]) -> list[tuple[str, dict]]:
+        """What is said about a topic beside the findings `stated` (names): mostly that the rest is absent."""
+        absent = [name for name in PHRASES.topics[topic] if name not in stated]
+        if topic == "device" or not absent or (topic == "bones" and stated and self.rng.random() < 0.6):
+            return []
+        if absent == PHRASES.topics[topic] and topic != "pleura":
+            sentence = self.usual(PHRASES.normal[topic])
+            return [(sentence, _facts(sentence, PHRASES.cleared[topic], NEGATIVE))]
+        if topic == "lungs":
+            absent = [name for name in absent if name in ("edema", "consolidation")] or absent
+        return [self.denial(absent)] if topic == "pleura" or self.rng.random() < 0.3 else []
 
-def _clear(topic: str, sentence: str) -> tuple[str, dict]:
-    """A sentence by which all is well with the heart, the lungs or the bones, and its facts."""
-    return sentence, _facts(sentence, ["opacity"] if topic == "lungs" else PHRASES.topics[topic], NEGATIVE)
+    def impression(self, said: list[tuple[list[Finding], bool]]) -> str:
+        """The list of everything stated, or that there is nothing."""
+        if not said:
+            return self.usual(PHRASES.normal["impression"])
+        parts = [("possible " if hedged else "") + noun_phrase(group, self.rng, short=True) for group, hedged in said]
+        if self.author == 1:
+            return " ".join(_tidy(part + ".") for part in parts)
+        return _tidy(_listed(parts, ", " if self.author == 2 else " and ") + ".")
 
+    def report(self, findings: list[Finding], hedge: float) -> tuple[str, dict]:
+        """("FINDINGS: ... IMPRESSION: ...", facts): a report that states exactly `findings`.
 
-def _normal(topic: str, stated: set, rng, author: int) -> list[tuple[str, dict]]:
-    """What an author says about a topic beside the findings `stated` (names): mostly that the rest is absent."""
-    absent = [name for name in PHRASES.topics[topic] if name not in stated]
-    if topic == "device" or not absent or (topic == "bones" and stated and rng.random() < 0.6):
-        return []
-    if topic == "pleura":
-        return [denial(absent, rng, author)]
-    if absent == PHRASES.topics[topic]:
-        return [_clear(topic, _usual(rng, PHRASES.normal[topic], author))]
-    if rng.random() < 0.3:  # some of the lungs' findings are there
-        return [denial([name for name in absent if name in ("edema", "consolidation")] or absent, rng, author)]
-    return []
-
-
-def _impression(said: list[tuple], rng, author: int) -> tuple[str, dict]:
-    """The list of everything stated, or that there is nothing."""
-    if not said:
-        return _usual(rng, PHRASES.normal["impression"], author), {}
-    parts = [("possible " if hedged else "") + noun_phrase(name, group, rng, True) for name, group, hedged in said]
-    facts = merge_facts({name: UNCERTAIN if hedged else POSITIVE} for name, _, hedged in said)
-    if author == 1:
-        return " ".join(_tidy(part + ".") for part in parts), facts
-    last = ", " if author == 2 else " and "
-    return _tidy(last.join(filter(None, [", ".join(parts[:-1]), parts[-1]])) + "."), facts
-
-
-def sections(findings: list[Finding], rng: np.random.Generator, hedge: float, author: int | None = None):
-    """(findings text, impression text, facts) of a report that states exactly `findings`; author None = any."""
-    author = int(rng.integers(len(AUTHORS))) if author is None else author
-    said = mentions(findings, rng, hedge * AUTHORS[author]["hedging"])
-    stated, sentences = {f.name for f in findings}, []
-    for topic in AUTHORS[author]["order"]:
-        for name, group, hedged in said:
-            if name in PHRASES.topics[topic]:
-                sentences.append((0, positive(name, group, hedged, rng, author)))
-        extra = _other_side(findings, rng) if topic == "pleura" else []
-        sentences += [(1, item) for item in extra + _normal(topic, stated, rng, author)]
-    if author == 3:  # what is wrong comes first
-        sentences.sort(key=lambda item: item[0])
-    impression, facts = _impression(said, rng, author)
-    text = " ".join(sentence for _, (sentence, _) in sentences)
-    return text, impression, merge_facts([facts] + [item[1] for _, item in sentences])
+        Both sides of a kind often become one "bilateral". A group is hedged at the rate `hedge` times the author's;
+        devices never: a pacemaker is there or it is not.
+        """
+        names, hedge = list(dict.fromkeys(f.name for f in findings)), hedge * self.style["hedging"]
+        said, sentences = [], []  # (group, whether it is hedged); (0 for what is wrong else 1, (text, facts))
+        for name in names:
+            both = [f for f in findings if f.name == name]
+            for group in [both] if len(both) == 1 or self.rng.random() < 0.6 else [[f] for f in both]:
+                said.append((group, name != "device" and self.rng.random() < hedge))
+        fluid = {f.side for f in findings if f.name == "effusion"}
+        for topic in self.style["order"]:
+            sentences += [(0, self.positive(*told)) for told in said if told[0][0].name in PHRASES.topics[topic]]
+            if topic == "pleura" and len(fluid) == 1 and self.rng.random() < 0.2:  # denied on one side alone: no fact
+                sentences.append((1, (f"No {'left' if 'right' in fluid else 'right'} pleural effusion.", {})))
+            sentences += [(1, sentence) for sentence in self.normal(topic, names)]
+        if self.author == 3:
+            sentences.sort(key=lambda item: item[0])
+        texts, facts = zip(*(sentence for _, sentence in sentences), strict=True)
+        return f"FINDINGS: {' '.join(texts)} IMPRESSION: {self.impression(said)}", merge_facts(facts)
 
 
 def caption(findings: list[Finding], rng: np.random.Generator) -> tuple[str, dict]:
     """A caption and its facts: keywords in a fixed order (45%), the same with severities (25%), or a report (30%).
 
-    Keywords are what teaches a small model to see, as almost every token of them hangs on the image; the reports
-    teach it the English that fine-tuning only has to select.
+    Keywords teach a small model to see, as almost every token hangs on the image; reports teach it their English.
     """
     kind = rng.random()
     if kind >= 0.7:
-        text, impression, facts = sections(findings, rng, hedge=0.1)
-        return f"FINDINGS: {text} IMPRESSION: {impression}", facts
-    parts = [noun_phrase(f.name, [f], rng, short=kind < 0.45) for f in findings]
+        return Radiologist(rng).report(findings, hedge=0.1)
+    parts = [noun_phrase([f], rng, short=kind < 0.45) for f in findings]
     facts = merge_facts(_facts(part, [f.name], POSITIVE) for part, f in zip(parts, findings, strict=True))
     return ", ".join(parts or ["no finding"]) + ".", facts
 
 
 def loose_sentence(finding: Finding, rng: np.random.Generator) -> tuple[str, dict]:
     """One sentence, on its own, that states, hedges or denies a finding of this kind, and its facts."""
-    author, kind = int(rng.integers(len(AUTHORS))), rng.random()
-    if kind < 0.65 or finding.name == "device":
-        return positive(finding.name, [finding], 0.4 < kind < 0.65 and finding.name != "device", rng, author)
-    others = [name for name in PHRASES.denied if name != finding.name and rng.random() < 0.15]
-    topic = {"cardiomegaly": "heart", "fracture": "bones", "consolidation": "lungs"}.get(finding.name)
+    author, kind, name = Radiologist(rng), rng.random(), finding.name
+    if kind < 0.65 or name == "device":
+        return author.positive([finding], 0.4 < kind < 0.65 and name != "device")
+    others = [other for other in PHRASES.denied if other != name and rng.random() < 0.15]
+    topic = {"cardiomegaly": "heart", "fracture": "bones", "consolidation": "lungs"}.get(name)
     if kind < 0.93 or topic is None:
-        return denial([finding.name, *others], rng, author)
-    return _clear(topic, _pick(rng, PHRASES.normal[topic]))
+        return author.denial([name, *others])
+    sentence = _pick(rng, PHRASES.normal[topic])
+    return sentence, _facts(sentence, PHRASES.cleared[topic], NEGATIVE)

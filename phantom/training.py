@@ -7,7 +7,7 @@ studies or texts, the first ones, and keeps the numbers in quality.json.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,10 @@ def fit(parameters: list, loss_of: Callable, n: int, batch: int, steps: int, lr:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-def by_length(rows: list[int], texts: list[str], parts: int) -> list[list[int]]:
-    """A batch in parts, none empty, of similar text length: less padding, the same sums."""
+def by_length(rows: list[int], texts: list[str]) -> list[list[int]]:
+    """A batch in at most four parts, none empty, of similar text length: less padding, the same sums."""
     ordered = sorted(rows, key=lambda i: len(texts[i]))
-    return [part.tolist() for part in np.array_split(ordered, min(parts, len(rows)))]
+    return [part.tolist() for part in np.array_split(ordered, min(4, len(rows)))]
 
 
 def report_quality(folder: Path, numbers: dict[str, float]) -> None:
@@ -76,23 +76,15 @@ def report_quality(folder: Path, numbers: dict[str, float]) -> None:
 
 
 def read_studies(data: Path, split: str) -> tuple[list[Study], Tensor, Tensor]:
-    """Studies of a split of the data set in `data`, their images (n, size, size) uint8 and labels (n, 15) float."""
-    studies, _ = read_split(DataConfig(path=str(data), format="r2gen", target="both"), split)  # none can be skipped
+    """Studies of a split, their images (n, size, size) uint8 and LABELS (n, 15) bool; ValueError if one is damaged."""
+    studies, _ = read_split(DataConfig(path=str(data), format="r2gen", target="both", strict=True), split)
     images = torch.from_numpy(np.stack([np.asarray(read_image(s.image).convert("L")) for s in studies]))
-    return studies, images, label_rows(s.labels for s in studies)
-
-
-def label_rows(labels: Iterable[list[str]]) -> Tensor:
-    """(n, 15) float: 1 where a study or a text has a label, in the order of LABELS."""
-    return torch.tensor([[label in present for label in LABELS] for present in labels]).float()
+    return studies, images, torch.tensor([[label in s.labels for label in LABELS] for s in studies])
 
 
 def normalise(images: Tensor) -> Tensor:
     """Grey images (B, H, W) uint8 -> (B, 3, H, W) float, exactly as the saved image processor does it."""
     return ((images.float() / 255 - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
-
-
-# ------------------------------------------------------------------------------------------------------------ base
 
 
 def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -102,18 +94,18 @@ def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor
     """
     head, held = nn.Linear(tower.config.hidden_size, labels.shape[1]), held_out(len(images))
 
-    def classify(batch: Tensor) -> Tensor:  # (B, H, W) -> (B, patches, 15)
-        return head(tower(pixel_values=normalise(batch)).last_hidden_state[:, 1:])
+    def classify(rows) -> Tensor:  # (B, patches, 15)
+        return head(tower(pixel_values=normalise(images[rows])).last_hidden_state[:, 1:])
 
     def loss(rows: list[int]) -> Tensor:
-        logits = classify(images[rows])
-        return F.binary_cross_entropy_with_logits(logits, labels[rows][:, None].expand_as(logits))
+        logits = classify(rows)
+        return F.binary_cross_entropy_with_logits(logits, labels[rows][:, None].expand_as(logits).float())
 
-    parameters = [*tower.parameters(), *head.parameters()]
-    fit(parameters, loss, len(images), 64, recipe.assets.vision_steps, 1e-3, recipe.seed, "vision tower")
+    trained = [*tower.parameters(), *head.parameters()]
+    fit(trained, loss, len(images), 64, recipe.assets.vision_steps, 1e-3, recipe.seed, "vision tower")
     with torch.no_grad():
-        predicted = classify(images[:held]).mean(dim=1) > 0
-    return (2 * (predicted * labels[:held]).sum() / (predicted.sum() + labels[:held].sum())).item()
+        told, true = classify(range(held)).mean(dim=1) > 0, labels[:held]
+    return (2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)).item()
 
 
 def build_base(recipe: Recipe, folder: Path) -> None:
@@ -124,8 +116,7 @@ def build_base(recipe: Recipe, folder: Path) -> None:
     texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(studies)]
     reports = [s.report for s in read_studies(folder.with_name("data"), "expert")[0]]
     tokenizer = policy_tokenizer(reports + texts + [f"USER: {PROMPT} ASSISTANT:"] * 100)
-    size = recipe.phantom.image_size
-    processor, model = new_processor(tokenizer, size), new_llava(tokenizer, size)
+    processor, model = (new(tokenizer, recipe.phantom.image_size) for new in (new_processor, new_llava))
     model.model.language_model.set_attn_implementation(attention.NAME)
     f1 = train_tower(recipe, model.model.vision_tower, images, labels)
     model.model.vision_tower.requires_grad_(False)
@@ -137,24 +128,22 @@ def build_base(recipe: Recipe, folder: Path) -> None:
         logps, mask, _ = text_logps(model, processor, inputs, [texts[i] for i in rows], FULL_LENGTH)
         return sft_loss(logps, mask)
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    fit(trainable, loss, len(studies), 48, recipe.assets.base_steps, 1.5e-3, recipe.seed + 1, "base model")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fit(trained, loss, len(studies), 48, recipe.assets.base_steps, 1.5e-3, recipe.seed + 1, "base model")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     report_quality(folder, {"vision_tower_sided_f1": f1, "studies": held_out(len(studies))})
 
 
-# ---------------------------------------------------------------------------------------------------------- expert
-
-
 def noisy_reports(recipe: Recipe, data: Path, studies: list[Study]) -> tuple[list[str], Tensor]:
     """Reports of the expert's studies as noisy as the references are, and the labels they state (n, 15)."""
-    truth = {row["id"]: row["findings"] for row in read_jsonl(data / "truth.jsonl")}
-    shown = [[Finding(f["name"], f["side"], f["site"], f["severity"]) for f in truth[study.id]] for study in studies]
-    written = [write_report(findings, np.random.default_rng([recipe.seed, i]), recipe.phantom, noisy=True)
-               for i, findings in enumerate(shown)]  # fmt: skip
-    return [report for report, _ in written], label_rows(stated for _, stated in written)
+    truth, written = {row["id"]: row["findings"] for row in read_jsonl(data / "truth.jsonl")}, []
+    for i, study in enumerate(studies):
+        findings = [Finding(f["name"], f["side"], f["site"], f["severity"]) for f in truth[study.id]]
+        written.append(write_report(findings, np.random.default_rng([recipe.seed, i]), recipe.phantom, noisy=True))
+    labels = torch.tensor([[label in stated for label in LABELS] for _, stated in written])
+    return [report for report, _ in written], labels
 
 
 def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
@@ -170,13 +159,12 @@ def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
     tokenizer = word_piece(reports, folder)
     settings = clip_config(len(tokenizer), tokenizer.sep_token_id, image_size=recipe.phantom.image_size)
     model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
-    length = settings["model_cfg"]["text_cfg"]["context_length"]
-    encoded = tokenizer(reports, padding="max_length", max_length=length, truncation=True)
-    tokens = torch.tensor(encoded["input_ids"])  # (n, length)
+    cut = {"max_length": settings["model_cfg"]["text_cfg"]["context_length"], "truncation": True}
+    tokens = tokenizer(reports, padding="max_length", return_tensors="pt", **cut)["input_ids"]  # (n, length)
 
     def features(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) twice, normalised, and who is alike (B, B)
         embedded = torch.empty(len(rows), settings["model_cfg"]["embed_dim"])
-        for part in by_length(list(range(len(rows))), [reports[i] for i in rows], 4):
+        for part in by_length(list(range(len(rows))), [reports[i] for i in rows]):
             embedded[part] = encode_tokens(model, tokens[rows][part])
         image = F.normalize(model.encode_image(normalise(images[rows])), dim=-1)
         return image, F.normalize(embedded, dim=-1), (labels[rows][:, None] == labels[rows][None]).all(dim=-1)
@@ -203,10 +191,9 @@ def probe_expert(expert: Expert, studies: list[Study], cfg: PhantomConfig, seed:
     rng, wins, other = np.random.default_rng(seed), {}, {"left": "right", "right": "left"}
     for study in studies:
         truth, variants = [finding_of(label, rng) for label in study.labels], {}
-        one_sided = [f for f in truth if f.side and sum(g.name == f.name for g in truth) == 1]
-        if one_sided:
-            flipped = dataclasses.replace(one_sided[0], side=other[one_sided[0].side])
-            variants["side"] = [flipped if f is one_sided[0] else f for f in truth]
+        lone = next((f for f in truth if f.side and sum(g.name == f.name for g in truth) == 1), None)
+        if lone:
+            variants["side"] = [dataclasses.replace(f, side=other[f.side]) if f is lone else f for f in truth]
         if truth:
             variants["dropped"] = truth[1:]
         absent = [label for label in LABELS if label not in study.labels]
@@ -218,32 +205,28 @@ def probe_expert(expert: Expert, studies: list[Study], cfg: PhantomConfig, seed:
     return {f"prefers_truth_over_{name}": float(np.mean(won)) for name, won in wins.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- labeller
-
-
-def _labelled_text(cfg: PhantomConfig, rng: np.random.Generator) -> tuple[str, dict]:
-    """A report (of likely or of random findings), loose sentences, or a caption; and its facts."""
-    kind, count = rng.random(), int(rng.integers(1, 6))
-    mixed = [finding_of(LABELS[i], rng) for i in sorted(rng.choice(len(LABELS), count, replace=False))]
-    if kind < 0.4:
-        parts = [text.loose_sentence(f, rng) for f in (mixed if kind < 0.2 else mixed[:1])]
-        return " ".join(sentence for sentence, _ in parts), text.merge_facts(facts for _, facts in parts)
-    findings = mixed if kind < 0.6 else misremember(sample_findings(rng, cfg), rng, cfg)
-    if kind > 0.9:
-        return text.caption(findings, rng)
-    body, impression, facts = text.sections(findings, rng, 2 * cfg.hedge)
-    return f"FINDINGS: {body} IMPRESSION: {impression}" if rng.random() < 0.6 else f"{body} {impression}", facts
-
-
 def labelled_texts(cfg: PhantomConfig, seed: int, n: int) -> tuple[list[str], np.ndarray]:
     """n texts and their (n, 14) CheXbert classes (order of CHEXPERT_LABELS): what the TEXT says, not an image.
 
-    0 blank, 1 positive, 2 negative, 3 uncertain; No Finding is 1 where nothing but support devices is 1 or 3, else 0.
-    Hedges are twice as frequent as in reports, and findings are also mixed as no image would.
+    Each is a report (of likely or of random findings), loose sentences, or a caption; twice as much is hedged as else.
+    0 blank, 1 positive, 2 negative, 3 uncertain; No Finding is 1 where nothing but support devices is 1 or 3.
     """
     texts, classes = [], np.zeros((n, len(CHEXPERT_LABELS)), dtype=np.int64)
     for row in range(n):
-        written, facts = _labelled_text(cfg, np.random.default_rng([seed, len(SPLITS), row]))
+        rng = np.random.default_rng([seed, len(SPLITS), row])
+        kind, count = rng.random(), int(rng.integers(1, 6))
+        findings = [finding_of(LABELS[i], rng) for i in sorted(rng.choice(len(LABELS), count, replace=False))]
+        if kind >= 0.6:
+            findings = misremember(sample_findings(rng, cfg), rng, cfg)
+        if kind < 0.4:
+            parts = [text.loose_sentence(f, rng) for f in (findings if kind < 0.2 else findings[:1])]
+            written, facts = " ".join(sentence for sentence, _ in parts), text.merge_facts(told for _, told in parts)
+        elif kind > 0.9:
+            written, facts = text.caption(findings, rng)
+        else:
+            written, facts = text.Radiologist(rng).report(findings, 2 * cfg.hedge)
+            if rng.random() >= 0.6:
+                written = written.removeprefix("FINDINGS: ").replace("IMPRESSION: ", "")
         texts.append(written)
         for topic, cls in facts.items():
             classes[row, CHEXPERT_LABELS.index(text.PHRASES.chexpert[topic])] = cls
@@ -267,7 +250,7 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
 
     def loss(rows: list[int]) -> Tensor:
         total = 0.0
-        for part in by_length(rows, texts, 4):
+        for part in by_length(rows, texts):
             heads = enumerate(class_logits(part))
             total = total + sum(F.cross_entropy(head, classes[part, i], reduction="sum") for i, head in heads)
         return total / (len(rows) * classes.shape[1])
@@ -276,10 +259,10 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
     with torch.no_grad():
         predicted = torch.stack([head.argmax(-1) for head in class_logits(range(held))], dim=1)  # (held, 14)
     told, true = ((c == POSITIVE) | (c == UNCERTAIN) for c in (predicted, classes[:held]))
-    f1 = 2 * (told & true).sum() / (told.sum() + true.sum())
     bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     weights = nn.ModuleDict({"module": model}).state_dict()  # as in CheXbert's own checkpoint: module.<name>
     torch.save({"model_state_dict": weights}, folder / "chexbert.pth")
+    f1 = 2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)
     exact = (predicted == classes[:held]).float().mean()
     report_quality(folder, {"micro_f1": f1.item(), "class_accuracy": exact.item()})

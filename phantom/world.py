@@ -4,9 +4,9 @@ image.py draws the images, text.py writes the English. References have the disea
 leave findings out and add others by language prior (`misremember`).
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,15 @@ from tqdm import tqdm
 
 from phantom import text
 from phantom.config import PhantomConfig, Recipe
-from phantom.findings import LABELS, SEVERITIES, SIDED, Finding, draw_finding, labels_of
+from phantom.findings import LABELS, SIDED, Finding, finding_of, labels_of
 from phantom.image import contact_sheet, encode_mask, render
 
 SPLITS = ("expert", "base", "sft", "train", "val", "test")
-# language priors, one a field `prior_<guess>_<cause>`: (field, cause, guess)
-PRIORS = [(f.name, *reversed(f.name.split("_")[1:])) for f in dataclasses.fields(PhantomConfig) if "prior_" in f.name]
+# language priors (field, cause, guess): where a report states the label `cause`, `guess` is made up at the field's rate
+PRIORS = dict.fromkeys(
+    (field.name, *(f"{name}_{side}" if name in SIDED else name for name in reversed(field.name.split("_")[1:])))
+    for field in fields(PhantomConfig) if field.name.startswith("prior_") for side in ("left", "right")
+)  # fmt: skip
 DRAWS = 10_000  # tries at an abnormal study; with the default rates four of five are good
 MOST = 5  # findings in a reference: priors stop there, so that reports stay short
 
@@ -29,15 +32,14 @@ def _draw_side(side: str, rate: dict, rng) -> list[Finding]:
     """The findings of one side; a zone is used once, and the lower zone is not hidden behind fluid."""
     found, zones = [], ["upper", "mid", "lower"]
     for name in SIDED:
-        wet = name == "atelectasis" and any(f.name == "effusion" for f in found)
-        if rng.random() >= rate["atelectasis_with_effusion" if wet else name]:
+        if rng.random() >= rate[name]:
             continue
-        finding = draw_finding(name, side, rng, zones if name in ("consolidation", "lesion") else None)
-        if name in ("consolidation", "lesion"):
-            zones.remove(finding.site)
-        if name == "effusion" and finding.severity != "small":
-            zones.remove("lower")
-        found.append(finding)
+        zoned = name in ("consolidation", "lesion")
+        found.append(finding_of(f"{name}_{side}", rng, zones if zoned else None))
+        if name == "effusion":
+            rate = rate | {"atelectasis": rate["atelectasis_with_effusion"]}
+        if zoned or name == "effusion" and found[-1].level:
+            zones.remove(found[-1].site if zoned else "lower")
     return found
 
 
@@ -50,10 +52,10 @@ def sample_findings(rng: np.random.Generator, cfg: PhantomConfig) -> list[Findin
         return []
     for _ in range(DRAWS):
         large, rate = rng.random() < cfg.cardiomegaly, vars(cfg)
-        found = [draw_finding("cardiomegaly", None, rng)] if large else []
+        found = [finding_of("cardiomegaly", rng)] if large else []
         if large:
             rate = rate | {"edema": cfg.edema_with_cardiomegaly, "effusion": cfg.effusion_with_cardiomegaly}
-        found += [draw_finding(name, None, rng) for name in ("edema", "device") if rng.random() < rate[name]]
+        found += [finding_of(name, rng) for name in ("edema", "device") if rng.random() < rate[name]]
         found += _draw_side("left", rate, rng) + _draw_side("right", rate, rng)
         if 1 <= len(found) <= 4:
             return found
@@ -63,18 +65,15 @@ def sample_findings(rng: np.random.Generator, cfg: PhantomConfig) -> list[Findin
 
 def misremember(findings: list[Finding], rng: np.random.Generator, cfg: PhantomConfig) -> list[Finding]:
     """What a reference states: some of `findings` left out, and findings the image lacks added by language prior."""
-    mild = {f: f.severity == SEVERITIES[f.name][0] for f in findings}
-    kept = [f for f in findings if rng.random() >= (cfg.omit_mild if mild[f] else cfg.omit)]
-    taken, added = {f.label for f in findings}, []
-    for field, stated, name in PRIORS:
-        for cause in [f for f in kept if f.name == stated]:
-            sides = (None,) if name not in SIDED else (cause.side,) if cause.side else ("left", "right")
-            for side in sides:
-                guess = draw_finding(name, side, rng)
-                if len(kept) + len(added) < MOST and guess.label not in taken and rng.random() < getattr(cfg, field):
-                    taken.add(guess.label)
-                    added.append(guess)
-    return sorted(kept + added, key=lambda f: LABELS.index(f.label))
+    told = [f for f in findings if rng.random() >= (cfg.omit if f.level else cfg.omit_mild)]
+    kept, taken = labels_of(told), set(labels_of(findings))
+    for field, cause, label in PRIORS:
+        if cause in kept:
+            guess = finding_of(label, rng)
+            if len(told) < MOST and label not in taken and rng.random() < getattr(cfg, field):
+                taken.add(label)
+                told.append(guess)
+    return sorted(told, key=lambda f: LABELS.index(f.label))
 
 
 def write_report(
@@ -85,8 +84,7 @@ def write_report(
     `noisy`: with omissions and language priors; else the report is complete and true.
     """
     stated = misremember(findings, rng, cfg) if noisy else findings
-    body, impression, _ = text.sections(stated, rng, cfg.hedge, author)
-    return f"FINDINGS: {body} IMPRESSION: {impression}", labels_of(stated)
+    return text.Radiologist(rng, author).report(stated, cfg.hedge)[0], labels_of(stated)
 
 
 def write_caption(findings, rng: np.random.Generator, cfg: PhantomConfig) -> tuple[str, list[str]]:
@@ -108,7 +106,7 @@ def make_study(cfg: PhantomConfig, seed: int, split: str, index: int) -> tuple[n
         report, stated = write_report(findings, rng, cfg, noisy=split != "expert")
     name = f"{split}{index:05d}"
     row = {"id": name, "report": report, "image_path": [f"{name}/0.png"], "split": split}
-    shown = [{"label": f.label} | dataclasses.asdict(f) | {"mask": encode_mask(masks[f.label])} for f in findings]
+    shown = [{"label": f.label} | asdict(f) | {"mask": encode_mask(masks[f.label])} for f in findings]
     return image, row, {"id": name, "split": split, "labels": labels_of(findings), "findings": shown, "stated": stated}
 
 
@@ -117,7 +115,7 @@ def build(recipe: Recipe, folder: Path) -> dict[str, float]:
 
     A contact sheet of the first test studies stands beside it. Raises ValueError, see `sample_findings`.
     """
-    cfg, annotation, pairs = recipe.phantom, {}, []
+    cfg, annotation, pairs, shown = recipe.phantom, {}, [], []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     jobs = [(split, index) for split in SPLITS for index in range(getattr(cfg, split))]
     with open(folder / "truth.jsonl", "w", encoding="utf-8") as truth_file:
@@ -129,8 +127,10 @@ def build(recipe: Recipe, folder: Path) -> dict[str, float]:
             truth_file.write(json.dumps(truth) + "\n")
             if split in SPLITS[2:]:
                 pairs.append((truth["labels"], truth["stated"]))
+            if split == "test" and index < 12:
+                shown.append((image, row, truth))
     (folder / "annotation.json").write_text(json.dumps(annotation, indent=1), encoding="utf-8")
-    contact_sheet(folder, folder / "contact_sheet.png")
+    contact_sheet(shown, folder / "contact_sheet.png")
     rates = noise_rates(pairs)
     print("phantom references: " + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
     return rates
@@ -139,15 +139,11 @@ def build(recipe: Recipe, folder: Path) -> dict[str, float]:
 def noise_rates(pairs: Iterable[tuple[list[str], list[str]]]) -> dict[str, float]:
     """From (labels in the image, labels stated): the shares of stated not in the image and of image not stated.
 
-    Also each language prior's rate: P(b stated | a in the image and stated, b not in the image), both on one side.
+    Also each language prior's rate: P(guess stated | cause in the image and stated, guess not in the image).
     """
     pairs = [(set(true), set(stated)) for true, stated in pairs]
-    rates = {"hallucinated": sum(len(s - t) for t, s in pairs) / max(sum(len(s) for _, s in pairs), 1),
-             "omitted": sum(len(t - s) for t, s in pairs) / max(sum(len(t) for t, _ in pairs), 1)}  # fmt: skip
+    false = {"hallucinated": [label not in true for true, stated in pairs for label in stated],
+             "omitted": [label not in stated for true, stated in pairs for label in true]}  # fmt: skip
     for field, cause, guess in PRIORS:
-        given_way = []  # of every study and side that could show this prior: whether it does
-        for side in ("_left", "_right") if {cause, guess} & set(SIDED) else ("",):
-            a, b = (name + side if name in SIDED else name for name in (cause, guess))
-            given_way += [b in stated for true, stated in pairs if a in true & stated and b not in true]
-        rates[field] = sum(given_way) / max(len(given_way), 1)
-    return rates
+        false.setdefault(field, []).extend(guess in s for t, s in pairs if cause in t & s and guess not in t)
+    return {name: sum(which) / max(len(which), 1) for name, which in false.items()}

@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import data
 from config import Config, flatten, to_dict
@@ -108,6 +111,64 @@ def test_two_processes_at_once_build_what_one_builds(built, tmp_path):
     assert old.keys() == new.keys() and [name for name in old if old[name] != new[name]] == []
 
 
+DAMAGES = {  # file of an asset -> what it holds instead, None: nothing, b"cut": half of what it held
+    "data/annotation.json": (None, b"", b"{}", b"[]", b"cut"),
+    "data/truth.jsonl": (None,),
+    "data/images": (None,),
+    "base/config.json": (None, b"", b"{}", b"cut"),
+    "base/model.safetensors": (None, b"", b"cut", b"version https://git-lfs.github.com/spec/v1"),
+    "base/processor_config.json": (None, b"{"),
+    "base/tokenizer.json": (None, b"", b"cut"),
+    "base/quality.json": (b"{}",),
+    "expert/open_clip_config.json": (None, b"cut"),
+    "expert_noisy/open_clip_model.safetensors": (None, b"cut"),
+    "labeller/chexbert.pth": (None, b"", b"cut", b"no zip"),
+    "labeller/model.safetensors": (b"cut",),
+    "labeller/quality.json": (b"[1, 2]", b"{", b"[" * 2000),
+}
+
+
+@pytest.mark.parametrize("file", DAMAGES)
+def test_a_damaged_asset_is_named_in_one_line_and_built_anew_when_deleted(built, tmp_path, file):
+    cfg, name = replace(built, assets_dir=str(tmp_path)), file.split("/")[0]
+    shutil.copytree(cache.asset_dir(built), cache.asset_dir(cfg))
+    folder, path = cache.asset_dir(cfg) / name, cache.asset_dir(cfg) / file
+    assert assets.ensure(cfg, name) == folder
+    for damage in DAMAGES[file]:
+        whole = path.rename(tmp_path / "whole")
+        if damage is not None:
+            path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2] if damage == b"cut" else damage)
+        with pytest.raises(ValueError, match=f"^{folder} is damaged .*: delete it, and it is built anew$") as refused:
+            cache.resolve(replace(cfg, model=replace(cfg.model, path=f"phantom:{name}")), (name,), {})
+        assert "\n" not in str(refused.value)
+        path.unlink(missing_ok=True)
+        whole.rename(path)
+    shutil.rmtree(folder)
+    folder.write_text("a file where the folder should be")
+    with pytest.raises(ValueError, match=f"^{folder} is damaged"):
+        assets.ensure(cfg, name)
+    folder.unlink()
+    assert cache.ensure(cfg, name, fake_builders(calls := [])) == folder and calls == [name]
+
+
+def test_a_build_meets_a_damaged_image_with_one_line(built, tmp_path):
+    cfg = replace(built, assets_dir=str(tmp_path))
+    shutil.copytree(cache.asset_dir(built) / "data", cache.asset_dir(cfg) / "data")
+    (cache.asset_dir(cfg) / "data" / "images" / "base00003" / "0.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"phantom-.*/data \[base\].*\(base00003\)"):
+        assets.ensure(cfg, "base")
+    assert not (cache.asset_dir(cfg) / "base").exists()
+
+
+def test_a_full_disk_ends_a_build_with_one_line_and_the_next_one_is_whole(tmp_path):
+    cfg = Config(assets_dir=str(tmp_path))
+    for full in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
+        with pytest.raises(OSError, match=r"labeller: 7,500,000 bytes cannot be written \(.*No space left") as refused:
+            cache.ensure(cfg, "labeller", {"labeller": mock.Mock(side_effect=full)})
+        assert "\n" not in str(refused.value) and not list(tmp_path.rglob("labeller*/"))
+    assert cache.ensure(cfg, "labeller", fake_builders([])).is_dir()
+
+
 def fake_builders(calls: list[str]) -> dict:
     """Builders that only write down whom they were asked for."""
 
@@ -118,8 +179,9 @@ def fake_builders(calls: list[str]) -> dict:
     return {name: lambda recipe, folder, name=name: build(recipe, folder, name) for name in cache.NAMES}
 
 
-def test_only_what_is_needed_is_built(tmp_path):
+def test_only_what_is_needed_is_built(tmp_path, monkeypatch):
     """Any subset of the assets; a path that is not needed is resolved to its folder all the same."""
+    monkeypatch.setattr(cache, "check_asset", lambda folder: None)  # these are empty
     subsets = [s for n in range(5) for s in itertools.combinations(("data", "base", "expert", "labeller"), n)]
     for i, needs in enumerate(subsets):
         cfg, calls = Config(assets_dir=str(tmp_path / str(i))), []
@@ -133,16 +195,23 @@ def test_only_what_is_needed_is_built(tmp_path):
     assert cache.resolve(cfg, cache.NAMES, fake_builders(calls := [])) == resolved and calls == []  # all there
 
 
-def test_what_no_path_names_is_not_built(tmp_path):
+def test_what_no_path_names_is_not_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "check_asset", lambda folder: None)
     cfg, calls = Config(assets_dir=str(tmp_path)), []
     cfg.data.path, cfg.model.path, cfg.scorers.expert = "/data/iu", "org/model", "phantom:expert_noisy"
     resolved = cache.resolve(cfg, cache.NAMES, fake_builders(calls))
     assert (resolved.data.path, resolved.model.path) == ("/data/iu", "org/model")
     assert cfg.scorers.bert == "phantom:labeller"  # the given config stays as it is
     assert calls == ["data", "expert_noisy", "labeller"]
-    cfg.model.path = "phantom:bas"
-    with pytest.raises(ValueError, match="phantom:bas: unknown; known are phantom:data, phantom:base"):
-        cache.resolve(cfg)
+
+
+@pytest.mark.parametrize("path", ["phantom:bas", "phantom:", "phantom:..", "phantom:/etc", "phantom: base",
+                                  "phantom:base/..", "phantom:base/a/../../../x", "phantom:labeller//etc/passwd"])
+def test_a_path_that_is_none_of_the_phantoms_is_refused(path, tmp_path):
+    for table, key in (("model", "path"), ("data", "path"), ("scorers", "bert")):
+        cfg = with_field(Config(assets_dir=str(tmp_path)), f"{table}.{key}", path)
+        with pytest.raises(ValueError, match=f"^{path}: (unknown; known are phantom:data, |.* leads out of )"):
+            cache.resolve(cfg, (), {})
 
 
 def test_a_failed_build_leaves_nothing_that_looks_complete(tmp_path):
@@ -159,6 +228,15 @@ def test_an_unknown_asset_is_refused_on_the_command_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         assets.main()
     assert ended.value.code and "expert_noisy" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file\0"])
+def test_a_folder_that_cannot_be_made_ends_a_build_with_one_line(monkeypatch, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["assets", "--build", "data", "--assets-dir", str(tmp_path / place)])
+    with pytest.raises(SystemExit, match="^phantom.assets: .*(file|null byte)") as ended:
+        assets.main()
+    assert "\n" not in ended.value.code
 
 
 def test_an_impossible_world_ends_a_build_with_one_line(monkeypatch, tmp_path):

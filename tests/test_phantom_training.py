@@ -64,8 +64,8 @@ def test_word_pieces_are_the_same_each_time_and_know_every_word(tmp_path):
 
 def test_by_length_keeps_every_row():
     texts = ["a" * n for n in (5, 1, 9, 3, 7)]
-    parts = training.by_length([0, 1, 2, 3, 4], texts, 2)
-    assert sorted(sum(parts, [])) == [0, 1, 2, 3, 4] and parts[0] == [1, 3, 0]
+    assert training.by_length([0, 1, 2, 3, 4], texts) == [[1, 3], [0], [4], [2]]
+    assert training.by_length([2, 1], texts) == [[1], [2]]
 
 
 def test_batches_run_through_whole_epochs():

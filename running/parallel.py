@@ -18,27 +18,43 @@ patient = None  # the process group of the barriers
 
 
 def start(device: str, threads: int = 0) -> None:
-    """Join torchrun's process group, if there is one; all processes but the first fall silent on stdout."""
+    """Join torchrun's process group, if there is one; all processes but the first fall silent on stdout.
+
+    ValueError, one line, for a device that is not there, and for WORLD_SIZE without the rest of torchrun's variables.
+    """
+    global patient
     if threads:
         torch.set_num_threads(threads)
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    if use_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=UPDATE)
-        global patient
-        patient = dist.new_group(backend="gloo", timeout=ALONE)
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    try:
+        place, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+        if 0 < gpus <= place:
+            raise ValueError(f"process {place} of this machine has no GPU of its own, there are {gpus}")
+        if gpus:
+            torch.cuda.set_device(place)
+        if world > 1:
+            dist.init_process_group("nccl" if gpus else "gloo", timeout=UPDATE)
+            patient = dist.new_group(backend="gloo", timeout=ALONE)
+    except (ValueError, dist.DistError) as error:
+        raise ValueError(f"{error} (WORLD_SIZE is {os.environ.get('WORLD_SIZE')}): start by torchrun, a process a GPU; "
+                         "for one process alone `unset WORLD_SIZE LOCAL_RANK`") from error  # fmt: skip
+    pick_device(device)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that the config's `device` means: under `auto` this process's GPU, or the CPU where there is none."""
-    if device != "auto":
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {device}: torch sees no GPU; use --device cpu")
-        return torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device that the config's `device` means: under `auto` this process's GPU, or the CPU where there is none.
+
+    ValueError, one line, for one that torch does not know or cannot use.
+    """
+    if device == "auto":
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: {str(error).splitlines()[0][:200]}; use --device auto or cpu") from error
+    return torch.device(device)
 
 
 def rank() -> int:
@@ -74,31 +90,28 @@ def gather(value) -> list:
 
 def broadcast(make: Callable):
     """What make() gives in the first process, on every process; its ValueError or OSError likewise, so none hangs."""
-    result = None
+    result = [None]
     if rank() == 0:
         try:
-            result = make()
+            result = [make()]
         except (ValueError, OSError) as error:
-            result = error
+            result = [error]
     if dist.is_initialized():
-        shared = [result]
-        dist.broadcast_object_list(shared, group=patient)  # the first process may take hours
-        result = shared[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
+        dist.broadcast_object_list(result, group=patient)  # the first process may take hours
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 def shard(base) -> None:
     """Keep only 1/world of each decoder layer's weights in a process; a layer is put together while it computes.
 
-    LoRA weights stay whole everywhere, as they are small and train: gradients, optimizer and checkpoints are those of
-    plain data parallelism. Embeddings, vision tower and the output layer stay whole too. Call before `base.to(device)`:
-    layers go to the GPU one by one.
+    Embeddings, vision tower, output layer and LoRA weights stay whole, so gradients, optimizer and checkpoints are
+    those of plain data parallelism. Call before `base.to(device)`: layers go to the GPU one by one.
     """
     if not dist.is_initialized():
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard  # a second
 
     language_model = base.model.language_model
     inside = {p for layer in language_model.layers for name, p in layer.named_parameters() if "lora_" not in name}
@@ -111,14 +124,12 @@ def shard(base) -> None:
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Sum gradients over the processes in one flat buffer. A process without studies contributes zeros."""
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if not dist.is_initialized():
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(grad.view_as(parameter))
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(grad.view_as(parameter))
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, max_norm: float, divide_by: float = 1.0) -> float:

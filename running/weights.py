@@ -160,21 +160,25 @@ def count_weights(folder: Path, stem: str = "model") -> int:
     return total
 
 
-def check_model(folder: Path, weights: bool = True) -> None:
-    """ValueError unless `folder` has a Hugging Face configuration, a tokenizer and, where asked for, whole weights."""
+def check_model(folder: Path, stem: str = "model") -> None:
+    """ValueError unless `folder` has a configuration, tokenizer files, and whole weights called `stem` ("": elsewhere).
+    """
     require(folder, "config.json")
     require(folder, *TOKENIZERS)  # transformers would make up an empty one
     refuse(folder)
-    if weights:
-        count_weights(folder)
+    if stem:
+        count_weights(folder, stem)
 
 
 def check_open_clip(folder: Path) -> None:
-    """ValueError unless `folder` is an open_clip model; a Hugging Face text tower needs its own config.json there."""
+    """ValueError unless `folder` is a whole open_clip model; a Hugging Face text tower needs its own config.json there.
+    """
     require(folder, "open_clip_config.json")
-    require(folder, *TOKENIZERS)
+    refuse(folder)
     count_weights(folder, "open_clip_model")
     text = read_json(folder / "open_clip_config.json").get("model_cfg", {}).get("text_cfg", {})
+    if "hf_tokenizer_name" in text:
+        load_tokenizer(folder)
     if "hf_model_name" in text and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json of its text tower {text['hf_model_name']}")
 

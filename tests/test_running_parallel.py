@@ -13,6 +13,7 @@ from conftest import make_images, randomise
 
 from config import Config, ModelConfig
 from model import load_policy
+from running import parallel
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -59,6 +60,35 @@ def assert_same(got: dict, expected: dict) -> None:
     assert got["row"].keys() == expected["row"].keys()
     for name, value in expected["row"].items():
         assert got["row"][name] == pytest.approx(value, abs=1e-5), name
+
+
+WRONG = [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "4"}, {"WORLD_SIZE": "4", "RANK": "0"},
+         {"WORLD_SIZE": "2", "RANK": "x"}, {"LOCAL_RANK": "x"},
+         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", WRONG, ids=str)
+def test_variables_of_a_cluster_without_torchrun_are_one_line(monkeypatch, variables):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="start by torchrun.* `unset WORLD_SIZE LOCAL_RANK`") as caught:
+        parallel.start("cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own, there are 2 .*torchrun"):
+        parallel.start("auto")
+
+
+@pytest.mark.parametrize("device", ["junk", "", "meta", "cuda:99", "gpu", "cpu:x"])
+def test_a_device_that_cannot_be_used_is_one_line(device):
+    with pytest.raises(ValueError, match=f"^device {device}: .*; use --device auto or cpu$"):
+        parallel.start(device)
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_views_that_are_not_known_are_to_do(tmp_path):
     for i in range(3):
         Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "images" / f"CXR{i}.png")
         (tmp_path / "ecgen-radiology" / f"{i}.xml").write_text(
-            f'<eCitation><AbstractText Label="FINDINGS">Clear lungs.</AbstractText><AbstractText Label="IMPRESSION">None.'
+            '<eCitation><AbstractText Label="FINDINGS">Clear.</AbstractText><AbstractText Label="IMPRESSION">None.'
             f'</AbstractText><parentImage id="CXR{i}"/></eCitation>')  # fmt: skip
     items = preflight.check_data(Config(data=DataConfig(path=str(tmp_path), format="openi")))
     for status, _, text, _ in items:

@@ -76,9 +76,9 @@ def test_a_model_needs_configuration_tokenizer_and_where_asked_for_weights(tmp_p
         check_model(tmp_path / "none")
     for name, lacks in (("config.json", "config.json"), ("vocab.txt", "tokenizer.json or tokenizer.model")):
         with pytest.raises(ValueError, match=f"no {lacks}"):
-            check_model(tmp_path, weights=False)
+            check_model(tmp_path, stem="")
         (tmp_path / name).write_text("{}")
-    check_model(tmp_path, weights=False)
+    check_model(tmp_path, stem="")
     with pytest.raises(ValueError, match="no weights"):
         check_model(tmp_path)
     check_model(write_shards(tmp_path))
@@ -185,7 +185,7 @@ def test_a_large_vocabulary_without_its_merges_is_no_tokenizer(tmp_path):
 def test_folders_that_ask_for_code_or_are_quantised_are_refused(tmp_path, name, content, said):
     folder = tokenizer_of(tmp_path / "folder", "bert", vocab_txt="[UNK]\nno\neffusion")
     (folder / name).write_text(json.dumps({"model_type": "bert"} | content))
-    for load in (load_tokenizer, lambda folder: check_model(folder, weights=False)):
+    for load in (load_tokenizer, lambda folder: check_model(folder, stem="")):
         with pytest.raises(ValueError, match=f"{name}: '.*{said}"):
             load(folder)
     harmless = {"model_type": "bert", "auto_map": {}, "quantization_config": None, "trust_remote_code": False}

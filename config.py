@@ -21,12 +21,15 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from phantom.config import AssetsConfig, PhantomConfig
 
+if sys.flags.optimize > 1:  # every script comes through here before it loads transformers
+    sys.exit("python -OO and PYTHONOPTIMIZE=2 take away the docstrings that transformers reads: start without them")
+
 # what a value may be; pydantic checks it wherever a config comes from (`check`)
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**16)]  # of what stands in memory at once
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Trainable = Literal["language", "projector", "language+projector"]
 
@@ -249,7 +252,7 @@ def parse(cls=Config, description: str = "", argv: list[str] | None = None, defa
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     default = cls() if default is None else default
-    description = f"{description or ''}\n\n--config FILE.toml sets fields from a file; flags win over it."
+    description = f"{description}\n\n--config FILE.toml sets fields from a file; flags win over it."
     path = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
     try:
         if path is not None:

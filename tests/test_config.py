@@ -37,6 +37,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         ("[rewards]\ntau = nan\n", "rewards.tau: Input should be a finite number"),
         ("seed = 2020-01-01\n", "seed: Input should be a valid integer"),
         ("[foo]\n", "foo: Unexpected keyword argument"),
+        ("seed = " + "[" * 5000 + "]" * 5000, "recursion"),
+        ("[" + ".".join("a" * 5000) + "]\n", ""),
+        ("\x00\x01", "Invalid statement"),
         ("[grpo]\nnum_iterations = 0\nlr = -1\n", "lr: Input should be greater than 0, got -1; grpo.num_iterations: "),
     ],
 )
@@ -51,6 +54,15 @@ def test_whole_numbers_stand_for_floats_and_stages(tmp_path):
     (tmp_path / "c.toml").write_text("stage = 2\n[grpo]\nbeta = 1\n")
     cfg = parse(argv=["--config", str(tmp_path / "c.toml")])
     assert cfg.stage == "2" and cfg.grpo.beta == 1.0 and isinstance(cfg.grpo.beta, float)
+
+
+def test_a_file_of_another_encoding_is_one_line_and_a_byte_order_mark_is_nothing(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert parse(argv=["--config", str(tmp_path / "c.toml")]).seed == 3
+    for content in (b"\xff\xfes\x00e\x00", b"seed = \x80\n"):
+        (tmp_path / "c.toml").write_bytes(content)
+        with pytest.raises(SystemExit, match="^config: .*c.toml: .*codec"):
+            parse(argv=["--config", str(tmp_path / "c.toml")])
 
 
 def test_a_missing_file_is_named():
@@ -73,6 +85,14 @@ def test_a_missing_file_is_named():
         (["--stage2.steps", "-1"], "stage2.steps: .* greater than or equal to 0"),
         (["--threads", "-1"], "threads: "),
         (["--eval.bootstrap", "10000000"], "eval.bootstrap: .* less than or equal to 100000"),
+        (["--model.max-pixels", "512"], "max_pixels counts pixels, 784 a token: 512"),
+        (["--model.lora-r", "1000000000"], "model.lora_r: .* less than or equal to 65536"),
+        (["--rollout.group-size", "100000"], "rollout.group_size: .* less than or equal to 65536"),
+        (["--seed", str(2**70)], "seed: .* less than"),
+        (["--threads", "100000"], "threads: .* less than or equal to 1024"),
+        *(([flag, value], "String should match pattern") for flag, value in (
+            ("--device", "junk"), ("--device", "cuda:x"), ("--name", "../../x"), ("--name", "/tmp/x"), ("--name", ".."),
+            ("--name", "a/b"))),
         *(([flag, "0"], "greater than or equal to 1") for flag in (
             "--save-every", "--sft.micro-batch", "--grpo.micro-batch", "--eval.batch-size", "--grpo.num-iterations")),
     ],
@@ -134,6 +154,11 @@ def test_help_explains_the_fields():
     out = subprocess.run([sys.executable, "-c", "from config import parse; parse()", "--help"], cwd=ROOT,
                          capture_output=True, text=True).stdout  # fmt: skip
     assert "--grpo.lr" in out and "--config FILE.toml" in out and "DeepSeekMath" in out
+
+
+def test_python_without_docstrings_is_one_line():
+    done = subprocess.run([sys.executable, "-OO", "-c", "import config"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "start without them" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_run_has_a_name_that_torchrun_leaves_alone():

@@ -1,7 +1,9 @@
 """The loop, the run folder and the two updates, on the smallest phantom."""
 
 import json
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,6 +225,58 @@ def test_a_start_that_failed_before_its_first_update_does_not_bind_the_folder(fi
         train.train(replace(right, init_from=str(Path(cfg.run) / "nowhere" / "adapter")))
     train.train(right)
     assert (Path(cfg.run) / "stage1" / "adapter").exists()
+
+
+def started(monkeypatch, *flags) -> str:
+    """What `train.py FLAGS` ends with."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    return str(end.value)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--stage", "2"], "by --scorers.chexbert, --scorers.bert, --scorers.bertscore, "
+     "--scorers.expert, --scorers.radgraph$"),
+    (["--stage", "1", "--scorers.chexbert", "x", "--scorers.bert", "b"], "by --scorers.bertscore, --scorers.radgraph$"),
+    (["--stage", "all", "--rewards.lambda-vis", "0"], "by .*--scorers.bertscore, --scorers.radgraph$"),
+])  # fmt: skip
+def test_the_phantoms_scorers_do_not_train_on_real_reports(flags, said, tmp_path, monkeypatch):
+    """Before a weight is read or an asset is built: neither folder is there."""
+    run = ["--run", str(tmp_path / "run"), "--assets-dir", str(tmp_path / "assets"), "--device", "cpu"]
+    real = ["--data.path", str(tmp_path / "my_x_rays"), "--model.path", str(tmp_path / "my_model")]
+    end = started(monkeypatch, *run, *real, *flags)
+    assert re.search(f"^train.py: the phantom's scorers know nothing of .*my_x_rays: .* {said}", end)
+    assert not list(tmp_path.iterdir())
+    assert "my_x_rays is no folder" in started(monkeypatch, *run, *real, "--stage", "0")  # which asks no scorer
+
+
+@pytest.mark.parametrize("stage, name", [("2", "stage1"), ("1", "sft"), ("0", "base"), ("all", "eval")])
+def test_a_stage_takes_no_name_that_means_something_else(stage, name, finished):
+    with pytest.raises(ValueError, match=f"--name {name}: in a run this is the name of something else"):
+        train.train(replace(finished, stage=stage, name=name))
+
+
+def test_references_that_are_cut_are_counted_at_the_start(finished, cfg, capsys):
+    train.train(replace(cfg, stage="0", sft=replace(cfg.sft, steps=1), rollout=replace(cfg.rollout, max_new_tokens=8)))
+    first = load_studies(finished.data, "sft")[0].id
+    said = f"12 of 12 references are cut: longer than rollout.max_new_tokens = 8 (first: study {first})"
+    assert said in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(cfg, monkeypatch):
+    monkeypatch.setattr(parallel, "optimizer_step", lambda *_, **__: float("inf"))
+    with pytest.raises(ValueError, match="sft: the gradient of update 1 is not finite: lower the learning rate"):
+        train.train(replace(cfg, stage="0", save_every=1))
+    assert not (Path(cfg.run) / "sft" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_a_learning_rate_that_is_far_too_high_is_named(stage, finished, cfg):
+    wild = replace(cfg.sft, lr=1e12), replace(cfg.grpo, lr=1e12)
+    start = replace(cfg, stage="0") if stage == "0" else from_sft(finished, cfg)
+    with pytest.raises(ValueError, match="not finite: lower the learning rate"):
+        train.train(replace(start, sft=wild[0], grpo=wild[1]))
 
 
 def test_two_runs_in_one_folder_are_refused(cfg):

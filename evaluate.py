@@ -19,18 +19,18 @@ Without --config, the settings are those the run was trained with; flags win.
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from config import Config, to_dict
+from config import Config
 from data import load_studies, target_text
 from evidence.compare import compare
 from evidence.generate import generate_split
 from evidence.inputs import find_policies, read_pairs, settings
-from evidence.judge import Judge, Wanted, describe, report_rows
+from evidence.judge import Judge, Outputs, Wanted, describe
 from evidence.tables import finish, save
 from formats.images import read_image
 from model import load_policy
@@ -40,13 +40,13 @@ from rewards import OPEN, strip_tags
 from rollout import generate_reports
 from running import parallel
 from running.folder import write_text
+from scorers.load import may_judge
 
 # what many a normal report of a real collection says; says nothing about the image
 GENERIC_TEMPLATE = (
     "FINDINGS: The heart size and mediastinal contours are within normal limits. The lungs are clear. There is no "
     "focal airspace consolidation. No pleural effusion or pneumothorax. IMPRESSION: No acute cardiopulmonary disease."
 )
-Outputs = list[list[str]]  # raw outputs [study][sample]
 
 
 @dataclass
@@ -65,16 +65,18 @@ class EvalRun(Config):
 
 def evaluate(
     cfg: Config, wanted: Wanted, written: Iterable[tuple[str, Path | None, Outputs, Outputs | None]], folder: Path, *,
-    with_scorers: bool = True, tagged: bool = True, shuffled_as: str = "image shuffled", notes: Iterable[str] = (),
-) -> None:
+    without: Collection[str], tagged: bool = True, shuffled_as: str = "image shuffled", notes: Iterable[str] = (),
+) -> None:  # fmt: skip
     """Score reports, save each policy's results in `folder`, then print the table of all policies evaluated there.
 
     written: (name of the policy, its adapter, greedy outputs, sampled outputs or None), one policy after another.
-    shuffled_as, notes: what the tables say. with_scorers, tagged: see Judge.
+    shuffled_as, notes: what the tables say. without, tagged: see Judge.
     """
     first, n, shared = parallel.rank() == 0, len(wanted.ids), describe(cfg, wanted)
+    if without:
+        notes = [*notes, f"not scored for want of {', '.join(without)}: the phantom's scorers know only its reports"]
     if first:
-        judge = Judge(cfg, wanted, with_scorers, tagged)
+        judge = Judge(cfg, wanted, without, tagged)
         template = judge.score([[normal_template(wanted, cfg.data.target)]] * n, "template")
     parallel.barrier()  # loading the judge may take longer than a process waits for another inside a pass
     for name, adapter, greedy, sampled in written:  # every process writes reports, the first one scores them
@@ -85,9 +87,9 @@ def evaluate(
             if n > 1:  # a greedy report hangs on its image alone: giving it to another study swaps the images
                 stats["shuffled"] = judge.score([greedy[i] for i in derangement(n, cfg.seed)], "shuffled")
             stats["template"] = template
-            result = {"policy": name, "adapter": str(adapter or ""), "settings": shared, "shuffled_as": shuffled_as}
-            result["notes"] = [*notes, *filter(None, [judge.meteor.note])]
-            save(folder / name, result | judge.summarise(stats), report_rows(wanted, greedy, sampled), stats)
+            result = {"policy": name, "adapter": str(adapter or ""), "settings": shared, "shuffled_as": shuffled_as,
+                      "notes": [*notes, *judge.notes()]}  # fmt: skip
+            save(folder / name, result | judge.summarise(stats), judge.report_rows(greedy, sampled), stats)
         parallel.barrier()  # and so may judging
     if first:
         finish(folder, shared)
@@ -97,7 +99,8 @@ def evaluate(
 def evaluate_run(cfg: EvalRun) -> None:
     """Evaluate the chosen policies of a run on a split."""
     split, policies = cfg.split or cfg.data.test_split, find_policies(Path(cfg.run), cfg.policy)
-    cfg = resolve(cfg, ("data", "base", "labeller"))
+    without = may_judge(cfg, with_expert=False)
+    cfg = resolve(cfg, ("data", "base") if without else ("data", "base", "labeller"))
     studies = load_studies(cfg.data, split)
     labels = None if studies[0].labels is None else [study.labels for study in studies]
     wanted = Wanted(split, [study.id for study in studies], [study.report for study in studies], labels)
@@ -113,36 +116,25 @@ def evaluate_run(cfg: EvalRun) -> None:
                 sampled = generate_split(model, processor, studies, cfg, cfg.eval.samples, what)
             yield name, adapter, greedy, sampled
 
-    evaluate(cfg, wanted, written(), Path(cfg.run) / "eval" / split)
+    evaluate(cfg, wanted, written(), Path(cfg.run) / "eval" / split, without=without)
 
 
 def evaluate_predictions(cfg: EvalRun) -> None:
     """Score a file of reports; the phantom's scorers and the truth join only where the references have labels."""
     if not cfg.references:
         raise ValueError("--predictions needs --references")
-    rows, reports = read_pairs(cfg.predictions, cfg.references)
-    labels = [row.get("labels") for row in rows.values()]
-    labels = None if None in labels else labels
-    wanted = Wanted(cfg.references, list(rows), [row["report"] for row in rows.values()], labels)
-    notes, used = [], [path for name, path in to_dict(cfg)["scorers"].items() if name != "expert"]
-    with_scorers = labels is not None or not any(str(path).startswith("phantom:") for path in used)
-    if with_scorers:
-        cfg = resolve(cfg, ("labeller",))
-    else:
-        notes.append("CheXbert F1, RadGraph F1 and BERTScore need --scorers.*: the phantom's know only its reports")
-    empty = [study_id for study_id, report in zip(rows, reports, strict=True) if not report.strip()]
-    if empty:
-        notes.append(f"{cfg.predictions}: {len(empty)} empty reports, scored as they are (first: id {empty[0]})")
-    path = Path(cfg.predictions)
+    wanted, reports, notes = read_pairs(cfg.predictions, cfg.references)
+    without = may_judge(cfg, with_expert=False, on_phantom=wanted.labels is not None)
+    path, outputs = Path(cfg.predictions), [[report] for report in reports]
     evaluate(
-        cfg, wanted, [(path.stem, None, [[report] for report in reports], None)], path.with_name(f"{path.stem}_eval"),
-        with_scorers=with_scorers, notes=notes, shuffled_as="references shuffled",
+        cfg if without else resolve(cfg, ("labeller",)), wanted, [(path.stem, None, outputs, None)],
+        path.with_name(f"{path.stem}_eval"), without=without, notes=notes, shuffled_as="references shuffled",
         tagged=any(OPEN in report for report in reports),  # another system may know no tags at all
     )  # fmt: skip
 
 
 def report_image(cfg: EvalRun) -> None:
-    """Print the greedy report of one image and write it to `<run>/images/<name of the image>.txt`."""
+    """Print the greedy report of one image and write it to `<run>/images/<path of the image>.txt`."""
     image, run = read_image(cfg.image), Path(cfg.run)
     last = next((name for name in ("stage2", "stage1", "sft") if (run / name / "adapter").exists()), "")
     if not cfg.policy and not last:
@@ -152,9 +144,9 @@ def report_image(cfg: EvalRun) -> None:
         raise ValueError("--image takes one policy")
     cfg = resolve(cfg, ("base",))
     model, processor = load_policy(cfg, adapter)
-    stem = Path(cfg.image).stem
-    text = strip_tags(generate_reports(model, processor, [[image]], cfg, ids=[stem], samples=0)[0][0])
-    path = run / "images" / f"{stem}.txt"
+    text = strip_tags(generate_reports(model, processor, [[image]], cfg, ids=[cfg.image], samples=0)[0][0])
+    # its whole path, as R2Gen calls every study's first image 0.png
+    path = run / "images" / f"{str(Path(cfg.image).resolve()).lstrip('/')}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")
     print(f"{text}\n\n{name}, written to {path}. Not for clinical use.")

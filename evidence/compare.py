@@ -10,14 +10,15 @@ five seeds is rough; from one seed it says nothing about runs at all, and the ou
 """
 
 import glob
-import json
 from pathlib import Path
 from textwrap import indent
 
 import numpy as np
 
-from evidence.metrics import METRICS
-from evidence.tables import columns, draw
+from evidence.metrics import METRICS, interval, resample
+from evidence.protocols import NOTES
+from evidence.tables import columns, draw, load_stats, read_result
+from formats.files import read_jsonl
 
 RESAMPLES = 2000
 Runs = dict[int, dict[str, np.ndarray]]  # seed -> {"<row>/<family>": (n studies, k)}
@@ -27,44 +28,35 @@ def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
     """Statistics by seed of the evaluated policies that `pattern` names, and the settings they share.
 
     pattern: a stage's folder (`runs/phantom/stage2`), a run's (its stage2 is taken), or a glob of such folders.
-    ValueError for what was not evaluated, for a seed that occurs twice and for settings that differ.
+    ValueError for what was not evaluated or is damaged, for a seed that occurs twice and for settings that differ.
     """
     place = Path(pattern)
     if glob.glob(str(place / "eval" / split)):  # a whole run
         place = place / "stage2"
     found = sorted(glob.glob(str(place.parent / "eval" / split / place.name / "results.json")))
     if not found:
-        what = f"--compare: '{pattern}' has no results on split '{split}'"
-        if glob.has_magic(pattern) or not place.name:
-            raise ValueError(f"{what}: it matches no evaluated policy")
-        command = f"python evaluate.py --run {place.parent} --policy {place.name} --split {split}"
-        raise ValueError(f"{what}; first run: {command}")
+        command = f"; first run: python evaluate.py --run {place.parent} --policy {place.name} --split {split}"
+        named = place.name and not glob.has_magic(pattern)
+        raise ValueError(f"--compare: '{pattern}' has no results on split '{split}'"
+                         + (command if named else ": it matches no evaluated policy"))  # fmt: skip
     runs, shared = {}, None
     for path in map(Path, found):
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        settings = read_result(path)["settings"]
         seed = settings.pop("seed")
-        rows = path.with_name("reports.jsonl").read_text(encoding="utf-8").splitlines()
-        settings["ids"] = [json.loads(row)["id"] for row in rows]
+        settings["ids"] = [row.get("id") for row in read_jsonl(path.with_name("reports.jsonl"))]
         shared = shared or settings
         if seed in runs:
             raise ValueError(f"--compare: {pattern}: seed {seed} occurs twice ({path.parent})")
         check_alike(path, settings, found[0], shared)
-        with np.load(path.with_name("stats.npz"), allow_pickle=False) as arrays:
-            runs[seed] = dict(arrays)
+        runs[seed] = load_stats(path.with_name("stats.npz"), settings["n"])
     return runs, shared
 
 
 def check_alike(name, settings: dict, other, others: dict) -> None:
     """ValueError when two evaluations differ in what they are of, or in how they were made."""
-    for key in settings:
-        if settings[key] != others.get(key):
+    for key in settings.keys() | others.keys():
+        if settings.get(key) != others.get(key):
             raise ValueError(f"--compare: {name} was evaluated with another '{key}' than {other}")
-
-
-def resample(n: int, seeds: int, resamples: int = RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
-    """(how often each study is drawn (R, n), which seeds are drawn (R, seeds)); the same for the same arguments."""
-    rng = np.random.default_rng(0)
-    return rng.multinomial(n, np.full(n, 1 / n), size=resamples), rng.integers(seeds, size=(resamples, seeds))
 
 
 def estimate(runs: Runs, key: str, minus: Runs | None = None) -> dict | None:
@@ -79,16 +71,14 @@ def estimate(runs: Runs, key: str, minus: Runs | None = None) -> dict | None:
     key = f"{row}/{family}"
     if not all(key in r[seed] for r in compared for seed in seeds):
         return None
-    n = len(runs[seeds[0]][key])
-    draws, picks = resample(n, len(seeds))
-    draws = np.concatenate([np.ones((1, n), dtype=int), draws])  # the first "resample" is the data itself
-    each = [np.stack([function(draws @ r[seed][key]) for seed in seeds]) for r in compared]  # (S, 1 + R)
-    values = each[0] if minus is None else each[0] - each[1]
-    drawn = np.take_along_axis(values[:, 1:].T, picks, axis=1).mean(axis=1)  # (R,)
-    drawn = drawn[~np.isnan(drawn)]
-    lo, hi = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan)
+    stats, rng = {(i, seed): r[seed][key] for i, r in enumerate(compared) for seed in seeds}, np.random.default_rng(0)
+    drawn = resample(stats, RESAMPLES, rng)  # the same studies for all of them
+    picks = rng.integers(len(seeds), size=(RESAMPLES, len(seeds)))  # which seeds
+    each = {of: function(np.vstack([stats[of].sum(0), drawn[of]])) for of in stats}  # the data, then its resamples
+    values = np.stack([each[0, seed] - each[1, seed] if minus else each[0, seed] for seed in seeds])  # (S, 1 + R)
+    lo, hi = interval(np.take_along_axis(values[:, 1:].T, picks, axis=1).mean(axis=1))
     by_seed = dict(zip(seeds, values[:, 0].tolist(), strict=True))
-    return {"mean": float(values[:, 0].mean()), "lo": float(lo), "hi": float(hi), "seeds": by_seed}
+    return {"mean": float(values[:, 0].mean()), "lo": lo, "hi": hi, "seeds": by_seed}
 
 
 def spread(found: dict | None, factor: float, sign: str = "") -> str:
@@ -130,4 +120,5 @@ def difference_table(runs: Runs, base: Runs, settings: dict) -> str:
             each = [f"{column.factor * value:+.1f}" for value in found["seeds"].values()]
             body.append([column.flat, spread(found, column.factor, "+"), clear, *each])
     table = draw(["", "mean [95% interval]", "", *(f"seed {seed}" for seed in seeds)], body)
-    return indent("\n".join([*lines, table, "* the interval excludes 0"]), "  ")
+    protocol = NOTES[settings.get("eval", {}).get("protocol", "raw")]
+    return indent("\n".join([*lines, table, f"* the interval excludes 0; BLEU, ROUGE-L, METEOR {protocol}"]), "  ")

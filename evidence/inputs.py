@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from config import Config, from_recorded, parse
-from formats.files import read_jsonl
+from evidence.judge import Wanted
+from formats.files import exact_labels, read_jsonl
 
 NO_RUN = {"--config", "--predictions", "--compare", "--help", "-h"}  # with one of these, no run's settings matter
 
@@ -51,24 +52,45 @@ def find_policies(run: Path, chosen: str) -> dict[str, Path | None]:
 
 
 def read_reports(path: str) -> dict[str, dict]:
-    """{id: row} of a .jsonl of {"id", "report"}; ValueError names a missing key or a repeated id."""
+    """{id: row} of a .jsonl of {"id", "report"}; ValueError names a missing key, a repeated id or foreign labels."""
     rows = {}
     for number, row in enumerate(read_jsonl(Path(path)), 1):
-        if row.get("id") in (None, "") or not isinstance(row.get("report"), str):
-            raise ValueError(f"{path}: row {number} needs an 'id' and a text 'report'")
-        if str(row["id"]) in rows:
-            raise ValueError(f"{path}: row {number}: id {row['id']} occurs twice")
-        rows[str(row["id"])] = row
+        where = f"{path}: row {number}"
+        if row.get("id") in (None, "") or not isinstance(row.get("report", 0), str | None):
+            raise ValueError(f"{where} needs an 'id' and a text 'report'")
+        name = str(row["id"])
+        if name in rows:
+            raise ValueError(f"{where}: id {name} occurs twice")
+        report = row["report"] if (row["report"] or "").strip() else ""
+        rows[name] = {"report": report, "labels": exact_labels(row.get("labels"), where)}
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
 
 
-def read_pairs(predictions: str, references: str) -> tuple[dict[str, dict], list[str]]:
-    """(rows of the references, each one's predicted report); ValueError where one file lacks an id of the other."""
-    wanted, given = read_reports(references), read_reports(predictions)
+def read_pairs(predictions: str, references: str) -> tuple[Wanted, list[str], list[str]]:
+    """(what reports are held against, each one's predicted report, notes on rows that are less than whole).
+
+    Studies without a reference are left out. ValueError where one file lacks an id of the other.
+    """
+    wanted, given, notes = read_reports(references), read_reports(predictions), []
     for have, lack, path in ((wanted, given, predictions), (given, wanted, references)):
-        absent = [study_id for study_id in have if study_id not in lack]
+        absent = [name for name in have if name not in lack]
         if absent:
             raise ValueError(f"{path}: no row for id {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1))
-    return wanted, [given[study_id]["report"] for study_id in wanted]
+
+    def note(said: str, names: list[str], path: str) -> None:
+        if names:
+            notes.append(f"{path}: {len(names)} {said} (first: id {names[0]})")
+
+    note("empty references, left out", [name for name, row in wanted.items() if not row["report"]], references)
+    wanted = {name: row for name, row in wanted.items() if row["report"]}
+    if not wanted:
+        raise ValueError(f"{references}: every report is empty")
+    reports, labels = [given[name]["report"] for name in wanted], [row["labels"] for row in wanted.values()]
+    note("empty reports, scored as they are", [name for name in wanted if not given[name]["report"]], predictions)
+    unknown = [name for name, row in wanted.items() if row["labels"] is None]
+    if unknown and len(unknown) < len(wanted):
+        note("rows without labels, so no report is held against the exact truth", unknown, references)
+    texts = [row["report"] for row in wanted.values()]
+    return Wanted(references, list(wanted), texts, None if unknown else labels), reports, notes

@@ -1,5 +1,6 @@
 """The judge of an evaluation: holds reports against references and, on the phantom, against the exact truth."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from config import Config, to_dict
@@ -11,6 +12,9 @@ from scorers.chexbert import CHEXPERT_LABELS
 from scorers.green import load_green
 from scorers.load import load_scorers
 from scorers.ratescore import load_ratescore
+
+Outputs = list[list[str]]  # raw outputs [study][sample]
+MANY = 5000  # studies above which METEOR, a millisecond a report, leaves out the rows that need no eyes
 
 
 @dataclass
@@ -26,64 +30,74 @@ class Wanted:
 class Judge:
     """Statistics (metrics.collect's) and their summaries of one row of reports after another.
 
-    with_scorers: by CheXbert, RadGraph and BERTScore too. tagged: by the format reward too.
+    without: flags of scorers.load.may_judge. tagged: outputs carry <report> tags; else they are scored as they are.
     """
 
-    def __init__(self, cfg: Config, wanted: Wanted, with_scorers: bool = True, tagged: bool = True):
-        self.cfg, self.wanted, self.tagged, device = cfg, wanted, tagged, pick_device(cfg.device)
-        self.meteor, self.quick, self.costly = Meteor(), {}, {}
-        if with_scorers:
-            frozen = load_scorers(cfg, device, with_expert=False)
-            self.quick = {"label": frozen.label, "bertscore": frozen.bertscore, "radgraph": frozen.radgraph}
+    def __init__(self, cfg: Config, wanted: Wanted, without: Collection[str] = (), tagged: bool = True):
+        self.cfg, self.wanted, self.tagged, self.meteor = cfg, wanted, tagged, Meteor()
+        device = pick_device(cfg.device)
+        frozen = load_scorers(cfg, device, with_expert=False, without=without)
+        quick = {"label": frozen.label, "bertscore": frozen.bertscore, "radgraph": frozen.radgraph}
+        self.quick, self.costly = {name: scorer for name, scorer in quick.items() if scorer}, {}
         if cfg.eval.green:
             self.costly["green"] = load_green(cfg.eval.green, device)
         if cfg.eval.ratescore:
             self.costly["ratescore"] = load_ratescore(cfg.eval.ratescore)
 
-    def score(self, outputs: list[list[str]], row: str) -> dict:
-        """Statistics of raw outputs [study][sample] for the row greedy, sampled, shuffled or template.
+    def notes(self) -> list[str]:
+        """What the tables must say of METEOR."""
+        many = f"METEOR of the greedy reports alone, as there are more than {MANY:,} studies"
+        return [note for note in (self.meteor.note, many * (len(self.wanted.ids) > MANY)) if note]
 
-        METEOR takes a millisecond a report and leaves out the many samples; GREEN's and RaTEScore's models, hours for
-        some, judge greedy reports alone.
+    def text(self, output: str) -> str:
+        """What is scored of an output."""
+        return strip_tags(output) if self.tagged else output
+
+    def score(self, outputs: Outputs, row: str) -> dict:
+        """Statistics of outputs for the row greedy, sampled, shuffled or template.
+
+        METEOR leaves out the many samples; GREEN's and RaTEScore's models, hours for some, judge greedy reports alone.
         """
-        scorers = self.quick | (self.costly if row == "greedy" else {})
-        texts, formats = [[strip_tags(output) for output in group] for group in outputs], None
+        scorers, formats = self.quick | (self.costly if row == "greedy" else {}), None
+        if row == "greedy" or row != "sampled" and len(outputs) <= MANY:
+            scorers["meteor"] = self.meteor
         if self.tagged and row != "template":
             formats = [format_reward(group, self.cfg.rewards.required_sections) for group in outputs]
-        return metrics.collect(texts, self.wanted.references, formats=formats, labels=self.wanted.labels,
-                               meteor=None if row == "sampled" else self.meteor, **scorers)  # fmt: skip
+        texts = [[self.text(output) for output in group] for group in outputs]
+        return metrics.collect(texts, self.wanted.references, protocol=self.cfg.eval.protocol, formats=formats,
+                               labels=self.wanted.labels, **scorers)  # fmt: skip
 
     def summarise(self, stats: dict[str, dict]) -> dict[str, dict]:
-        """{row: metrics.summarise of its statistics}."""
-        resamples, seed = self.cfg.eval.bootstrap, self.cfg.seed
-        return {row: metrics.summarise(values, CHEXPERT_LABELS, resamples, seed) for row, values in stats.items()}
+        """metrics.summarise of {row: statistics}."""
+        return metrics.summarise(stats, CHEXPERT_LABELS, self.cfg.eval.bootstrap, self.cfg.seed)
+
+    def report_rows(self, greedy: Outputs, sampled: Outputs | None) -> list[dict]:
+        """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
+        rows = []
+        for i, [output] in enumerate(greedy):
+            row = {"id": self.wanted.ids[i], "reference": self.wanted.references[i], "report": self.text(output),
+                   "tagged": unwrap(output) is not None}  # fmt: skip
+            if sampled is not None:
+                row["samples"] = [self.text(sample) for sample in sampled[i]]
+            if self.wanted.labels is not None:
+                stated = reader.read_report(row["report"]).stated
+                row["labels"] = self.wanted.labels[i]
+                row["stated"] = sorted(f"{name}_{side}" if side else name for name, side in stated)
+            rows.append(row)
+        return rows
 
 
 def describe(cfg: Config, wanted: Wanted) -> dict:
     """The settings that numbers must share to stand in one table."""
     plain = to_dict(cfg)
     fields = {"data": ("path", "format", "target", "prompt", "views"), "model": ("path", "dtype", "max_pixels"),
-              "eval": ("samples", "bootstrap", "green")}  # fmt: skip
+              "eval": ("samples", "bootstrap", "green", "protocol")}  # fmt: skip
     parts = {table: {name: plain[table][name] for name in names} for table, names in fields.items()}
     parts["scorers"] = {name: value for name, value in plain["scorers"].items() if name != "expert"}  # no metric's
-    if not cfg.eval.green:
-        del parts["eval"]["green"]
+    if cfg.scorers.radgraph == "auto":
+        parts["scorers"]["radgraph"] = "rules"
+    # what older evaluations did not know is named only where it is used
+    parts["eval"] = {name: value for name, value in parts["eval"].items() if value not in ("", "raw")}
     sections = plain["rewards"]["required_sections"]  # of the format rate
     return {"split": wanted.source, "n": len(wanted.ids), "seed": cfg.seed, "rollout": plain["rollout"],
             "required_sections": sections, **parts}  # fmt: skip
-
-
-def report_rows(wanted: Wanted, greedy: list[list[str]], sampled: list[list[str]] | None) -> list[dict]:
-    """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
-    rows = []
-    for i, (study_id, reference, [output]) in enumerate(zip(wanted.ids, wanted.references, greedy, strict=True)):
-        row = {"id": study_id, "reference": reference, "report": strip_tags(output)}
-        row["tagged"] = unwrap(output) is not None
-        if sampled is not None:
-            row["samples"] = [strip_tags(sample) for sample in sampled[i]]
-        if wanted.labels is not None:
-            stated = reader.read_report(row["report"]).stated
-            row["labels"] = wanted.labels[i]
-            row["stated"] = sorted(f"{name}_{side}" if side else name for name, side in stated)
-        rows.append(row)
-    return rows

@@ -3,16 +3,20 @@
 Apart, because the score of a corpus, and of every bootstrap resample of it, is a function of the summed counts.
 """
 
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 from pycocoevalcap.meteor import meteor as package
+from tqdm import tqdm
 
 JAR = Path(package.__file__).with_name("meteor-1.5.jar")
-COMMAND = ["java", "-jar", "-Xmx2G", JAR.name, "-", "-", "-stdio", "-l", "en", "-norm"]
+COMMAND = ["java", "-XX:+UseSerialGC", "-Xmx2G", "-jar", JAR.name, "-", "-", "-stdio", "-l", "en", "-norm"]
 COUNTS = 23  # that the jar gives a pair
+LONGEST = 1000  # words of a text; the jar's memory grows with both texts' lengths, and at 5,000 it dies
+BATCH = 200  # pairs on their way: fewer than would fill the pipe with answers that nobody reads
 # its English "rank" parameters, the default; the weights are of the exact, stem, synonym and paraphrase matchers
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 WEIGHTS = np.array((1.0, 0.6, 0.8, 0.6))
@@ -42,8 +46,8 @@ def corpus_meteor(sums: np.ndarray) -> np.ndarray:
 class Meteor:
     """The jar's Java process as a function: (candidates, references) -> (m, 23) counts of the pairs.
 
-    None where there is no METEOR: no Java, or the process died of a text; `note` then says so in one line. The
-    process starts with the first texts, and anew with the next ones after it died.
+    None where there is no METEOR: no Java, or the process died; `note` then says so in one line. The process starts
+    with the first texts, and anew with the next ones after it died.
     """
 
     def __init__(self):
@@ -53,27 +57,28 @@ class Meteor:
         if shutil.which("java") is None:
             self.note = "METEOR needs Java: no `java` on PATH"
             return None
-        try:
-            counts = np.array([self.count(c, r) for c, r in zip(candidates, references, strict=True)])
-        except OSError as error:
-            self.note = f"METEOR is not available where its Java process ended ({error})"
+        if self.process is None:
+            self.process = subprocess.Popen(COMMAND, cwd=JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace")  # fmt: skip
+        lines, rows = [self.line(*pair) for pair in zip(references, candidates, strict=True)], []
+        with contextlib.suppress(BrokenPipeError):
+            for start in tqdm(range(0, len(lines), BATCH), "METEOR", delay=5, mininterval=1, leave=False):
+                batch = lines[start : start + BATCH]
+                self.process.stdin.writelines(batch)
+                self.process.stdin.flush()
+                rows += [row for _ in batch if len(row := self.process.stdout.readline().split()) == COUNTS]
+        if len(rows) < len(lines):
+            self.note = f"METEOR is not available: its Java process ended after {len(rows)} of {len(lines)} reports"
             self.process = None
             return None
+        counts = np.array(rows, float)
         whole = (counts[:, 21] == counts[:, 0]) & (counts[:, 22] == counts[:, 1]) & (counts[:, 20] == 1)
         counts[whole, 20] = 0  # as the jar does before it adds up: a perfect match in one chunk pays for none
         return counts
 
-    def count(self, candidate: str, reference: str) -> list[float]:
-        """The jar's counts of one pair; OSError when its process does not answer."""
-        if self.process is None:
-            self.process = subprocess.Popen(
-                COMMAND, cwd=JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                text=True, encoding="utf-8", bufsize=1,
-            )  # fmt: skip
-        # a pair is a line: a line break inside a text would shift every later answer
-        line = " ||| ".join(("SCORE", " ".join(reference.split()), " ".join(candidate.split())))
-        self.process.stdin.write(f"{line}\n")
-        answer = self.process.stdout.readline().split()
-        if len(answer) != COUNTS:
-            raise OSError(f"no counts for a text of {len(candidate.split())} words")
-        return [float(count) for count in answer]
+    def line(self, *texts: str) -> str:
+        """A reference and a candidate as the jar's question: one line, and its separator nowhere inside a text."""
+        words = [text.replace("|||", " ").split() for text in texts]
+        if max(map(len, words)) > LONGEST:
+            self.note = f"METEOR: of texts longer than {LONGEST:,} words the first {LONGEST:,}"
+        return " ||| ".join(("SCORE", *(" ".join(of[:LONGEST]) for of in words))) + "\n"

@@ -4,37 +4,33 @@
 studies (a study's samples already summed). `METRICS` maps each metric's name to its family and a function of the
 summed array, and `summarise` gives value and 95% interval. Resampling is always by whole study.
 
-Conventions. Tokens: lower-cased, `\\w+` runs and single punctuation marks, joined by blanks. BLEU-1..4 and ROUGE-L
-(beta 1.2) are pycocoevalcap's, the field's (corpus BLEU, unsmoothed; mean of ROUGE-L); sacrebleu and rouge-score, which
-the rewards use, give other numbers for the same text. METEOR: meteor.py. Label precision, recall and F1 are CheXbert's:
-14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a label that neither side
-states counts 0 in the macro mean, as in scikit-learn. GREEN: scorers/green.py, its mean is over the readable answers.
+Conventions. BLEU-1..4 and ROUGE-L (beta 1.2) are pycocoevalcap's, the field's (corpus BLEU, unsmoothed; mean of
+ROUGE-L), on the tokens of protocols.py; sacrebleu and rouge-score, which the rewards use, give other numbers for the
+same text. METEOR: meteor.py. Label precision, recall and F1 are CheXbert's: 14 labels or, with the suffix _5, the five
+that its paper reports; positive or uncertain = 1; a label that neither side states counts 0 in the macro mean, as in
+scikit-learn. GREEN: scorers/green.py, its mean is over the readable answers.
 RaTEScore: scorers/ratescore.py. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts.
 All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
-from pycocoevalcap.rouge.rouge import Rouge
+from tqdm import tqdm
 
 from data import Study
 from evidence.meteor import corpus_meteor
+from evidence.protocols import tokens
 from evidence.reader import truth_counts
 from rewards import format_reward, strip_tags
 
 LABELS, FIVE = list(range(14)), [1, 4, 5, 7, 9]  # all of chexbert.CHEXPERT_LABELS, the places of chexbert.FIVE
 MEASURES = ("precision", "recall", "f1")
 TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correct", "sentences", "unread")
-
-
-def tokens(text: str) -> str:
-    """Lower-cased words and single punctuation marks: "No X-ray, 1.5 cm." -> no x - ray , 1 . 5 cm ."""
-    return " ".join(re.findall(r"\w+|[^\w\s]", text.lower()))
+WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8}  # k of a family's (n, k); 2 for all others
 
 
 def bleu_stats(candidate: str, reference: str) -> list[int]:
@@ -43,9 +39,23 @@ def bleu_stats(candidate: str, reference: str) -> list[int]:
     return [*counts["correct"], *counts["guess"], counts["testlen"], *counts["reflen"]]
 
 
-def rouge_l(candidate: str, reference: str) -> float:
-    """ROUGE-L of one pair as pycocoevalcap computes it; 0 when either side is empty."""
-    return Rouge().calc_score([candidate], [reference]) if candidate and reference else 0.0
+def rouge_l(candidate: str, reference: str, beta: float = 1.2) -> float:
+    """ROUGE-L of one pair, tokens split at each blank, as pycocoevalcap computes it; 0 when either side is empty."""
+    a, b = sorted((candidate.split(" "), reference.split(" ")), key=len)
+    if not candidate or not reference:
+        return 0.0
+    # the longest common subsequence in whole rows of its table, as bits of an integer [Hyyro 2004]: pycocoevalcap's
+    # cell by cell gives the same and is a hundred times as slow
+    places, every = {}, (1 << len(a)) - 1
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    row = every
+    for word in b:
+        match = row & places.get(word, 0)
+        row = (row + match | row - match) & every
+    common = len(a) - row.bit_count()
+    precision, recall = common / len(candidate.split(" ")), common / len(reference.split(" "))
+    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision) if common else 0.0
 
 
 def label_stats(candidates: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -121,10 +131,10 @@ METRICS: dict[str, tuple[str, Callable]] = {
 
 
 def collect(
-    texts: list[list[str]], references: list[str], *,
+    texts: list[list[str]], references: list[str], *, protocol: str = "raw",
     formats: list[list[float]] | None = None, labels: list[list[str]] | None = None, label: Callable | None = None,
     meteor: Callable | None = None, green: Callable | None = None, **scorers: Callable,
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Sufficient statistics {family: (n studies, k)} of `texts` [study][sample] against one reference a study.
 
     formats [study][sample] are format rewards, labels the exact labels of each study's image. The functions take flat
@@ -135,11 +145,15 @@ def collect(
     per_study = len(texts[0])
     candidates = [text for group in texts for text in group]
     repeated = [reference for reference, group in zip(references, texts, strict=True) for _ in group]
-    words = {text: tokens(text) for text in {*candidates, *references}}
-    pairs = [(words[c], words[r]) for c, r in zip(candidates, repeated, strict=True)]
+    pairs = list(zip(candidates, repeated, strict=True))
+    distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}  # normal reports are often alike
+    at = [distinct[pair] for pair in pairs]
+    words = [tokens(*pair, protocol) for pair in distinct]
+    bar = tqdm(words, "BLEU, ROUGE-L", delay=5, mininterval=1, leave=False)
+    bleu_and_rouge = np.array([[*bleu_stats(c, r), rouge_l(c, r)] for c, r in bar], float)[at]
     flat = {
-        "bleu": [bleu_stats(c, r) for c, r in pairs],
-        "rouge_l": with_one([rouge_l(c, r) for c, r in pairs]),
+        "bleu": bleu_and_rouge[:, :10],
+        "rouge_l": with_one(bleu_and_rouge[:, 10]),
         "length": with_one([len(text.split()) for text in candidates]),
     }
     if formats is not None:
@@ -149,8 +163,8 @@ def collect(
     flat |= {family: with_one(scorer(candidates, repeated)) for family, scorer in scorers.items()}
     if green is not None:
         flat["green"] = [(s or 0.0, s is not None, s is None) for s in green(candidates, repeated)]
-    if meteor is not None and (counts := meteor(*map(list, zip(*pairs, strict=True)))) is not None:
-        flat["meteor"] = counts
+    if meteor is not None and (counts := meteor(*map(list, zip(*words, strict=True)))) is not None:
+        flat["meteor"] = counts[at]
     if labels is not None:
         found = [truth_counts(text, known) for known, group in zip(labels, texts, strict=True) for text in group]
         flat["truth"] = [[count[key] for key in TRUTH_KEYS] for count in found]
@@ -159,41 +173,53 @@ def collect(
 
 def with_one(values) -> np.ndarray:
     """(m,) values -> (m, 2) of value and 1: their sums give the mean."""
-    values = np.asarray(values, float)
-    return np.stack([values, np.ones_like(values)], axis=-1)
+    return np.stack([values, np.ones(len(values))], axis=-1)
 
 
-def bootstrap(function: Callable, stats: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval (lo, hi) of function(sums over studies), studies drawn with replacement.
+def resample(stats: dict[str, np.ndarray], resamples: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """{name: (n, k)} -> {name: (resamples, k)} sums over n studies drawn with replacement, the same ones for all names.
 
-    stats (n, k); the function maps sums (..., k) to (...). The same n, resamples and seed draw the same studies, so
-    rows on the same studies are resampled alike. Resamples whose value is NaN are left out; (NaN, NaN) without any.
+    A few draws at a time, so that memory does not grow with studies times resamples.
     """
-    n = len(stats)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # (resamples, n)
-    values = function(draws @ stats)
+    n = len(next(iter(stats.values())))
+    step, sums = max(1, 2**23 // n), {name: [] for name in stats}
+    for start in range(0, resamples, step):
+        draws = rng.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start)).astype(float)
+        for name, values in stats.items():
+            sums[name].append(draws @ values)
+    return {name: np.concatenate(parts) for name, parts in sums.items()}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% percentile interval (lo, hi) of resampled values; NaN ones are left out, (NaN, NaN) without any."""
     values = values[~np.isnan(values)]
     return tuple(np.percentile(values, (2.5, 97.5)).tolist()) if len(values) else (math.nan, math.nan)
 
 
-def summarise(stats: dict[str, np.ndarray], label_names: tuple[str, ...], resamples: int, seed: int) -> dict:
-    """{metric: {"value", "lo", "hi"}} of what `collect` gave, plus "n", "counts" (truth) and "per_label" scores."""
-    result: dict = {"n": len(stats["length"])}
-    for name, (family, function) in METRICS.items():
-        if family in stats:
-            lo, hi = bootstrap(function, stats[family], resamples, seed)
-            result[name] = {"value": float(function(stats[family].sum(0))), "lo": lo, "hi": hi}
-    if "truth" in stats:
-        result["counts"] = dict(zip(TRUTH_KEYS, stats["truth"].sum(0).astype(int).tolist(), strict=True))
-    if "green" in stats:
-        result["green"]["unread"] = int(stats["green"][:, 2].sum())
-    if "labels" in stats:
-        sums = stats["labels"].sum(0)
-        true, _, missed = np.split(sums, 3)
-        columns = [*np.nan_to_num(label_scores(sums)).tolist(), (true + missed).astype(int).tolist()]
-        rows = zip(label_names, *columns, strict=True)
-        result["per_label"] = {name: dict(zip((*MEASURES, "support"), row, strict=True)) for name, *row in rows}
-    return result
+def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ...], resamples: int, seed: int) -> dict:
+    """{row: {metric: {"value", "lo", "hi"}}} of what `collect` gave {row: statistics} on the same n studies.
+
+    Beside the metrics stand "n", "counts" (truth) and "per_label" scores. All rows are resampled alike.
+    """
+    flat = {(row, family): values for row, stats in rows.items() for family, values in stats.items()}
+    drawn = resample(flat, resamples, np.random.default_rng(seed))
+    results = {row: {"n": len(stats["length"])} for row, stats in rows.items()}
+    for row, stats in rows.items():
+        result, sums = results[row], {family: values.sum(0) for family, values in stats.items()}
+        for name, (family, function) in METRICS.items():
+            if family in stats:
+                lo, hi = interval(function(drawn[row, family]))
+                result[name] = {"value": float(function(sums[family])), "lo": lo, "hi": hi}
+        if "truth" in stats:
+            result["counts"] = dict(zip(TRUTH_KEYS, sums["truth"].astype(int).tolist(), strict=True))
+        if "green" in stats:
+            result["green"]["unread"] = int(sums["green"][2])
+        if "labels" in stats:
+            true, _, missed = np.split(sums["labels"], 3)
+            scores = [*np.nan_to_num(label_scores(sums["labels"])).tolist(), (true + missed).astype(int).tolist()]
+            named = zip(label_names, *scores, strict=True)
+            result["per_label"] = {name: dict(zip((*MEASURES, "support"), line, strict=True)) for name, *line in named}
+    return results
 
 
 def validation_row(outputs: list[list[str]], studies: list[Study], sections: tuple[str, ...]) -> dict[str, float]:

@@ -8,11 +8,13 @@ it goes, and sentences that say nothing the rules know are counted.
 
 import re
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 UNSIDED = ("cardiomegaly", "edema", "device")
 BOTH = ("left", "right")
+SIDES = (*BOTH, "both")
 
 
 class Reading(NamedTuple):
@@ -32,9 +34,12 @@ FINDINGS, DENIES = RULES["findings"], RULES["denies"]
 NOTHING_WRONG = re.compile("|".join(RULES["nothing_wrong"]))
 NEW = re.compile(rf" (?:{'|'.join(RULES['new'])})\b")
 HEART = re.compile(r"\b(?:heart|cardiac|cardio\w+|silhouette)\b")
-# a doubt is a statement here, and no change is no denial: taken out before negations are looked for
-HEDGED_DENIAL = re.compile(r"\b(?:cannot|can not|could not|not) (?:be )?(?:\w+ly )?(?:excluded|ruled out)\b")
-NO_CHANGE = re.compile(r"\b(?:no|without) (?:\w+ ){0,2}change\b|\bnot (?:\w+ )?changed\b")
+PLAINER = (  # done before the events are looked for: a doubt is a statement here, and no change is no denial
+    (re.compile(r"\b(?:cannot|can not|could not|not) (?:be )?(?:\w+ly )?(?:excluded|ruled out)\b"), "possible"),
+    (re.compile(r"\b(?:no|without) (?:\w+ ){0,2}change\b|\bnot (?:\w+ )?changed\b"), "unchanged"),
+    (re.compile(r"\bwithin normal limits\b"), "normal"),
+    (re.compile(r"\b(?:left (?:and|or) right|right (?:and|or) left)\b"), "bilateral"),
+)
 AFTER = re.compile(r"\W*(?:is |are |was |seen |noted |present )*(?:in|at|on|of|along|within) (?:a |an |the )?(?:\w+ )??"
                    r"(left|right|both|bilateral)\b")  # fmt: skip
 
@@ -47,53 +52,38 @@ def split_sentences(text: str) -> list[str]:
     return [" ".join(part.split()) for part in parts if re.search(r"\w", part)]
 
 
-def _prepare(sentence: str) -> str:
-    sentence = NO_CHANGE.sub("unchanged", HEDGED_DENIAL.sub("possible", sentence))
-    sentence = re.sub(r"\bwithin normal limits\b", "normal", sentence)
-    return re.sub(r"\b(?:left (?:and|or) right|right (?:and|or) left)\b", "bilateral", sentence)
+def look_ahead(sentence: str, events: list[tuple[str, int, int]]) -> list[tuple[bool, str | None, str | None]]:
+    """What stands behind each event: (whether a negation reaches over it, the side of a finding placed "in the left
+    ...", the side word before the next finding, comma or break). From right to left, so that the work is linear.
 
-
-def _list_goes_on(sentence: str, events, at: int) -> bool:
-    """Whether a negation reaches over the comma or "and" at events[at].
-
-    Over a comma only in a list closed by "or" ("no effusion, nodule or edema", but not "no effusion, left nodule");
-    over "and" unless something new begins ("no effusion and a small nodule").
+    A negation reaches over a comma only in a list closed by "or" ("no effusion, nodule or edema", but not "no effusion,
+    left nodule"); over "and" unless something new begins ("no effusion and a small nodule").
     """
-    name, _, end = events[at]
-    if name == "and":
-        return not NEW.match(sentence[end:])
-    for later, _, _ in events[at + 1 :]:
-        if later in ("break", "no"):
-            return False
-        if later == "or":
-            return True
-    return False
+    found, stop, later, side = [], len(sentence), None, None
+    for name, start, end in reversed(events):
+        goes_on = not NEW.match(sentence, end) if name == "and" else later == "or"
+        placed = AFTER.match(sentence, end, stop) if name in FINDINGS else None
+        found.append((goes_on, placed and placed[1].replace("bilateral", "both"), side))
+        if name in ("break", "no", "or"):
+            later = name
+        if name in SIDES:
+            side = name
+        elif name in FINDINGS or name in ("comma", "break"):
+            stop, side = start, None
+    return found[::-1]
 
 
-def _side_of(sentence: str, events, at: int, before: str | None) -> str | None:
-    """Side word of the finding at events[at]: "in the left ..." after it, else the one before, else one after it."""
-    end = events[at][2]
-    upto = next((start for name, start, _ in events[at + 1 :] if name in (*FINDINGS, "comma", "break")),
-                len(sentence))  # fmt: skip
-    placed = AFTER.match(sentence[end:upto])
-    if placed:
-        return "both" if placed.group(1) in ("both", "bilateral") else placed.group(1)
-    if before:
-        return before
-    return next((name for name, start, _ in events[at + 1 :] if name in (*BOTH, "both") and start < upto), None)
-
-
-def _read_sentence(sentence: str) -> tuple[set, set]:
+def read_sentence(sentence: str) -> tuple[set, set]:
     """The (finding, side) pairs that one prepared sentence states, and those it denies."""
-    # from left to right, not overlapping; only a heart can be "enlarged"
-    found = [m for m in EVENT.finditer(sentence) if not m.group().startswith("enlarge") or HEART.search(sentence)]
-    events = [(match.lastgroup, match.start(), match.end()) for match in found]
+    heart = HEART.search(sentence)  # only a heart can be "enlarged"
+    found = [match for match in EVENT.finditer(sentence) if heart or not match.group().startswith("enlarge")]
+    events = [(match.lastgroup, match.start(), match.end()) for match in found]  # left to right, not overlapping
     stated, denied = set(), set()
     negated, side, used, latest = False, None, False, []
-    for at, (name, _, _) in enumerate(events):
+    for (name, _, _), (goes_on, placed, following) in zip(events, look_ahead(sentence, events), strict=True):
         if name in DENIES:
             denied.update((finding, None) for finding in DENIES[name])
-        elif name in (*BOTH, "both"):
+        elif name in SIDES:
             side, used = name, False
         elif name == "no":
             negated = True
@@ -101,18 +91,19 @@ def _read_sentence(sentence: str) -> tuple[set, set]:
             stated.difference_update(latest)
             denied.update(latest)
         elif name in ("break", "comma"):
-            negated = negated and name == "comma" and _list_goes_on(sentence, events, at)
+            negated = negated and name == "comma" and goes_on
             side = None if used else side  # "on the right, an effusion": a side nobody used yet is carried on
         elif name == "and":
-            negated = negated and _list_goes_on(sentence, events, at)
+            negated = negated and goes_on
         elif name in FINDINGS:
-            place = None if name in UNSIDED else _side_of(sentence, events, at, side)
+            place = None if name in UNSIDED else placed or side or following
             latest = [(name, s) for s in (BOTH if place == "both" else [place])]
             used = used or name not in UNSIDED
             (denied if negated else stated).update(latest)
     return stated, denied
 
 
+@lru_cache(maxsize=10_000)
 def read_report(text: str) -> Reading:
     """Read a report, a caption or any other text; a repetition counts once and a hedge counts as stated.
 
@@ -121,11 +112,12 @@ def read_report(text: str) -> Reading:
     stated, denied, unread = set(), set(), 0
     sentences = split_sentences(text)
     for sentence in sentences:
-        ready = _prepare(sentence)
-        says, rejects = _read_sentence(ready)
+        for pattern, plain in PLAINER:
+            sentence = pattern.sub(plain, sentence)
+        says, rejects = read_sentence(sentence)
         stated |= says
         denied |= rejects
-        if not (says or rejects or NOTHING_WRONG.search(ready)):
+        if not (says or rejects or NOTHING_WRONG.search(sentence)):
             unread += 1
     # a finding without a side is no second one where its side is given elsewhere
     sided = {finding for finding, side in stated if side}
@@ -142,25 +134,18 @@ def truth_counts(text: str, labels: list[str]) -> dict[str, int]:
     """
     reading = read_report(text)
     true = {(finding, side or None) for finding, _, side in (label.partition("_") for label in labels)}
-    correct = hallucinated = wrong_side = 0
-    open_ = set(true)
+    hallucinated = wrong_side = 0
+    omitted = set(true)
     for finding, side in sorted(reading.stated, key=str):
         options = [(finding, side)] if side or finding in UNSIDED else [(finding, s) for s in BOTH]
-        match = next((pair for pair in options if pair in open_), None)
+        match = next((pair for pair in options if pair in omitted), None)
         if match:
-            correct += 1
-            open_.discard(match)
+            omitted.discard(match)
             continue
         hallucinated += 1
         other = (finding, "left" if side == "right" else "right")
         wrong_side += int(side is not None and other in true and other not in reading.stated)
-    return {
-        "stated": len(reading.stated),
-        "true": len(true),
-        "correct": correct,
-        "hallucinated": hallucinated,
-        "omitted": len(open_),
-        "wrong_side": wrong_side,
-        "sentences": reading.sentences,
-        "unread": reading.unread,
-    }
+    stated, correct = len(reading.stated), len(true) - len(omitted)
+    return {"stated": stated, "true": len(true), "correct": correct, "hallucinated": hallucinated,
+            "omitted": len(omitted), "wrong_side": wrong_side,
+            "sentences": reading.sentences, "unread": reading.unread}  # fmt: skip

@@ -1,19 +1,80 @@
 """The result tables: one results.json per policy in, one table over all of them out, for terminal and Markdown."""
 
+import io
 import json
-import os
 import tomllib
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tabulate
+from pydantic import BaseModel, ValidationError
 
-from evidence.metrics import MEASURES
-from running.folder import lock, write_text
+from evidence.metrics import MEASURES, WIDTHS
+from evidence.protocols import NOTES
+from formats.files import read_json
+from running.folder import lock, write_bytes, write_text
 
 tabulate.MIN_PADDING = 0  # no column is wider than what stands in it
 SHOWN = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
+
+
+class Settings(BaseModel, extra="allow"):
+    """judge.describe's, as far as they are read again."""
+
+    seed: int
+    n: int  # studies
+    split: str
+    eval: dict[str, str | int] = {}
+
+
+class Evaluated(BaseModel, extra="allow"):
+    """What --compare reads of a policy's results.json."""
+
+    settings: Settings
+
+
+Summary = dict[str, int | dict[str, float | None | dict[str, float]]]  # a row of metrics.summarise
+
+
+class Result(Evaluated):
+    """A policy's results.json, as evaluate.py makes it."""
+
+    policy: str
+    shuffled_as: str  # what the table calls the row of images, or references, given to other studies
+    notes: list[str]
+    template: Summary
+    greedy: Summary
+    sampled: Summary = {}
+    shuffled: Summary = {}
+
+
+def read_result(path: Path, kind: type[Evaluated] = Evaluated) -> dict:
+    """A policy's results.json; ValueError, one line, for one that is damaged or of another version."""
+    result = read_json(path)
+    try:
+        kind.model_validate(result, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{path}: {place}: {fault['msg']}; evaluate this policy again") from None
+    return result
+
+
+def load_stats(path: Path, n: int) -> dict[str, np.ndarray]:
+    """A policy's stats.npz, {"<row>/<family>": (n, k)}; ValueError for one that is damaged or of another version."""
+    try:
+        with zipfile.ZipFile(path):  # else np.load might take it for a pickle or a single array
+            stats = dict(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged ({error}); evaluate this policy again") from None
+    for name, values in stats.items():
+        width = WIDTHS.get(name.split("/")[-1], 2)
+        if values.shape != (n, width) or values.dtype.kind != "f":
+            raise ValueError(f"{path}: '{name}' is no {n} x {width} numbers; evaluate this policy again")
+    return stats
 
 
 @dataclass(frozen=True)
@@ -47,11 +108,11 @@ def save(folder: Path, result: dict, reports: list[dict], stats: dict[str, dict]
     results.json goes first and the new one comes last: where it is, the files belong together.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **{f"{row}/{name}": array for row in stats for name, array in stats[row].items()})
     with lock(folder.parent / ".lock", wait=True):
         (folder / "results.json").unlink(missing_ok=True)
-        with open(folder / "stats.npz.tmp", "wb") as file:
-            np.savez_compressed(file, **{f"{row}/{name}": array for row in stats for name, array in stats[row].items()})
-        os.replace(folder / "stats.npz.tmp", folder / "stats.npz")
+        write_bytes(folder / "stats.npz", arrays.getbuffer())
         # ASCII, as a report may hold U+2028 or U+0085, which splitlines() takes for the end of a row
         write_text(folder / "reports.jsonl", "".join(json.dumps(row) + "\n" for row in reports))
         write_json(folder / "results.json", result)
@@ -69,18 +130,25 @@ def finish(folder: Path, settings: dict) -> None:
     Two processes may evaluate policies of one run: one at a time is let in, and the last one finds all results.
     """
     with lock(folder / ".lock", wait=True):
-        files = sorted(folder.glob("*/results.json"), key=lambda path: (path.parent.name != "base", path.parent.name))
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-        others = [result["policy"] for result in results if result["settings"] != settings]
-        results = [result for result in results if result["policy"] not in others]
-        rows = table_rows(results)
-        notes = list(dict.fromkeys(note for result in results for note in result["notes"]))
-        notes = [*SHOWN["notes"], *notes, *unread_notes(rows)]
+        results, others, notes = [], [], list(SHOWN["notes"])
+        for path in sorted(folder.glob("*/results.json"), key=lambda path: (path.parent.name != "base", path)):
+            try:
+                result = read_result(path, Result)
+            except ValueError as error:
+                notes.append(f"not shown: {error}")
+                continue
+            if result["settings"] == settings:
+                results.append(result)
+            else:
+                others.append(result["policy"])
+        rows, protocol = table_rows(results), settings["eval"].get("protocol", "raw")
+        notes.append(f"BLEU, ROUGE-L and METEOR: pycocoevalcap's, {NOTES[protocol]}.")
+        notes += [*dict.fromkeys(note for result in results for note in result["notes"]), *unread_notes(rows)]
         if others:
             notes.append(f"not shown, evaluated with other settings: {', '.join(others)}")
         studies = f"{settings['n']} studies, {settings['split']}"
         spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
-        titles = {"main": studies, "spans": spans}
+        titles = {"main": f"{studies}; protocol {protocol}", "spans": f"{spans}; protocol {protocol}"}
         if any(column.entry(row) for column in columns("clinical") for row in rows.values()):
             titles["clinical"] = f"CheXbert labels and model-based scores, {studies}"
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})

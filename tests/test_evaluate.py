@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from PIL import Image
 import evaluate
 from config import to_dict
 from evaluate import EvalRun
-from evidence import inputs, judge, meteor, tables
+from evidence import inputs, judge, meteor, metrics, tables
 from evidence.metrics import METRICS
 from phantom.text import NORMAL_TEMPLATE
 
@@ -60,7 +62,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr("evidence.generate.generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "generate_reports", generate_reports)
     monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
-    monkeypatch.setattr(judge, "load_scorers", lambda cfg, device, with_expert: scorers)
+    monkeypatch.setattr(judge, "load_scorers", lambda cfg, device, with_expert, without: scorers)
     cfg = EvalRun(run=str(tmp_path / "run"))
     cfg.data.path, cfg.eval.batch_size, cfg.eval.samples, cfg.eval.bootstrap = str(folder), 3, 2, 30
     (tmp_path / "run/sft/adapter").mkdir(parents=True)
@@ -136,6 +138,7 @@ def test_files_of_a_policy(world, tmp_path):
     assert rows[1]["samples"] == [sections("The heart is enlarged."), "nothing"]  # stray tags are stripped
     result = read(folder / "sft/results.json")
     used = {name: value for name, value in to_dict(world)["scorers"].items() if name != "expert"}
+    used["radgraph"] = "rules"
     assert result["settings"]["scorers"] == used and result["adapter"].endswith("sft/adapter")
     text = (folder / "results.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
@@ -226,7 +229,8 @@ def test_predictions_without_any_model(tmp_path, monkeypatch, capsys):
     references = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": text} for i, text in enumerate(texts)])
     rows = [{"id": str(i), "report": text} for i, text in enumerate(texts)]
     predictions = jsonl(tmp_path / "P.jsonl", rows[::-1])
-    monkeypatch.setattr(judge, "load_scorers", None)  # calling it would fail
+    monkeypatch.setattr("scorers.load.load_chexbert", None)  # calling them would fail
+    monkeypatch.setattr("scorers.load.load_bertscore", None)
     message, out = call(monkeypatch, capsys, "--predictions", predictions, "--references", references)
     assert message is None
     rows = read(tmp_path / "P_eval/results.json")["rows"]
@@ -234,7 +238,8 @@ def test_predictions_without_any_model(tmp_path, monkeypatch, capsys):
     assert rows["P"]["greedy"]["bleu_1"]["value"] == pytest.approx(1)
     assert rows["P, references shuffled"]["greedy"]["bleu_1"]["value"] < 0.5
     assert "format_rate" not in rows["P"]["greedy"] and "sided_f1" not in rows["P"]["greedy"]
-    assert "need --scorers" in out and "sided" not in out
+    assert "RadGr." not in out and "sided" not in out
+    assert "want of --scorers.chexbert, --scorers.bert, --scorers.bertscore, --scorers.radgraph" in out
     assert (tmp_path / "P_eval/P/reports.jsonl").exists()
 
 
@@ -288,20 +293,126 @@ def test_predictions_with_green_and_ratescore(tmp_path, monkeypatch, capsys):
     assert settings["green"] == "judge" and "ratescore" not in settings  # another judge is another number
 
 
-def test_real_scorers_need_no_expert(tmp_path, monkeypatch, capsys):
-    """The expert stays the phantom's: no metric uses it, so the text scorers run."""
-    rows = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": "Clear."} for i in range(3)])
-    def ones(candidates, references):
-        return [1.0] * len(candidates)
+def ones(candidates, references):
+    return [1.0] * len(candidates)
 
-    scorers = SimpleNamespace(label=lambda texts: np.ones((len(texts), 14), bool), bertscore=ones, radgraph=ones)
+
+@pytest.mark.parametrize(
+    ("flags", "scored", "missing"),
+    [
+        (["chexbert", "bert"], {"f1_macro_5"}, "--scorers.bertscore, --scorers.radgraph:"),
+        (["bertscore"], {"bertscore"}, "--scorers.chexbert, --scorers.bert, --scorers.radgraph:"),
+        (["chexbert"], set(), "--scorers.bert, --scorers.bertscore, --scorers.radgraph:"),
+        (["chexbert", "bert", "bertscore"], {"f1_macro_5", "bertscore"}, "want of --scorers.radgraph:"),
+        (["chexbert", "bert", "bertscore", "radgraph"], {"f1_macro_5", "bertscore", "radgraph_f1"}, ""),
+    ],
+)
+def test_real_reports_are_scored_by_what_was_given(tmp_path, monkeypatch, capsys, flags, scored, missing):
+    """The phantom's scorers and rules judge none of them; what is missing is named. No metric uses the expert."""
+    rows = jsonl(tmp_path / "R.jsonl", [{"id": i, "report": "Clear."} for i in range(3)])
+    label = lambda texts: np.ones((len(texts), 14), bool)  # noqa: E731
+    monkeypatch.setattr("scorers.load.load_chexbert", lambda *args: label)
+    monkeypatch.setattr("scorers.load.load_bertscore", lambda *args: ones)
     monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: cfg)
-    monkeypatch.setattr(judge, "load_scorers", lambda cfg, device, with_expert: scorers)
-    flags = ["--scorers.chexbert", "c.pth", "--scorers.bert", "bert", "--scorers.bertscore", "bert"]
-    message, out = call(monkeypatch, capsys, "--predictions", rows, "--references", rows, *flags)
-    assert message is None and "need --scorers" not in out
+    words = [word for name in flags for word in (f"--scorers.{name}", "rules" if name == "radgraph" else "own")]
+    message, out = call(monkeypatch, capsys, "--predictions", rows, "--references", rows, *words)
+    assert message is None and missing in out and bool(missing) == ("for want of" in out)
     row = read(tmp_path / "R_eval/results.json")["rows"]["R"]["greedy"]
-    assert row["f1_macro_5"]["value"] == 1 and row["per_label"]["Edema"]["support"] == 3 == row["n"]
+    assert {"f1_macro_5", "bertscore", "radgraph_f1"} & row.keys() == scored
+    assert "f1_macro_5" not in row or row["per_label"]["Edema"]["support"] == 3 == row["n"]
+
+
+def test_a_run_on_real_data_is_judged_by_no_scorer_of_the_phantom(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data/truth.jsonl").unlink()
+    world.model.path, needed = "real/base", []
+    monkeypatch.setattr(evaluate, "resolve", lambda cfg, needs: needed.append(needs) or cfg)
+    seen = {}
+    nothing = SimpleNamespace(label=None, bertscore=None, radgraph=None)
+    monkeypatch.setattr(judge, "load_scorers", lambda *args, **named: seen.update(named) or nothing)
+    evaluate.evaluate_run(world)
+    assert needed == [("data", "base")] and "--scorers.chexbert" in seen["without"]
+    assert "for want of --scorers.chexbert, --scorers.bert, --scorers.bertscore, --scorers.radgraph:" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("labels", [["Cardiomegaly"], [0.0] * 14, "cardiomegaly", ["effusion_left", 1], {"a": 1}, 3])
+@pytest.mark.parametrize("of", ["references", "predictions"])
+def test_foreign_labels_are_refused_with_their_row(tmp_path, monkeypatch, capsys, labels, of):
+    rows = [{"id": 0, "report": "a"}, {"id": 1, "report": "a", "labels": labels}]
+    paths = {name: jsonl(tmp_path / name, rows if name == of else [{"id": i, "report": "a"} for i in range(2)])
+             for name in ("predictions", "references")}  # fmt: skip
+    message, _ = call(monkeypatch, capsys, *(word for name, path in paths.items() for word in (f"--{name}", path)))
+    assert message.startswith(f"evaluate.py: {paths[of]}: row 2: labels") and "\n" not in message
+
+
+def test_rows_that_are_less_than_whole_are_counted_and_named(tmp_path, monkeypatch, capsys):
+    """A null report scores low; a study without a reference is left out; labels of some rows are no truth."""
+    said = {"a": "Clear.", "b": None, "c": "Clear.", "d": " "}
+    wanted = {"a": "Clear.", "b": "Clear.", "c": None, "d": "Clear."}
+    predictions = jsonl(tmp_path / "P.jsonl", [{"id": k, "report": text} for k, text in said.items()])
+    rows = [{"id": k, "report": text} | ({"labels": []} if k != "d" else {}) for k, text in wanted.items()]
+    references = jsonl(tmp_path / "R.jsonl", rows)
+    message, out = call(monkeypatch, capsys, "--predictions", predictions, "--references", references)
+    assert message is None and "3 studies" in out
+    assert "P.jsonl: 2 empty reports, scored as they are (first: id b)" in out
+    assert "R.jsonl: 1 empty references, left out (first: id c)" in out
+    assert "R.jsonl: 1 rows without labels, so no report is held against the exact truth (first: id d)" in out
+    greedy = read(tmp_path / "P_eval/results.json")["rows"]["P"]["greedy"]
+    assert greedy["rouge_l"]["value"] == pytest.approx(1 / 3) and greedy["length"]["value"] == pytest.approx(1 / 3)
+
+
+def test_the_protocol_stands_on_every_table_and_keeps_others_out(tmp_path, monkeypatch, capsys):
+    reference, said = "1. Clear lungs, x-ray. 2. No effusion.", "clear lungs x-ray . no effusion ."
+    predictions = jsonl(tmp_path / "P.jsonl", [{"id": 0, "report": said}])
+    references = jsonl(tmp_path / "R.jsonl", [{"id": 0, "report": reference}])
+    flags = ["--predictions", predictions, "--references", references]
+    scores = []
+    for protocol in ("raw", "r2gen", "r2gen-mimic"):
+        message, out = call(monkeypatch, capsys, *flags, "--eval.protocol", protocol)
+        assert message is None and out.count(f"protocol {protocol}\n") == 2 and f"(--eval.protocol {protocol})" in out
+        result = read(tmp_path / "P_eval/results.json")
+        assert result["settings"]["eval"].get("protocol", "raw") == protocol
+        scores.append(result["rows"]["P"]["greedy"]["bleu_4"]["value"])
+    assert scores[0] < 0.6 and scores[1:] == pytest.approx([1, 1])
+
+
+DAMAGED = ["", "{", "[]", "{}", "[" * 5000, '{"policy": 1, "settings": {}}', '{"settings": {"n": 1}}',
+           '{"policy": "x", "settings": {"seed": 0, "n": 4, "split": "test"}, "notes": [], "shuffled_as": "", '
+           '"template": {"n": 4}, "greedy": {"bleu_4": [0.5]}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_results_of_one_policy_are_named_beside_the_others(world, tmp_path, capsys, text):
+    other = tmp_path / "run/eval/test/other/results.json"
+    other.parent.mkdir(parents=True)
+    other.write_text(text)
+    world.policy = "sft"
+    evaluate.evaluate_run(world)
+    out = capsys.readouterr().out
+    assert f"not shown: {other}" in out and "33.3 (3)" in out
+
+
+def test_many_reports_need_little_memory_and_time():
+    """Resamples of many studies are drawn a few at a time, and equal pairs are counted once."""
+    stats = {"x": np.ones((100_000, 2))}
+    tracemalloc.start()
+    drawn = metrics.resample(stats, 200, np.random.default_rng(0))["x"]
+    assert drawn.shape == (200, 2) and (drawn == 100_000).all() and tracemalloc.get_traced_memory()[1] < 400e6
+    tracemalloc.stop()
+    began = time.perf_counter()
+    texts = [f"No effusion, {i % 50} nodules." for i in range(20_000)]
+    found = metrics.collect([[text] for text in texts], texts[::-1])
+    assert found["rouge_l"].shape == (20_000, 2) and time.perf_counter() - began < 5
+
+
+def test_more_studies_leave_meteor_to_the_greedy_reports(monkeypatch):
+    monkeypatch.setattr(judge, "MANY", 2)
+    monkeypatch.setattr(meteor.Meteor, "__call__", lambda self, c, r: np.ones((len(c), 23)))
+    wanted = judge.Wanted("test", list("abc"), ["Clear."] * 3, None)
+    held = judge.Judge(EvalRun(), wanted, ["--scorers.chexbert", "--scorers.bertscore", "--scorers.radgraph"])
+    found = {row: "meteor" in held.score([["Clear."]] * 3, row) for row in ("greedy", "shuffled", "template")}
+    assert found == {"greedy": True, "shuffled": False, "template": False} and "than 2 studies" in held.notes()[0]
 
 
 def test_a_killed_save_leaves_no_results_json(tmp_path, monkeypatch):
@@ -339,7 +450,7 @@ def test_a_failing_scorer_leaves_no_results(tmp_path, monkeypatch, capsys):
         ([{"id": i, "report": "a"} for i in (0, 1, 2, 3)], "R.jsonl: no row for id 3"),
         ([{"id": 0, "report": "a"}] * 2, "P.jsonl: row 2: id 0 occurs twice"),
         ([{"id": 0}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
-        ([{"id": 0, "report": None}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
+        ([{"id": 0, "report": 7}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
         ([{"id": 0, "report": "a"}, {"report": "a"}], "P.jsonl: row 2 needs an 'id' and a text 'report'"),
         ([{"id": None, "report": "a"}], "P.jsonl: row 1 needs an 'id' and a text 'report'"),
         ([{"id": 1, "report": "a"}, {"id": "1", "report": "a"}], "P.jsonl: row 2: id 1 occurs twice"),
@@ -371,7 +482,10 @@ def test_image_writes_the_last_stage_report(world, tmp_path, monkeypatch, capsys
     image = tmp_path / "data/images/s1/0.png"
     message, out = call(monkeypatch, capsys, "--image", image, "--run", world.run)
     assert message is None and "sft, written to" in out and "Not for clinical use" in out
-    assert (tmp_path / "run/images/0.txt").read_text() == sections("The heart is enlarged.") + "\n"
+    place = tmp_path / "run/images" / f"{str(image).lstrip('/')}.txt"  # R2Gen's s0/0.png has another place
+    assert place.read_text() == sections("The heart is enlarged.") + "\n"
+    call(monkeypatch, capsys, "--image", tmp_path / "data/images/s0/0.png", "--run", world.run)
+    assert place.read_text() == sections("The heart is enlarged.") + "\n"
 
 
 def test_two_policies_of_one_name_are_refused(world, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from evidence import meteor, metrics
+from evidence import meteor, metrics, protocols
 from scorers.chexbert import CHEXPERT_LABELS, FIVE
 
 TEXTS = [
@@ -19,6 +19,15 @@ TEXTS = [
 ]
 
 
+def summarise(stats, resamples):
+    return metrics.summarise({"row": stats}, CHEXPERT_LABELS, resamples, 0)["row"]
+
+
+def bootstrap(function, stats, resamples, seed):
+    drawn = metrics.resample({"row": stats}, resamples, np.random.default_rng(seed))
+    return metrics.interval(function(drawn["row"]))
+
+
 def bleu_rows(pairs):
     return np.array([metrics.bleu_stats(c, r) for c, r in pairs], float)
 
@@ -26,8 +35,40 @@ def bleu_rows(pairs):
 # ---------------------------------------------------------------------------------------------------- text metrics
 
 
-def test_tokens():
-    assert metrics.tokens("No X-ray, 1.5 cm.\nL/R") == "no x - ray , 1 . 5 cm . l / r"
+@pytest.mark.parametrize(
+    ("candidate", "reference", "tokens"),
+    [
+        ("No X-ray, 1.5 cm.\nL/R", "Clear", ("no x - ray , 1 . 5 cm . l / r", "clear")),  # prose
+        ("no effusion .", "no effusion .  .", ("no effusion .", "no effusion .  .")),  # in tokens already
+        ("1.5 cm x-ray .", "B-lines of 1.5 cm .", ("1.5 cm x-ray .", "b-lines of 1.5 cm .")),
+        ("x-ray .", "An x-ray.", ("x - ray .", "an x - ray .")),  # one of them prose: both alike
+        ("", "a", ("", "a")),
+    ],
+)
+def test_raw_tokens(candidate, reference, tokens):
+    assert protocols.tokens(candidate, reference) == tokens
+
+
+@pytest.mark.parametrize(
+    ("report", "iu_xray", "mimic"),
+    [
+        ("Clear lungs. No effusion.", "clear lungs . no effusion .", ...),
+        ("1. XXXX's T-spine, (old). 2. B/l [x].. 3. 1.5 cm", "xxxxs t-spine old . bl x . 15 cm .", ...),
+        ("no effusion .  .", "no effusion . .", ...),
+        ("A.\nB.", "a b .", "a . b ."),  # the line break is no end of a sentence in the first
+        ("FINDINGS:  clear___  now", "findings clear now .", ...),
+        ("", ".", ...),
+    ],
+)
+def test_r2gen_cleans_both_sides(report, iu_xray, mimic):
+    assert protocols.tokens(report, report, "r2gen") == (iu_xray, iu_xray)
+    assert protocols.tokens(report, report, "r2gen-mimic") == ((iu_xray if mimic is ... else mimic),) * 2
+
+
+def test_r2gen_cuts_a_reference_one_token_before_a_candidate():
+    for protocol, length in (("r2gen", 60), ("r2gen-mimic", 100)):
+        candidate, reference = protocols.tokens("word " * 200, "word " * 200, protocol)
+        assert (len(candidate.split()), len(reference.split())) == (length, length - 1)
 
 
 def test_bleu_statistics_by_hand():
@@ -42,21 +83,23 @@ def test_rouge_by_hand():
     p, r = 2 / 3, 2 / 4
     assert metrics.rouge_l("a x b", "a b c d") == pytest.approx(2.44 * p * r / (r + 1.44 * p))
     assert metrics.rouge_l("", "") == metrics.rouge_l("", "a") == metrics.rouge_l("a", "b") == 0
+    assert metrics.rouge_l("no effusion .", "no effusion .  .") == pytest.approx(0.7176, abs=5e-5)  # 5 blank-parted
+    assert metrics.rouge_l("no effusion . .", "no effusion . .") == 1
 
 
 def test_corpus_and_pair_scores_equal_pycocoevalcap():
     bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
     rouge = pytest.importorskip("pycocoevalcap.rouge.rouge")
-    pairs = [(metrics.tokens(c), metrics.tokens(r)) for c, r in TEXTS]
+    rng = np.random.default_rng(0)
+    long = [" ".join(["a", *rng.choice(["a", "b", "c", ""], size)]) for size in (0, 7, 40, 90, 200)]  # double blanks
+    pairs = [protocols.tokens(c, r) for c, r in TEXTS] + [(c, r) for c in long for r in long]
     given = {i: [c] for i, (c, _) in enumerate(pairs)}
     wanted = {i: [r] for i, (_, r) in enumerate(pairs)}
     corpus, each = bleu.Bleu(4).compute_score(wanted, given, verbose=0)
     stats = bleu_rows(pairs)
     np.testing.assert_allclose(metrics.bleu(stats.sum(0)), corpus, atol=1e-9, rtol=0)
     np.testing.assert_allclose(metrics.bleu(stats).T, each, atol=1e-9, rtol=0)
-    np.testing.assert_allclose(
-        [metrics.rouge_l(c, r) for c, r in pairs], rouge.Rouge().compute_score(wanted, given)[1], atol=1e-9, rtol=0
-    )
+    assert [metrics.rouge_l(c, r) for c, r in pairs] == rouge.Rouge().compute_score(wanted, given)[1].tolist()
 
 
 def test_meteor_of_the_jars_statistics():
@@ -103,13 +146,19 @@ def test_a_meteor_process_that_dies_costs_meteor_alone(jar):
     scorer, texts = meteor.Meteor(), [["fine"], ["a deadly report"], ["fine"]]
     stats = metrics.collect(texts, ["one", "two", "three"], meteor=scorer)
     assert "meteor" not in stats and stats["bleu"].shape == (3, 10) and stats["length"][:, 0].tolist() == [1, 3, 1]
-    assert "text of 3 words" in scorer.note
+    assert "ended after 1 of 3 reports" in scorer.note
     stats = metrics.collect([["fine"], ["fine"]], ["one", "two"], meteor=scorer)
     assert stats["meteor"].tolist() == [list(range(23))] * 2
 
 
-def test_a_line_break_in_a_text_shifts_no_answer(jar):
-    assert meteor.Meteor()(["a\nb", "c"], ["d\ne", "f"]).shape == (2, 23)
+@pytest.mark.parametrize("odd", ["a\nb", "a ||| b", "|||", ". , ;", "", "\0", "\ud800", "\u2028\x85", "word " * 14_000])
+def test_no_text_shifts_an_answer_or_ends_the_process(jar, odd):
+    """Each pair is one short line with two texts, whatever they hold."""
+    scorer = meteor.Meteor()
+    assert scorer([odd, "c"], ["d", odd]).shape == (2, 23)
+    asked = scorer.line("d", odd)
+    assert asked.count("\n") == 1 and asked.count("|||") == 2 and len(asked.split()) <= 3 + meteor.LONGEST + 1
+    assert bool(scorer.note) == (len(odd) > 5000)
 
 
 # ------------------------------------------------------------------------------------------------------- label F1
@@ -145,7 +194,7 @@ def test_label_scores_equal_scikit_learns():
     candidates, references = rng.random((40, 14)) < 0.3, rng.random((40, 14)) < 0.2
     candidates[:, 3] = references[:, 3] = references[:, 6] = candidates[:, 11] = False  # nothing, or on one side only
     stats = {"length": np.ones((40, 2)), "labels": metrics.label_stats(candidates, references)}
-    result = metrics.summarise(stats, CHEXPERT_LABELS, 50, 0)
+    result = summarise(stats, 50)
     each = np.array(oracle(references, candidates, average=None, zero_division=0))
     found = [[row[key] for row in result["per_label"].values()] for key in ("precision", "recall", "f1", "support")]
     np.testing.assert_allclose(found, each, atol=1e-12)
@@ -170,7 +219,7 @@ def test_truth_rates_by_hand():
         "The lungs are clear.",
     ]
     stats = metrics.collect([[t] for t in texts], texts, labels=labels)
-    result = metrics.summarise(stats, CHEXPERT_LABELS, resamples=50, seed=0)
+    result = summarise(stats, 50)
     expected = {"stated": 4, "hallucinated": 3, "true": 5, "omitted": 4, "wrong_side": 1, "correct": 1, "unread": 0}
     assert {key: result["counts"][key] for key in expected} == expected
     assert result["hallucination_rate"]["value"] == pytest.approx(3 / 4)
@@ -182,7 +231,7 @@ def test_truth_rates_by_hand():
 
 def test_nothing_stated_is_nan_not_zero():
     stats = metrics.collect([["Clear."]], ["Clear."], labels=[[]])
-    result = metrics.summarise(stats, CHEXPERT_LABELS, 20, 0)
+    result = summarise(stats, 20)
     assert math.isnan(result["hallucination_rate"]["value"]) and math.isnan(result["hallucination_rate"]["lo"])
 
 
@@ -207,7 +256,7 @@ def test_samples_of_a_study_are_summed_and_functions_get_flat_lists():
     assert stats["format"].tolist() == [[1, 2], [2, 2]]
     assert stats["bertscore"].tolist() == stats["radgraph"].tolist() == [[3, 2], [4, 2]]
     assert stats["labels"][:, [0, 14, 28]].tolist() == [[1, 0, 1], [0, 1, 0]]
-    result = metrics.summarise(stats, CHEXPERT_LABELS, 100, 0)
+    result = summarise(stats, 100)
     assert result["length"]["value"] == pytest.approx(7 / 4) and result["n"] == 2
     assert result["f1_micro"]["value"] == pytest.approx(2 / (2 + 1 + 1))
     first = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
@@ -225,13 +274,13 @@ def test_bootstrap_covers_the_mean_and_is_deterministic():
     for _ in range(40):
         values = rng.normal(3.0, 1.0, 80)
         stats = np.stack([values, np.ones(80)], 1)
-        lo, hi = metrics.bootstrap(mean, stats, 300, seed=1)
+        lo, hi = bootstrap(mean, stats, 300, seed=1)
         assert lo < values.mean() < hi
         assert (hi - lo) == pytest.approx(2 * 1.96 * values.std() / math.sqrt(80), rel=0.25)
         covered += lo < 3.0 < hi
     assert 33 <= covered <= 40
-    assert metrics.bootstrap(mean, stats, 300, seed=1) == (lo, hi)
-    assert metrics.bootstrap(mean, stats, 300, seed=2) != (lo, hi)
+    assert bootstrap(mean, stats, 300, seed=1) == (lo, hi)
+    assert bootstrap(mean, stats, 300, seed=2) != (lo, hi)
 
 
 def test_bootstrap_resamples_whole_studies():
@@ -239,9 +288,17 @@ def test_bootstrap_resamples_whole_studies():
     rng = np.random.default_rng(0)
     one = np.stack([rng.normal(size=50), np.ones(50)], 1)
     function = metrics.METRICS["length"][1]
-    assert metrics.bootstrap(function, 8 * one, 200, 0) == pytest.approx(metrics.bootstrap(function, one, 200, 0))
+    assert bootstrap(function, 8 * one, 200, 0) == pytest.approx(bootstrap(function, one, 200, 0))
 
 
 def test_bootstrap_of_a_ratio_drops_empty_resamples():
     stats = np.array([[1.0, 1.0], [0.0, 0.0]])
-    assert metrics.bootstrap(metrics.METRICS["length"][1], stats, 50, 0) == (1.0, 1.0)
+    assert bootstrap(metrics.METRICS["length"][1], stats, 50, 0) == (1.0, 1.0)
+
+
+def test_resamples_drawn_in_parts_are_those_drawn_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    stats = rng.integers(0, 9, (3_000_000, 1)).astype(float)  # three at a time
+    found = metrics.resample({"x": stats}, 4, np.random.default_rng(5))["x"]
+    draws = np.random.default_rng(5).multinomial(len(stats), np.full(len(stats), 1 / len(stats)), size=4)
+    np.testing.assert_array_equal(found, draws @ stats)

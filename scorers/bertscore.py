@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel
 
-from scorers.frozen import loading, of_like_length
+from running.weights import load_tokenizer, require_finite
+from scorers.frozen import load_whole, loading, of_like_length, plain
 
 BATCH = 32  # pairs matched at a time
 
 
 def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = "cpu", baseline: str = "") -> Callable:
-    """BERTScore F1 of pairs: function(candidates, references) -> floats in [0, 1]; an empty text scores 0.
+    """BERTScore F1 of pairs: function(candidates, references) -> floats in [0, 1]; a text without a word scores 0.
 
     The encoder (Hugging Face layout, `folder` or hub name) is read at `layer`, without idf. A text longer than its
     positions is cut there: the first is reported, `function.truncated` counts them. With a `baseline` b (see
@@ -23,20 +25,21 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     The package's own `score` follows the order of a Python set of strings, which differs between processes and with it
     the last bits of a score; here its steps run in a sorted order.
     """
-    from bert_score import BERTScorer
-    from bert_score.utils import greedy_cos_idf
+    from bert_score.utils import get_model, greedy_cos_idf
 
     floor = baseline_f1(folder, layer, baseline) if baseline else 0.0
     with loading("bertscore", f"layer {layer} of {folder}", "give the folder or hub name of an encoder with tokenizer"):
-        scorer = BERTScorer(model_type=str(folder), num_layers=layer, device=str(device))
-    tokenizer, positions = scorer._tokenizer, getattr(scorer._model.config, "max_position_embeddings", 512)
-    limit = tokenizer.model_max_length = min(tokenizer.model_max_length, positions)  # 1e30 where unset, which overflows
+        tokenizer = load_tokenizer(folder, use_fast=False)  # as the package takes it
+        load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
+        model = get_model(str(folder), layer).to(device)
+        require_finite(model, folder)
+    limit = tokenizer.model_max_length = count_positions(model, tokenizer)
 
     def score(candidates: list[str], references: list[str]) -> list[float]:
-        pairs = [(c.strip(), r.strip()) for c, r in zip(candidates, references, strict=True)]
+        pairs = [(plain(c).strip(), plain(r).strip()) for c, r in zip(candidates, references, strict=True)]
         unique, found = sorted({pair for pair in pairs if all(pair)}), {}
-        states = token_states(scorer, sorted({text for pair in unique for text in pair}), device)
-        long = [text for text in states if len(text) > limit - 2]  # a token takes a character or more
+        states = token_states(model, tokenizer, sorted({text for pair in unique for text in pair}), device)
+        long = [text for text in states if len(text.encode()) > limit - 2]  # a token takes a byte or more
         cut = sum(len(tokenizer(text, verbose=False)["input_ids"]) > limit for text in long)
         if cut and not score.truncated:
             print(f"bertscore: texts longer than {limit} tokens are cut there")
@@ -52,14 +55,21 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     return score
 
 
-def token_states(scorer, texts: list[str], device) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def count_positions(model: torch.nn.Module, tokenizer) -> int:
+    """Tokens that an encoder can take: RoBERTa's numbering, for one, starts behind the padding's (512 of 514)."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions
+    padding = getattr(table, "padding_idx", None)
+    positions = getattr(model.config, "max_position_embeddings", 512) - (0 if padding is None else padding + 1)
+    return min(tokenizer.model_max_length, positions)  # the former is 1e30 where nobody set it, which overflows
+
+
+def token_states(model, tokenizer, texts: list[str], device) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Of each text the encoder's states (T, D), a mask of ones (T,), and weights (T,): 0 for the special tokens."""
     from bert_score.utils import get_bert_embedding
 
-    tokenizer, states = scorer._tokenizer, {}
-    weight = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
+    states, weight = {}, defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
     for chunk in of_like_length(texts, lambda text: len(text) // 4, device):  # letters of a token, about
-        hidden, mask, weights = get_bert_embedding(chunk, scorer._model, tokenizer, weight, device=device)
+        hidden, mask, weights = get_bert_embedding(chunk, model, tokenizer, weight, device=device)
         for text, n, *rows in zip(chunk, mask.sum(dim=1), hidden, mask, weights, strict=True):
             states[text] = tuple(row[:n] for row in rows)
     return states
@@ -86,4 +96,4 @@ def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
         value = {int(row["LAYER"]): float(row["F"]) for row in rows}[layer]
         if not value < 1:
             raise ValueError(f"F must be below 1, got {value:g}")
-    return value
+        return value

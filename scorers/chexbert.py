@@ -3,14 +3,14 @@
 Network, checkpoint layout and reading of a text are those of the `f1chexbert` package.
 """
 
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, BertModel
+from transformers import AutoConfig, BertModel
 
-from scorers.frozen import cached, loading, local_file, of_like_length
+from running.weights import load_tokenizer, require_finite
+from scorers.frozen import cached, loading, local_file, of_like_length, plain
 
 CHEXPERT_LABELS = (
     "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
@@ -42,12 +42,13 @@ def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str |
     """
     with loading("chexbert", bert_folder, "give the BERT (config, tokenizer) that the checkpoint sits on"):
         model = CheXbert(BertModel(AutoConfig.from_pretrained(bert_folder, trust_remote_code=False)))
-        tokenizer = AutoTokenizer.from_pretrained(bert_folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(bert_folder)
     with loading("chexbert", checkpoint, "give the path of chexbert.pth or hf-hub:OWNER/REPO/chexbert.pth"):
         state = torch.load(local_file(checkpoint), map_location="cpu", weights_only=True)["model_state_dict"]
         state = {name.removeprefix("module."): value for name, value in state.items()}
         state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
         model.load_state_dict(state, strict=True)
+        require_finite(model, checkpoint)
     return Labeller(model.to(device).eval().requires_grad_(False), tokenizer)
 
 
@@ -55,26 +56,27 @@ class Labeller:
     """Labels texts in CHEXPERT_LABELS' order: `labeller(texts)` gives the positives, (n, 14) bool.
 
     White space is normalised and a text cut at 512 tokens as the `f1chexbert` package does, and positive means its
-    report mode: positive or uncertain. An empty text is blank throughout, where the package asks the model about "".
+    report mode: positive or uncertain. A text without a word is blank throughout, where the package asks the model.
     Each distinct text is labelled once and remembered.
     """
 
     def __init__(self, model: CheXbert, tokenizer):
-        self.model, self.tokenizer, self.cache = model, tokenizer, OrderedDict()
+        self.model, self.tokenizer, self.cache = model, tokenizer, {}
+        tokenizer.model_max_length = min(512, model.bert.config.max_position_embeddings)
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         return np.isin(self.classes(texts), (POSITIVE, UNCERTAIN))
 
     def classes(self, texts: list[str]) -> np.ndarray:
         """CheXbert's class of each label, (n, 14) int64: 0 blank, 1 positive, 2 negative, 3 uncertain."""
-        rows = cached(self.cache, [" ".join(text.split()) for text in texts], self.classify)
+        rows = cached(self.cache, [" ".join(plain(text).split()) for text in texts], self.classify)
         return np.array(rows, dtype=np.int64).reshape(len(texts), 14)
 
     @torch.no_grad()
     def classify(self, texts: list[str]) -> list[list[int]]:
         """The 14 classes of each text, asked of the model; texts of like length share a batch."""
         device, found = self.model.linear_heads[0].weight.device, {"": [BLANK] * 14}
-        ids = {text: self.tokenizer(text, truncation=True, max_length=512)["input_ids"] for text in texts if text}
+        ids = {text: self.tokenizer(text, truncation=True)["input_ids"] for text in texts if text}
         for chunk in of_like_length(list(ids), lambda text: len(ids[text]), device):
             batch = self.tokenizer.pad({"input_ids": [ids[text] for text in chunk]}, return_tensors="pt").to(device)
             logits = self.model(batch["input_ids"], batch["attention_mask"])

@@ -5,9 +5,7 @@ Native CLIP models and BiomedCLIP's layout (timm vision tower, Hugging Face BERT
 than the text context is split into windows of whole sentences whose embeddings are averaged: nothing is cut off.
 """
 
-import json
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +14,16 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import AutoConfig
 
+from formats.files import read_json
 from rewards import image_text_similarity
-from scorers.frozen import cached, loading, local_file
+from running.weights import load_tokenizer, refuse, require_finite
+from scorers.frozen import cached, loading, local_file, plain
 
 TEXT_BATCH = 32  # windows per text forward pass; few, so that those of like length share one and little is padding
+# of tokenizer_kwargs in open_clip_config.json, which open_clip hands on to transformers; others may name code or files
+TOKENIZER_KWARGS = {"clean", "strip_sep_token", "language"}
 
 
 def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -53,24 +56,22 @@ def count_tokens(tokenizer, text: str) -> int:
     return len(tokenizer.encode(text)) + 2 if inner is None else len(inner(text, verbose=False)["input_ids"])
 
 
-def split_pieces(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """`text` where it fits, else its sentences, their words, or halves of a word, each split on until it fits."""
-    if fits(text) or len(text) == 1:
-        return [text]
-    half = len(text) // 2  # of one endless word, as a policy gone astray writes them
-    ways = re.split(r"(?<=[.!?])\s+", text), text.split(" "), (text[:half], text[half:])
-    parts = next(parts for parts in ways if len(parts) > 1)
-    return [piece for part in parts for piece in split_pieces(part, fits)]
-
-
 def split_windows(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """All of `text` in windows, each as long as `fits` allows, of whole sentences (of one too long: `split_pieces`)."""
-    whole, windows = " ".join(text.split()), []
-    for piece in split_pieces(whole, fits) if whole else []:
+    """All of `text` in windows, each as long as `fits` allows, of whole sentences.
+
+    A sentence that is too long is split into its words, a word into halves: a policy gone astray writes endless ones.
+    """
+    todo, windows = [" ".join(text.split())], []
+    while todo:
+        piece = todo.pop()
+        half = len(piece) // 2
         if windows and fits(f"{windows[-1]} {piece}"):
             windows[-1] += f" {piece}"
+        elif not half or fits(piece):
+            windows += [piece] * bool(piece)
         else:
-            windows.append(piece)
+            ways = re.split(r"(?<=[.!?])\s+", piece), piece.split(" "), (piece[:half], piece[half:])
+            todo += reversed(next(parts for parts in ways if len(parts) > 1))
     return windows
 
 
@@ -82,7 +83,7 @@ class Expert:
     preprocess: Callable[[Image.Image], torch.Tensor]
     tokenizer: Callable[[list[str]], torch.Tensor]
     device: torch.device
-    cache: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
+    cache: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def image_features(self, images: list[Image.Image], ids: list[str]) -> torch.Tensor:
@@ -100,8 +101,8 @@ class Expert:
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> torch.Tensor:
-        """Normalised text embeddings (N, D); an empty text gets a row of zeros. Duplicates are embedded once."""
-        spans, windows, context = {}, [], self.tokenizer.context_length
+        """Normalised text embeddings (N, D); a text without a word gets zeros. Duplicates are embedded once."""
+        texts, spans, windows, context = list(map(plain, texts)), {}, [], self.tokenizer.context_length
         for text in sorted(set(texts), key=lambda text: (len(text), text)):
             found = split_windows(text, lambda part: count_tokens(self.tokenizer, part) <= context)
             spans[text] = slice(len(windows), len(windows) + len(found))
@@ -119,34 +120,37 @@ class Expert:
         """
         texts = self.text_features([text for group in groups for text in group]).view(len(groups), len(groups[0]), -1)
         cosine = image_text_similarity(self.image_features(images, ids), texts).cpu()
-        return cosine.masked_fill(torch.tensor([[not text.strip() for text in group] for group in groups]), -1.0)
-
-
-def refuse_code(pairs: list[tuple]) -> dict:
-    """A JSON object as a dict; ValueError where it asks transformers to run code that comes with the weights."""
-    for key, value in pairs:
-        if key in ("trust_remote_code", "auto_map") and value:
-            raise ValueError(f"'{key}' asks to run code that comes with the weights; that is never done here")
-    return dict(pairs)
+        return cosine.masked_fill(torch.tensor([[not plain(text) for text in group] for group in groups]), -1.0)
 
 
 def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
     """Load an open_clip model from a local folder or an `hf-hub:` name, frozen and in eval mode.
 
     A Hugging Face text tower is built from the folder's own `config.json`; without that file open_clip looks its
-    `hf_model_name` up, a folder or a hub name. ValueError (one line) for what cannot be loaded or asks for remote code.
+    `hf_model_name` up, a folder or a hub name. ValueError (one line) for what cannot be loaded or asks for code.
     """
     on_hub, overrides = str(path).startswith("hf-hub:"), {}
     advice = "give an open_clip folder or an hf-hub: name"
     with loading("expert", f"open_clip_config.json of {path}", advice):
-        text = local_file(f"{path}/open_clip_config.json").read_text(encoding="utf-8")
-        text_cfg = json.loads(text, object_pairs_hook=refuse_code)["model_cfg"]["text_cfg"]
+        config = local_file(f"{path}/open_clip_config.json")
+        refuse(config.parent)
+        text_cfg = read_json(config)["model_cfg"]["text_cfg"]
+        unknown = text_cfg.get("tokenizer_kwargs", {}).keys() - TOKENIZER_KWARGS
+        if unknown:
+            raise ValueError(f"tokenizer_kwargs '{min(unknown)}' is none of {', '.join(sorted(TOKENIZER_KWARGS))}")
+        if text_cfg.get("hf_tokenizer_name"):
+            load_tokenizer(text_cfg["hf_tokenizer_name"] if on_hub else path)  # is it real, and without code?
     if "hf_model_name" in text_cfg and (Path(path) / "config.json").is_file():
         overrides["text_cfg"] = {**text_cfg, "hf_model_name": str(path), "hf_model_pretrained": False}
     elif "hf_model_name" in text_cfg and not on_hub:
         advice = f"offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
     with loading("expert", path, advice):
+        if "hf_model_name" in text_cfg and not overrides:
+            AutoConfig.from_pretrained(text_cfg["hf_model_name"], trust_remote_code=False)
         name = str(path) if on_hub else f"local-dir:{path}"
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **overrides)
-        tokenizer = open_clip.get_tokenizer(name)
-    return Expert(model.to(device).eval().requires_grad_(False), preprocess, tokenizer, torch.device(device))
+        require_finite(model, path)
+        model.to(device).eval().requires_grad_(False)
+        expert = Expert(model, preprocess, open_clip.get_tokenizer(name), torch.device(device))
+        expert.text_features(["No effusion."])  # a tokenizer with more tokens than the model shows here
+    return expert

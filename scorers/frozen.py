@@ -1,8 +1,7 @@
-"""What all frozen models here share: files by path or hub name, one-line errors, batches, and a memory of answers."""
+"""What all frozen models here share: files by path or hub name, one-line errors, texts, batches, remembered answers."""
 
 import pickle
 import tarfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 
-CACHED = 65_536  # answers kept per scorer; the one unused for longest goes first
+from running.weights import require_finite, require_placed
+
+CACHED = 65_536  # answers kept per scorer
 # what the loaders of torch, transformers, open_clip and the metrics' packages raise on files that are absent or broken
-BAD_FILES = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError,
+BAD_FILES = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
              SafetensorError, pickle.UnpicklingError, tarfile.TarError)  # fmt: skip
 
 
@@ -37,6 +38,23 @@ def local_file(name: str | Path) -> Path:
     return Path(hf_hub_download(f"{owner}/{repo}", file))
 
 
+def load_whole(kind, folder: str | Path, **settings) -> torch.nn.Module:
+    """kind.from_pretrained, frozen; ValueError unless all weights but an unused pooler's are in the files, and finite.
+
+    Where settings say device_map="meta", nothing but the weights' names is looked at.
+    """
+    model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **settings)
+    require_placed([name for name in info["missing_keys"] if "pooler" not in name], (), folder)
+    if model.device.type != "meta":
+        require_finite(model, folder)
+    return model.eval().requires_grad_(False)
+
+
+def plain(text: str) -> str:
+    """`text` as any tokenizer takes it, a lone surrogate as "?"; "" where there is no letter or digit in it."""
+    return text.encode("utf-8", "replace").decode() if any(map(str.isalnum, text)) else ""
+
+
 def of_like_length(items: list, length: Callable, device: str | torch.device) -> Iterator[list]:
     """Batches of a model's inputs, the longest first, each padded to `most` tokens at most. length(item): tokens."""
     most = 512 if torch.device(device).type == "cpu" else 16_384  # more overflow a CPU's cache, fewer starve a GPU
@@ -47,13 +65,10 @@ def of_like_length(items: list, length: Callable, device: str | torch.device) ->
         del rest[-n:]
 
 
-def cached(cache: OrderedDict, keys: list, compute: Callable[[list], list]) -> list:
+def cached(cache: dict, keys: list, compute: Callable[[list], list]) -> list:
     """The value of each key, from `cache` where known; `compute` gets the missing keys once each."""
+    if len(cache) > CACHED:
+        cache.clear()
     missing = [key for key in dict.fromkeys(keys) if key not in cache]
     cache.update(zip(missing, compute(missing), strict=True))
-    for key in keys:
-        cache.move_to_end(key)
-    values = [cache[key] for key in keys]
-    while len(cache) > CACHED:
-        cache.popitem(last=False)
-    return values
+    return [cache[key] for key in keys]

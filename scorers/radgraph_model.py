@@ -5,17 +5,22 @@ transformers 5. Here each distinct text is annotated once and remembered.
 """
 
 import json
+import re
 import tarfile
-import tempfile
-from collections import OrderedDict
+from itertools import islice
 from pathlib import Path
 
 import torch
 from radgraph import radgraph as package
 from radgraph.rewards import compute_reward
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from scorers.frozen import cached, loading, local_file
+from formats.files import read_json
+from running.folder import atomic_folder, lock
+from running.weights import load_tokenizer, require_finite
+from scorers.frozen import cached, loading, local_file, plain
+
+LONGEST = 512  # words and marks of a text that are read: time grows with their cube, to about a minute for these
 
 
 def restore_tokenizer_methods() -> None:
@@ -25,16 +30,28 @@ def restore_tokenizer_methods() -> None:
     base.build_inputs_with_special_tokens = lambda self, ids: [self.cls_token_id, *ids, self.sep_token_id]
 
 
-def unpack(archive: Path, place: Path) -> None:
-    """Unpack a model's archive to the folder `place`, all of it or nothing."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as scratch, tarfile.open(archive) as tar:
-        tar.extractall(f"{scratch}/archive", filter="data")
-        try:
-            Path(scratch, "archive").rename(place)
-        except OSError:
-            if not (place / "config.json").is_file():  # else another process was faster
-                raise
+def unpack(model_type: str, place: Path) -> None:
+    """Fetch a model's archive and unpack it to the folder `place`, all of it or nothing."""
+    archive = local_file(f"hf-hub:StanfordAIMI/RRG_scorers/{model_type}.tar.gz")
+    with lock(place.with_name(f"{model_type}.lock"), wait=True):
+        if not any(place.glob("*")):  # else another process was faster
+            with atomic_folder(place) as unfinished, tarfile.open(archive) as tar:
+                tar.extractall(unfinished, filter="data")
+
+
+def refuse_code(config: dict) -> None:
+    """ValueError where an archive's config.json could make the package run code.
+
+    AllenNLP imports and calls what a word in model.modules names, whose true settings are numbers; an encoder's folder
+    may bring code or no tokenizer.
+    """
+    found = re.findall(r'"(?:[^"\\]|\\.)*":?', json.dumps(config["model"]["modules"]))
+    words = [word for word in found if not word.endswith(":")]
+    if words:
+        raise ValueError(f"model.modules holds {words[0]}, which may name code; only numbers are taken there")
+    for table in (config["model"]["embedder"]["token_embedders"], config["dataset_reader"]["token_indexers"]):
+        AutoConfig.from_pretrained(table["bert"]["model_name"], trust_remote_code=False)
+        load_tokenizer(table["bert"]["model_name"])
 
 
 class PackageRadGraph:
@@ -52,26 +69,30 @@ class PackageRadGraph:
         advice = f"unpack {model_type}.tar.gz into it; config.json's model_name, the encoder, is a folder or a hub name"
         with loading("radgraph", place, advice):
             if not folder and not any(place.glob("*")):
-                unpack(local_file(f"hf-hub:StanfordAIMI/RRG_scorers/{model_type}.tar.gz"), place)
-            (place / "config.json").stat()  # the package would fetch an archive into an empty folder
+                unpack(model_type, place)
+            refuse_code(read_json(place / "config.json"))
             # on the CPU, where the package reads its weights with weights_only=True
             model = package.RadGraph(model_type=model_type, model_cache_dir=str(place.parent), cuda=-1)
+            require_finite(model, place)
         model.device = torch.device(device)
         self.model, self.reward_level = model.to(device).eval().requires_grad_(False), reward_level
-        self.cache = OrderedDict()
+        self.cache, self.unread = {}, 0
 
     def __call__(self, candidates: list[str], references: list[str]) -> list[float]:
         pairs = zip(self.annotations(candidates), self.annotations(references), strict=True)
         return [float(compute_reward(ours, theirs, self.reward_level)) for ours, theirs in pairs]
 
     def annotations(self, texts: list[str]) -> list[dict]:
-        """The package's annotation of each text; an empty text has no entity."""
+        """The package's annotation of each text; a text without a word has no entity."""
+        texts = [plain(text) for text in texts]
         return [json.loads(row) for row in cached(self.cache, texts, lambda new: list(map(self.annotate, new)))]
 
     @torch.no_grad()
     def annotate(self, text: str) -> str:
         """The annotation asked of the model, which reads one text at a time, as JSON: a tenth of the dict's size."""
-        found = self.model([text]) if text.strip() else {"0": {"text": "", "entities": {}}}
+        beyond = next(islice(re.finditer(r"\w+|[^\w\s]", text), LONGEST, None), None)
+        text = text[: beyond.start()] if beyond else text
+        found = self.model([text]) if text else {"0": {"text": "", "entities": {}}}
         if not found:  # the package prints and goes on
             raise ValueError(f"radgraph: the package could not annotate '{text[:80]}'")
         return json.dumps(found["0"])

@@ -1,12 +1,15 @@
 """BERTScore on a tiny random encoder, against the package."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from tiny_bert import sentences, write_bert
 
 from scorers import bertscore
@@ -85,18 +88,68 @@ def test_bertscore_baselines_of_the_package(folder, tmp_path):
         assert "\n" not in str(caught.value) and "bertscore:" in str(caught.value)
 
 
-def test_bertscore_loads_its_encoder_once(folder, monkeypatch):
-    import bert_score.scorer
-
-    calls, get_model = [], bert_score.scorer.get_model
-    monkeypatch.setattr(bert_score.scorer, "get_model", lambda *a: calls.append(a) or get_model(*a))
-    score = bertscore.load_bertscore(folder, 2)
-    score(["left"], ["right"]), score(["left"], ["right"])
-    assert len(calls) == 1
-
-
 def test_bertscore_bad_folder_is_one_line(folder, tmp_path):
     for path, layer in ((folder, 9), (tmp_path, 1)):
         with pytest.raises(ValueError, match=f"bertscore: cannot load layer {layer} of {path}") as caught:
             bertscore.load_bertscore(path, layer)
         assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_that_is_not_whole_is_refused(folder, tmp_path):
+    """A tensor that is not there would be filled at random, a NaN would score 0; a pooler is never asked."""
+    state = load_file(folder / "model.safetensors")
+    query, word = "encoder.layer.1.attention.self.query.weight", "embeddings.word_embeddings.weight"
+    cases = [({k: v for k, v in state.items() if k != query}, query),
+             ({f"other.{k}": v for k, v in state.items()}, "embeddings"),
+             (state | {word: state[word].index_fill(0, torch.tensor([7]), torch.nan)}, f"{word} holds NaN"),
+             (state | {query: state[query] * torch.inf}, f"{query} holds NaN or inf")]  # fmt: skip
+    shutil.copytree(folder, tmp_path / "bert")
+    for tensors, message in cases:
+        save_file(tensors, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"bertscore: .*{message}") as caught:
+            bertscore.load_bertscore(tmp_path / "bert", 2)
+        assert "\n" not in str(caught.value)
+    bare = {k: v for k, v in state.items() if "pooler" not in k}
+    bare |= {"lm_head.bias": torch.ones(3)}
+    save_file(bare, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    ours, theirs = (bertscore.load_bertscore(place, 2) for place in (tmp_path / "bert", folder))
+    assert ours(sentences(6), sentences(6, seed=1)) == theirs(sentences(6), sentences(6, seed=1))
+
+
+@pytest.mark.parametrize("files", [
+    {"vocab.txt": None, "tokenizer.json": None}, {"tokenizer.json": b"", "vocab.txt": b""},
+    {"tokenizer.json": b"version https://git-lfs.github.com/spec/v1\n"}])  # fmt: skip
+def test_a_made_up_tokenizer_is_refused(folder, tmp_path, files):
+    shutil.copytree(folder, tmp_path / "bert")
+    for name, content in files.items():
+        (tmp_path / "bert" / name).unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "bert" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="bertscore: cannot load ") as caught:
+        bertscore.load_bertscore(tmp_path / "bert", 2)
+    assert "\n" not in str(caught.value)
+
+
+POSITIONS = {  # name of an encoder: (tokens that it takes, its settings)
+    "Bert": (30, {}),
+    "Roberta": (28, {"pad_token_id": 1}),  # numbered from behind the padding's position
+    "Deberta": (30, {"relative_attention": True, "pos_att_type": ["c2p"], "position_biased_input": False}),
+    "ModernBert": (30, {"pad_token_id": 0, "cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_text_longer_than_the_positions_is_cut(tmp_path, kind):
+    limit, settings = POSITIONS[kind]
+    write_bert(tmp_path)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=30, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    score = bertscore.load_bertscore(tmp_path, 2)
+    words = ["left"] * (limit - 2)
+    assert score([" ".join(words)], ["right"])[0] >= 0 and score.truncated == 0
+    assert score([" ".join([*words, "clear"])], [" ".join(words)]) == pytest.approx([1], abs=1e-5)
+    assert score.truncated == 1

@@ -1,7 +1,5 @@
 """What the frozen models share: batches and their memory."""
 
-from collections import OrderedDict
-
 from scorers import frozen
 
 
@@ -15,8 +13,13 @@ def test_batches_stay_within_a_cpus_cache():
 
 def test_cache_is_bounded(monkeypatch):
     monkeypatch.setattr(frozen, "CACHED", 3)
-    cache, seen = OrderedDict(), []
+    cache, seen = {}, []
     for text in ("a", "b", "a", "c", "d", "a", "b"):
         frozen.cached(cache, [text], lambda new: [seen.append(t) or t.upper() for t in new])
-    assert list(cache) == ["d", "a", "b"] and seen == ["a", "b", "c", "d", "b"]  # "a" was used, so "b" had to go
+    assert list(cache) == ["a", "b"] and seen == ["a", "b", "c", "d", "a", "b"]  # full with "d", so emptied
     assert frozen.cached(cache, ["x", "y", "z", "w", "x"], lambda new: [t.upper() for t in new]) == list("XYZWX")
+
+
+def test_what_every_tokenizer_takes():
+    texts = ["No effusion.", " T5 \n", "\ud800 edema", "\x00a", "", " \n", "...", "\U0001f600", "\ud83d", "\x00", "___"]
+    assert [frozen.plain(text) for text in texts] == ["No effusion.", " T5 \n", "? edema", "\x00a", *[""] * 7]

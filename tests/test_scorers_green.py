@@ -113,7 +113,7 @@ def test_a_tiny_judge_answers_and_what_cannot_be_read_is_counted(judge):
     assert score(candidates, references) == [None] * 3  # random weights write no counts
     stats = metrics.collect([[c] for c in candidates], references, green=score)
     assert stats["green"].tolist() == [[0, 0, 1]] * 3
-    summary = metrics.summarise(stats, (), 20, 0)
+    summary = metrics.summarise({"row": stats}, (), 20, 0)["row"]
     assert summary["green"]["unread"] == 3 and summary["green"]["value"] != summary["green"]["value"]  # NaN, not 0
 
 

@@ -47,7 +47,7 @@ def test_scores_come_back_in_order_and_texts_without_a_sentence_score_0(python):
     references = ["left effusion", "clear", candidates[2], "clear lungs", "left effusion"]
     assert score(candidates, references) == [1.0, 0.0, 1.0, 0.0, 0.5]
     stats = metrics.collect([[c] for c in candidates], references, ratescore=score)
-    assert metrics.summarise(stats, (), 20, 0)["ratescore"]["value"] == pytest.approx(0.5)
+    assert metrics.summarise({"row": stats}, (), 20, 0)["row"]["ratescore"]["value"] == pytest.approx(0.5)
 
 
 def test_by_hand_from_any_folder(python, tmp_path):

@@ -55,8 +55,7 @@ class DataConfig:
 class ModelConfig:
     # folder or hub name of the base: LLaVA in Hugging Face layout, LLaVA-Med v1.5, Qwen2.5-VL [paper: LLaVA-Med v1.5]
     path: str = "phantom:base"
-    # Qwen2.5-VL: pixels to which larger images are scaled down, 784 a token: try 401408 (512 tokens); 0 = as the folder
-    # says, usually 12.8 million [ours]
+    # Qwen2.5-VL: pixels to which larger images are scaled down, 784 a token; 0 = the folder's 12.8 million or so [ours]
     max_pixels: Count = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; LoRA and log-probs are float32 [ours]
     # compute each layer again in the backward pass: a third more time, far less memory, the same gradient [TRL's flag]
@@ -69,8 +68,7 @@ class ModelConfig:
 @dataclass
 class RolloutConfig:
     group_size: Annotated[Size, Field(ge=2)] = 8  # G, candidate reports per study [TRL's default; not in the paper]
-    # softmax temperature of sampling and of every log-prob in the loss [TRL; not in the paper]
-    temperature: Positive = 1.0
+    temperature: Positive = 1.0  # of sampling and of every log-prob in the loss [TRL; not in the paper]
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # nucleus mass kept when sampling, 1 = off [TRL; not in the paper]
     top_k: Count = 0  # number of most likely tokens kept when sampling, 0 = off [TRL; not in the paper]
     min_new_tokens: Count = 4  # tokens before the end-of-sequence token is allowed [ours; not in the paper]
@@ -89,11 +87,9 @@ class RewardConfig:
     lambda_format: Weight = 0.5  # weight of the format reward, added after Eq. 8's mix [ours; not in the paper]
     # headers that must stand exactly once inside the tags for the format reward; empty = tags only [ours]
     required_sections: tuple[str, ...] = ("FINDINGS", "IMPRESSION")
-    # Eq. 7 as printed (literal) or softened (soft): why, see rewards.rank_reward [paper: literal]
-    rank: Literal["soft", "literal"] = "soft"
+    rank: Literal["soft", "literal"] = "soft"  # Eq. 7 as printed or softened: rewards.rank_reward [paper: literal]
     tau: Positive = 0.03  # temperature of the soft rank, in cosine-similarity units [ours]
-    # Eq. 8 mixes R_text as it is (raw) or ranked to [0, 1] like r_vis (ranked) [paper: raw]
-    mix: Literal["raw", "ranked"] = "raw"
+    mix: Literal["raw", "ranked"] = "raw"  # Eq. 8 mixes R_text as it is, or ranked to [0, 1] like r_vis [paper: raw]
 
 
 @dataclass
@@ -103,19 +99,15 @@ class ScorerConfig:
     expert: str = "phantom:expert"
     # checkpoint in CheXbert's format: path, or hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth [Smit et al. 2020]
     chexbert: str = "phantom:labeller/chexbert.pth"
-    # its BERT (config, tokenizer): folder or hub name; the published one's: bert-base-uncased [Smit et al. 2020]
-    bert: str = "phantom:labeller"
+    bert: str = "phantom:labeller"  # its BERT, folder or hub name: bert-base-uncased, mostly [Smit et al. 2020]
     bertscore: str = "phantom:labeller"  # folder or hub name of BERTScore's encoder [ours]
     bertscore_layer: AtLeastOne = 2  # encoder layer whose states BERTScore compares [ours]
-    # rescales BERTScore to (F - b) / (1 - b), at least 0: a baseline file, or `package` for bert-score's own one of a
-    # hub name; empty = no rescaling [bert-score]
+    # BERTScore as (F - b) / (1 - b), at least 0: b's file, or `package`: bert-score's for a hub name [bert-score]
     bertscore_baseline: str = ""
-    # the `radgraph` package's model, or `rules`: scorers/radgraph_rules.py's, enough for the phantom's English; auto =
-    # the rules there, none on real reports [ours]
+    # the `radgraph` package's model, or `rules` for the phantom's English; auto: these there, else none [ours]
     radgraph: Literal["auto", "rules", "radgraph", "radgraph-xl", "modern-radgraph-xl"] = "auto"
-    # folder with the package's unpacked archive in <model type>/; empty = the package's cache, from the hub [radgraph]
-    radgraph_dir: str = ""
-    # what has to agree: entities, with whether they have a relation, or with the relations [ours]
+    radgraph_dir: str = ""  # folder of its unpacked archive, in <model type>/; empty = the package's cache [radgraph]
+    # entities agree alone, with whether they have a relation, or with the relations [ours]
     radgraph_level: Literal["simple", "partial", "complete"] = "partial"
 
 
@@ -156,15 +148,13 @@ class EvalConfig:
     batch_size: Size = 64  # studies decoded together [ours]
     samples: Annotated[Count, Field(le=2**16)] = 4  # sampled reports per study beside the greedy one; 0 = none [ours]
     val_studies: AtLeastOne = 128  # studies of the validation split in the passes during training (val_every) [ours]
-    # tokens of BLEU, ROUGE-L and METEOR: of whole texts, or of texts cleaned and cut as by R2Gen for IU X-Ray or for
-    # MIMIC-CXR (evidence/protocols.py) [R2Gen]
+    # BLEU, ROUGE-L, METEOR on whole texts, or cleaned and cut for IU X-Ray or MIMIC-CXR (evidence/protocols.py) [R2Gen]
     protocol: Literal["raw", "r2gen", "r2gen-mimic"] = "raw"
     bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 1000  # resamples of the studies for the 95% intervals [ours]
     # GREEN's judge, folder or hub name, e.g. StanfordAIMI/GREEN-radllama2-7b; empty = no GREEN [Ostmeier et al. 2024]
     green: str = ""
     ratescore: str = ""  # Python of an environment with RaTEScore; empty = no RaTEScore [Zhao et al. 2024]
-    # percent: sided F1 on the validation split that the demo's SFT policy must reach before RL starts, 0 = no gate:
-    # Stage 2 was seen to hurt a policy that hardly looks at the image [ours]
+    # sided F1 (percent) that the demo's SFT policy must reach before RL, which hurts one that hardly looks [ours]
     gate: Annotated[float, Field(ge=0, le=100)] = 57.0
 
 
@@ -178,10 +168,8 @@ class Config:
     run: Annotated[str, tyro.conf.arg(aliases=("--run-dir",))] = "runs/phantom"
     # folder of this stage in the run, for branches off one predecessor; empty = sft, stage1 or stage2 [ours]
     name: Annotated[str, Field(pattern=r"^([\w-][\w.-]*)?$")] = ""
-    # start --stage 0, 1 or 2 from this adapter (or stage) folder instead of the predecessor's [ours]
-    init_from: str = ""
-    # adapter (or stage) folder of the KL's reference policy; empty = the run's own sft [paper: the SFT policy]
-    reference: str = ""
+    init_from: str = ""  # adapter (or stage) folder that --stage 0, 1 or 2 starts from, not the predecessor's [ours]
+    reference: str = ""  # adapter (or stage) folder of the KL's reference policy; empty = sft [paper: the SFT policy]
     seed: Count = 0  # seed of everything: data order, sampling, initial LoRA weights [ours]
     assets_seed: Count = 0  # seed of the phantom's data and models, apart from `seed`: runs share them [ours]
     assets_dir: str = "assets"  # cache of the phantom's data set and models, one folder per setting [ours]
@@ -191,8 +179,7 @@ class Config:
     threads: Annotated[Count, Field(le=1024)] = 1  # CPU threads per process, 0 = torch's choice [ours]
     save_every: AtLeastOne = 20  # updates between checkpoints [ours]
     sample_every: AtLeastOne = 20  # updates between groups written to samples.jsonl with their rewards [ours]
-    # updates between greedy passes over eval.val_studies of data.val_split, logged as val/*; 0 = never [ours]
-    val_every: Count = 0
+    val_every: Count = 0  # updates between greedy passes over eval.val_studies, logged as val/*; 0 = never [ours]
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -252,13 +239,12 @@ def parse(cls=Config, description: str = "", argv: list[str] | None = None, defa
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     default = cls() if default is None else default
-    description = f"{description}\n\n--config FILE.toml sets fields from a file; flags win over it."
+    description += "\n\n--config FILE.toml sets fields from a file; flags win over it."
     path = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
     try:
         if path is not None:
             word, _, file = argv.pop(path).partition("=")
-            file = file or (argv.pop(path) if path < len(argv) else "")
-            default = load_toml(file, default)
+            default = load_toml(file or (argv.pop(path) if path < len(argv) else ""), default)
         return check(tyro.cli(cls, args=argv, default=default, description=description))
     except ValueError as error:
         sys.exit(f"config: {error}")
@@ -271,10 +257,8 @@ def load_toml(path: str, default: Config) -> Config:
         if type(values.get("stage")) is int:
             values["stage"] = str(values["stage"])  # `stage = 2` means "2"
         return merge(default, flatten(values))
-    except OSError as error:
-        raise ValueError(f"{path or '--config needs a file'}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also TOML's own and the encoding's; tables in tables without end
-        raise ValueError(f"{path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # the last: tables in tables without end
+        raise ValueError(f"{path or '--config needs a file'}: {getattr(error, 'strerror', error)}") from None
 
 
 def check(config: Config) -> Config:

@@ -7,10 +7,9 @@
     loss         activations, keys, values, masks and logits that one micro-batch keeps for its backward pass
     margin       CUDA context, vision tower, fragmentation: a flat guess
 
-Sampling and loss never overlap, so a stage needs the larger of the two beside the rest. tests/test_running_memory.py
-holds the activations' formula against what autograd really keeps of a small model on the CPU. Nothing here was measured
-on a GPU: the sums assume an attention kernel that keeps no attention matrix, images of the largest size and reports of
-the full length, so real runs should stay below them.
+Sampling and loss never overlap: a stage needs the larger of the two beside the rest. The activations' formula is held
+against what autograd keeps of a small model on the CPU; nothing was measured on a GPU. The sums assume an attention
+kernel that keeps no attention matrix, images of the largest size and reports of the full length: real runs stay below.
 """
 
 import tomllib
@@ -56,27 +55,28 @@ def read_shape(folder: Path, parameters: int, pixels: int = 0) -> Shape:
     Raises ValueError for another family, KeyError for a config without a needed key.
     """
     raw = read_json(folder / "config.json")
-    family = raw.get("model_type")  # llava_mistral is unknown to transformers
-    config = MistralConfig(**raw) if family == "llava_mistral" else AutoConfig.from_pretrained(folder)
-    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
-    if family == "llava_mistral":
+    family = raw.get("model_type")
+    if family == "llava_mistral":  # unknown to transformers
+        config = MistralConfig(**raw)
         wide, tokens = raw["mm_hidden_size"], 576  # CLIP ViT-L/14-336 sees 24 x 24 patches
-    elif family == "llava":
+    else:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        vision = getattr(config, "vision_config", None)
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    if family == "llava":
         wide, tokens = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     elif family == "qwen2_5_vl":
         path, side = folder / "preprocessor_config.json", vision.spatial_merge_size  # side x side patches are a token
         settings = read_json(path) if path.is_file() else {}
         most = pixels or settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge") or 12_845_056
         wide, tokens = vision.hidden_size * side**2, most // (vision.patch_size * side) ** 2
-    else:
+    elif family != "llava_mistral":
         raise ValueError(f"{folder / 'config.json'}: no estimate for model_type '{family}'")
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    head = getattr(text, "head_dim", None) or hidden // heads
-    middle = wide if family == "qwen2_5_vl" else hidden
-    return Shape(
-        parameters, text.num_hidden_layers, hidden, text.intermediate_size, heads * head,
-        text.num_key_value_heads * head, text.vocab_size, tokens, [[wide, middle], [middle, hidden]],
-    )  # fmt: skip
+    head, middle = getattr(text, "head_dim", None) or hidden // heads, wide if family == "qwen2_5_vl" else hidden
+    query, key, projector = heads * head, text.num_key_value_heads * head, [[wide, middle], [middle, hidden]]
+    return Shape(parameters, text.num_hidden_layers, hidden, text.intermediate_size, query, key, text.vocab_size,
+                 tokens, projector)  # fmt: skip
 
 
 def lora_parameters(shape: Shape, r: int, parts: str = "language+projector") -> int:
@@ -127,12 +127,11 @@ def loss_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int,
 def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, float]:
     """Bytes of each part of a stage on one GPU (one process), and their `total`; scorers: bytes of their files."""
     itemsize, r = ITEMSIZE[cfg.model.dtype], cfg.model.lora_r
-    trains = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable
+    trains = (cfg.sft, cfg.stage1, cfg.stage2)[stage].trainable
     prefix = cfg.data.views * shape.image_tokens + PROMPT_TOKENS  # P
     length, group = cfg.rollout.max_new_tokens, cfg.rollout.group_size  # T, G
-    settings = cfg.grpo if stage else cfg.sft
+    settings, together = (cfg.grpo, cfg.grpo.micro_group or group) if stage else (cfg.sft, 1)
     studies = min(settings.micro_batch, settings.batch_size)
-    together = (cfg.grpo.micro_group or group) if stage else 1
     parts = {
         "weights": shape.parameters * itemsize,
         "lora": 4 * (2 if stage else 1) * lora_parameters(shape, r) + 12 * lora_parameters(shape, r, trains),
@@ -141,8 +140,7 @@ def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, f
         "loss": loss_bytes(shape, prefix, length, studies, together, trains, cfg),
         "margin": MARGIN,
     }
-    rest = sum(value for name, value in parts.items() if name not in ("sampling", "loss"))
-    return parts | {"total": rest + max(parts["sampling"], parts["loss"])}
+    return parts | {"total": sum(parts.values()) - min(parts["sampling"], parts["loss"])}
 
 
 def checkpoint_bytes(shape: Shape, cfg: Config) -> int:

@@ -25,17 +25,8 @@ from tabulate import tabulate
 from config import Config
 from data import read_split, remarks
 from formats.files import read_json, read_text
+from running import weights
 from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimate, read_shape
-from running.weights import (
-    check_model,
-    check_open_clip,
-    check_radgraph,
-    check_tokenizer,
-    check_torch_file,
-    count_weights,
-    load_tokenizer,
-    require,
-)
 from scorers.load import may_judge
 from vlm.families import PARTS, llava_med_tokenizer
 
@@ -117,23 +108,23 @@ def check_data(cfg: Config) -> Iterator[Item]:
 
 def check_policy(folder: Path) -> str:
     """The base model's family and size; ValueError for one that the policy code does not know or that lacks a file."""
-    require(folder, "config.json")
+    weights.require(folder, "config.json")
     family = read_json(folder / "config.json").get("model_type")
     if family not in PARTS:
         raise ValueError(f"{folder}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
-    check_model(folder)
+    weights.check_model(folder)
     if family == "llava_mistral":  # its original folder has no processor
-        check_tokenizer(llava_med_tokenizer(str(folder)), folder)
+        weights.check_tokenizer(llava_med_tokenizer(str(folder)), folder)
     else:
-        require(folder, "preprocessor_config.json", "processor_config.json")
-        load_tokenizer(folder)
-    return f"{family}, {count_weights(folder):,} weights, every shard whole"
+        weights.require(folder, "preprocessor_config.json", "processor_config.json")
+        weights.load_tokenizer(folder)
+    return f"{family}, {weights.count_weights(folder):,} weights, every shard whole"
 
 
 def check_encoder(folder: Path, stem: str = "") -> None:
     """ValueError unless `folder` has a configuration, a tokenizer that can spell, and whole weights called `stem`."""
-    check_model(folder, stem)
-    load_tokenizer(folder)
+    weights.check_model(folder, stem)
+    weights.load_tokenizer(folder)
 
 
 def check_scorers(cfg: Config) -> Iterator[Item]:
@@ -142,11 +133,11 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
     flags = may_judge(cfg, cfg.stage != "1" and cfg.rewards.lambda_vis > 0) if cfg.stage != "0" else []
     if flags:
         yield "missing", "scorers", f"only the phantom's, which know no real reports: set {', '.join(flags)}", ""
-    yield look("CheXbert", s.chexbert, check_torch_file)
+    yield look("CheXbert", s.chexbert, weights.check_torch_file)
     yield look("CheXbert", s.bert, check_encoder)
     yield look("BERTScore", s.bertscore, check_whole)
     if s.expert != "oracle":
-        yield look("expert", s.expert, check_open_clip)
+        yield look("expert", s.expert, weights.check_open_clip)
     if cfg.eval.green:
         yield look("GREEN", cfg.eval.green, check_whole)
     if s.radgraph in ("auto", "rules"):
@@ -154,17 +145,17 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
         return
     up = Path(s.radgraph_dir or user_cache_dir("radgraph", version=version("radgraph")))
     folder = up / s.radgraph
-    archive = look("RadGraph", str(folder), check_radgraph, SOURCES["radgraph"].format(up=up, name=s.radgraph))
+    archive = look("RadGraph", str(folder), weights.check_radgraph, SOURCES["radgraph"].format(up=up, name=s.radgraph))
     yield archive
     if archive[0] == "ok":
-        yield look("RadGraph", check_radgraph(folder), check_encoder)
+        yield look("RadGraph", weights.check_radgraph(folder), check_encoder)
 
 
 def policy_shape(cfg: Config) -> Shape | None:
     """The policy's shape from its files, else from its published sizes; None where neither is known."""
     with suppress(OSError, ValueError, KeyError):  # check_policy says what is wrong with it
         folder = locate(cfg.model.path)
-        return read_shape(folder, count_weights(folder), cfg.model.max_pixels)
+        return read_shape(folder, weights.count_weights(folder), cfg.model.max_pixels)
     shape, pixels = KNOWN.get(Path(cfg.model.path).name), cfg.model.max_pixels
     return replace(shape, image_tokens=pixels // 784) if shape and pixels else shape  # 28 x 28 pixels a token
 

@@ -4,7 +4,6 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -18,8 +17,7 @@ POINTER = b"version https://git-lfs"  # what git leaves where a large file was n
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 KNOWN_TEXTS = ("no effusion", "the heart is normal")  # what any model of English reports can spell
 BAD_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
-REFUSED = {"auto_map": "asks for code that comes with the weights, which is never run here",
-           "trust_remote_code": "asks for code that comes with the weights, which is never run here",
+REFUSED = {**dict.fromkeys(("auto_map", "trust_remote_code"), "asks for code that comes with the weights: never run"),
            "quantization_config": "its weights are quantised; use the checkpoint as it was before"}  # fmt: skip
 
 
@@ -44,18 +42,6 @@ def refuse(folder: Path) -> None:
             raise ValueError(f"{path}: '{found[1]}': {REFUSED[found[1]]}")
 
 
-@contextmanager
-def readable(folder: str | Path):
-    """Makes one line, a ValueError, of whatever transformers and tokenizers raise for damaged tokenizer files."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, BAD_TOKENIZER):  # tokenizers raises plain Exception
-            raise
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{folder}: its tokenizer cannot be used ({why})") from error
-
-
 def load_tokenizer(folder: str | Path, **settings):
     """The tokenizer of a model's folder or hub name, after `check_tokenizer`; settings: for AutoTokenizer.
 
@@ -66,9 +52,13 @@ def load_tokenizer(folder: str | Path, **settings):
     if Path(folder).is_dir():
         require(Path(folder), *TOKENIZERS)
         refuse(Path(folder))
-    with readable(folder):
+    try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
-    check_tokenizer(tokenizer, folder)
+        check_tokenizer(tokenizer, folder)
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, BAD_TOKENIZER):  # tokenizers raises plain Exception
+            raise
+        raise ValueError(f"{folder}: its tokenizer cannot be used ({' '.join(str(error).split())[:300]})") from error
     return tokenizer
 
 
@@ -78,17 +68,12 @@ def check_tokenizer(tokenizer, folder: str | Path) -> None:
     transformers makes up an empty vocabulary where files are absent, and spells words letter by letter where a large
     one lost its merges.
     """
-
-    def survives(text: str) -> bool:
+    for text in KNOWN_TEXTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        spelt = len(tokenizer) > 1000 and len(ids) >= len(text)
-        return "".join(tokenizer.decode(ids).lower().split()) == text.replace(" ", "") and not spelt
-
-    with readable(folder):
-        known = any(map(survives, KNOWN_TEXTS))
-    if not known:
-        raise ValueError(f"{folder}: its tokenizer ({len(tokenizer)} tokens) cannot spell '{KNOWN_TEXTS[0]}': are its "
-                         "files whole, and those of this model?")  # fmt: skip
+        whole = len(ids) < len(text) or len(tokenizer) < 1000
+        if whole and "".join(tokenizer.decode(ids).lower().split()) == text.replace(" ", ""):
+            return
+    raise ValueError(f"{folder}: with {len(tokenizer)} tokens it cannot spell '{text}': are the files this model's?")
 
 
 def require_placed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path) -> None:
@@ -123,46 +108,34 @@ def check_torch_file(path: Path) -> None:
         raise ValueError(f"{path}: broken or cut off ({path.stat().st_size:,} bytes, no zip archive): fetch it again")
 
 
-def weight_map(folder: Path, stem: str) -> dict[str, str]:
-    """{tensor's name: file's name} by the index of the checkpoint that would be loaded; {"": file} where that is one.
-
-    In transformers' and open_clip's order: `stem`.safetensors, its index, the .bin, its index; ValueError without any.
-    """
-    bins = stem.replace("model", "pytorch_model")
-    for name in (f"{stem}.safetensors", f"{bins}.bin"):
-        if (folder / name).is_file():
-            return {"": name}
-        if (folder / f"{name}.index.json").is_file():
-            return read_json(folder / f"{name}.index.json").get("weight_map", {})
-    raise ValueError(f"{folder}: no weights ({stem}.safetensors, {bins}.bin or an index of shards)")
-
-
 def count_weights(folder: Path, stem: str = "model") -> int:
     """Number of weights of a checkpoint folder whose every shard is there and whole; else ValueError naming the shard.
 
-    A .bin has no header: its weights are counted from its bytes, two each.
+    Looked at is what transformers and open_clip would load: `stem`.safetensors, its index, the .bin, or its index. A
+    .bin has no header: its weights are counted from its bytes, two each.
     """
-    total, places = 0, weight_map(folder, stem)
+    total, bins = 0, stem.replace("model", "pytorch_model")
+    names = [name + end for name in (f"{stem}.safetensors", f"{bins}.bin") for end in ("", ".index.json")]
+    first = next((name for name in names if (folder / name).is_file()), None)
+    if first is None:
+        raise ValueError(f"{folder}: no weights ({stem}.safetensors, {bins}.bin or an index of shards)")
+    places = read_json(folder / first).get("weight_map", {}) if first.endswith(".json") else {"": first}
     for name in sorted(set(places.values())):
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder}: the index names shard {name}, which is not there")
         require(folder, name)
-        if path.suffix != ".safetensors":
-            check_torch_file(path)
-            total += path.stat().st_size // 2
+        if not name.endswith(".safetensors"):
+            check_torch_file(folder / name)
+            total += (folder / name).stat().st_size // 2
             continue
-        shapes = tensor_shapes(path)
+        shapes = tensor_shapes(folder / name)
         absent = [tensor for tensor, shard in places.items() if tensor and shard == name and tensor not in shapes]
         if absent:
-            raise ValueError(f"{path}: lacks tensor {absent[0]}, which the index puts there")
+            raise ValueError(f"{folder / name}: lacks tensor {absent[0]}, which the index puts there")
         total += sum(map(prod, shapes.values()))
     return total
 
 
 def check_model(folder: Path, stem: str = "model") -> None:
-    """ValueError unless `folder` has a configuration, tokenizer files, and whole weights called `stem` ("": elsewhere).
-    """
+    """ValueError unless `folder` has configuration, tokenizer files and whole weights called `stem` ("": elsewhere)."""
     require(folder, "config.json")
     require(folder, *TOKENIZERS)  # transformers would make up an empty one
     refuse(folder)
@@ -171,8 +144,7 @@ def check_model(folder: Path, stem: str = "model") -> None:
 
 
 def check_open_clip(folder: Path) -> None:
-    """ValueError unless `folder` is a whole open_clip model; a Hugging Face text tower needs its own config.json there.
-    """
+    """ValueError unless `folder` is a whole open_clip model; a Hugging Face text tower needs its config.json."""
     require(folder, "open_clip_config.json")
     refuse(folder)
     count_weights(folder, "open_clip_model")

@@ -15,15 +15,7 @@ from transformers import (
 )
 
 from config import Config, DataConfig, GRPOConfig, ModelConfig, RolloutConfig, SFTConfig, StageConfig
-from model import (
-    completion_logps,
-    encode_prompts,
-    get_base,
-    load_policy,
-    lora_config,
-    sampling_rules,
-    set_trainable,
-)
+from model import completion_logps, encode_prompts, get_base, load_policy, sampling_rules, set_trainable
 from running import memory
 from running.memory import GIB, KNOWN, Shape, checkpoint_bytes, estimate, kept_activations, lora_parameters
 
@@ -197,10 +189,10 @@ def test_activations_are_what_autograd_keeps(trains):
     assert measured == pytest.approx(kept_activations(shape, 210, 2, trains) + keys_and_values, rel=0.05)
 
 
-def test_lora_config_wraps_the_layers_that_the_formula_counts(cfg, policy):
+def test_the_lora_wraps_the_layers_that_the_formula_counts(cfg, policy):
     model, _ = policy
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "lora_A") and "language" in name]
-    assert len(wrapped) == 7 * 2 and lora_config(cfg, get_base(model)).r == cfg.model.lora_r
+    assert len(wrapped) == 7 * 2 and model.peft_config["default"].r == cfg.model.lora_r
 
 
 @pytest.mark.parametrize("trainable", ["language", "projector"])

@@ -52,7 +52,7 @@ def test_a_missing_shard_a_cut_one_and_a_missing_tensor_are_named(tmp_path):
     with pytest.raises(ValueError, match="lacks tensor c, which the index puts there"):
         count_weights(folder)
     second.unlink()
-    with pytest.raises(ValueError, match="the index names shard model-00002-of-00002.safetensors, which is not there"):
+    with pytest.raises(ValueError, match="no model-00002-of-00002.safetensors"):
         count_weights(folder)
     with pytest.raises(ValueError, match="no weights"):
         count_weights(tmp_path / "empty")
@@ -172,7 +172,7 @@ def test_a_large_vocabulary_without_its_merges_is_no_tokenizer(tmp_path):
     state = json.loads(whole.backend_tokenizer.to_str())
     state["model"]["merges"] = []
     letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
-    with pytest.raises(ValueError, match="cannot spell 'no effusion'"):
+    with pytest.raises(ValueError, match="cannot spell"):
         check_tokenizer(letters, tmp_path)
 
 

@@ -51,13 +51,12 @@ def strip_tags(output: str) -> str:
 
 
 def format_reward(candidates: list[str], required_sections: tuple[str, ...] = ()) -> list[float]:
-    """1 when the output is one tagged report (see `unwrap`) in which each required header, as in "FINDINGS:", stands
-    exactly once; else 0 (VALOR, "Format Reward"). Takes raw outputs, tags included."""
-    scores = []
-    for output in candidates:
-        text = unwrap(output)
-        counts = [len(re.findall(rf"\b{re.escape(s)}:", text or "")) for s in required_sections]
-        scores.append(float(text is not None and all(count == 1 for count in counts)))
+    """1 when the output is one tagged report (see `unwrap`) that says a word and in which each required header, as in
+    "FINDINGS:", stands exactly once; else 0 (VALOR, "Format Reward"). Takes raw outputs, tags included."""
+    header, scores = rf"\b({'|'.join(map(re.escape, required_sections)) or '(?!)'}):", []
+    for text in (unwrap(output) or "" for output in candidates):
+        complete = sorted(re.findall(header, text)) == sorted({*required_sections})
+        scores.append(float(complete and bool(re.search(r"\w", re.sub(header, " ", text)))))
     return scores
 
 
@@ -74,7 +73,7 @@ def _rouge():
 
 
 def rouge_l(candidates: list[str], references: list[str]) -> list[float]:
-    """ROUGE-L F1 in [0, 1] per pair: rouge-score, lower-cased alphanumeric tokens, no stemming."""
+    """ROUGE-L F1 in [0, 1] per pair by rouge-score: lower-cased words of a-z and 0-9, all else dropped, no stemming."""
     return [_rouge().score(r, c)["rougeL"].fmeasure for c, r in zip(candidates, references, strict=True)]
 
 
@@ -101,12 +100,8 @@ def rank_reward(similarities: Tensor, rank: str = "literal", tau: float = 0.03) 
     if group_size < 2:
         raise ValueError("rank_reward needs a group of at least 2 candidates; set rollout.group_size")
     difference = similarities[..., :, None] - similarities[..., None, :]  # (..., G, G)
-    if rank == "literal":
-        wins = (difference.sign() + 1) / 2  # 1 above, 1/2 tied, 0 below
-    elif rank == "soft":
-        wins = (difference / tau).sigmoid()
-    else:
-        raise ValueError(f"rank must be literal or soft, got '{rank}'")
+    # literal: 1 above, 1/2 tied, 0 below
+    wins = (difference / tau).sigmoid() if rank == "soft" else (difference.sign() + 1) / 2
     return (wins.sum(dim=-1) - 0.5) / (group_size - 1)  # less the candidate's tie with itself
 
 
@@ -133,7 +128,7 @@ class Scorers:
     label: Callable  # texts -> (n, 14) bool, CheXbert's positives
     bertscore: Callable  # candidates, references -> list of floats
     radgraph: Callable  # candidates, references -> list of floats
-    similarity: Callable | None  # images, ids, groups [B][G] -> (B, G), Eq. 6; None: no expert loaded
+    similarity: Callable | None  # images, ids, groups [B][G] -> (B, G), Eq. 6; None, as of the others: not loaded
 
 
 def text_components(candidates: list[str], references: list[str], scorers: Scorers, clinical_too: bool) -> dict:

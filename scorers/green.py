@@ -6,7 +6,8 @@ Stanford-AIMI/GREEN: green_score/utils.py `make_prompt`; green_score/green.py `p
 which cannot be installed beside current libraries. No text leaves this machine.
 
 Where we differ: an answer without a readable count is `None`, left out of the mean and counted, while the package takes
-such a count as 0; and no prompt is cut at 2048 tokens, which would lose the question's end.
+such a count as 0; and no prompt is cut at 2048 tokens, which would lose the question's end. A report without a word, or
+too long for the judge, scores 0 unasked.
 """
 
 import re
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from scorers.frozen import loading
+from running.weights import load_tokenizer
+from scorers.frozen import load_whole, loading, plain
 
 BATCH = 8  # pairs decoded together
 # what the model was tuned on, to the letter; the indent is the package's
@@ -55,25 +57,31 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
     """
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     with loading("eval.green", path, "give the folder or hub name of a causal language model"):
-        settings = {"padding_side": "left", "add_eos_token": True}  # as the package sets them
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **settings)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-    model.to(device).eval()
+        tokenizer = load_tokenizer(path, padding_side="left", add_eos_token=True)  # as the package sets them
+        model = load_whole(AutoModelForCausalLM, path, dtype=dtype).to(device)
     tokenizer.pad_token, end, known = tokenizer.eos_token, tokenizer.eos_token_id, {}
+
+    def question(pair: tuple[str, str]) -> str:
+        return CHAT.format(prompt=PROMPT.format(candidate=pair[0], reference=pair[1]), eos=tokenizer.eos_token)
+
+    def can_be_asked(pair: tuple[str, str]) -> bool:
+        tokens = len(tokenizer(question(pair), verbose=False)["input_ids"])
+        return bool(pair[0]) and tokens < model.config.max_position_embeddings
 
     @torch.inference_mode()
     def answer(pairs: list[tuple[str, str]]) -> list[str]:
-        chats = [CHAT.format(prompt=PROMPT.format(candidate=c, reference=r), eos=tokenizer.eos_token) for c, r in pairs]
-        batch = tokenizer(chats, padding=True, return_tensors="pt").to(device)
+        batch = tokenizer(list(map(question, pairs)), padding=True, return_tensors="pt").to(device)
         out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens,
                              do_sample=False, temperature=None, top_p=None, eos_token_id=end, pad_token_id=end)
         return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def score(candidates: list[str], references: list[str]) -> list[float | None]:
-        pairs = list(zip(candidates, references, strict=True))
-        new = sorted((pair for pair in dict.fromkeys(pairs) if pair not in known), key=lambda p: len(p[0]) + len(p[1]))
-        for start in tqdm(range(0, len(new), BATCH), desc=f"{'GREEN':<28}", unit="batch", mininterval=1):
-            chunk = new[start : start + BATCH]
+        pairs = [(plain(c), plain(r)) for c, r in zip(candidates, references, strict=True)]
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        known.update(dict.fromkeys(new, 0.0))
+        asked = sorted(filter(can_be_asked, new), key=lambda pair: len(pair[0]) + len(pair[1]))
+        for start in tqdm(range(0, len(asked), BATCH), desc=f"{'GREEN':<28}", unit="batch", mininterval=1):
+            chunk = asked[start : start + BATCH]
             known.update(zip(chunk, map(green, answer(chunk)), strict=True))
         return [known[pair] for pair in pairs]
 

@@ -76,7 +76,7 @@ class PackageRadGraph:
             require_finite(model, place)
         model.device = torch.device(device)
         self.model, self.reward_level = model.to(device).eval().requires_grad_(False), reward_level
-        self.cache, self.unread = {}, 0
+        self.cache = {}
 
     def __call__(self, candidates: list[str], references: list[str]) -> list[float]:
         pairs = zip(self.annotations(candidates), self.annotations(references), strict=True)
@@ -92,7 +92,7 @@ class PackageRadGraph:
         """The annotation asked of the model, which reads one text at a time, as JSON: a tenth of the dict's size."""
         beyond = next(islice(re.finditer(r"\w+|[^\w\s]", text), LONGEST, None), None)
         text = text[: beyond.start()] if beyond else text
-        found = self.model([text]) if text else {"0": {"text": "", "entities": {}}}
-        if not found:  # the package prints and goes on
-            raise ValueError(f"radgraph: the package could not annotate '{text[:80]}'")
-        return json.dumps(found["0"])
+        found = self.model([text]) if text else {}
+        if text and not found:  # the package prints and goes on, and so does a run
+            print(f"radgraph: the package could not annotate {text[:80]!r}, which scores 0")
+        return json.dumps(found.get("0", {"text": text, "entities": {}}))

@@ -3,12 +3,10 @@
     python3 -m venv .ratescore                                                # once; its models come on first use
     .ratescore/bin/pip install RaTEScore==0.6.0 medspacy torch transformers pandas safetensors
     python evaluate.py ... --eval.ratescore .ratescore/bin/python
-    .ratescore/bin/python -I scorers/ratescore.py PAIRS.jsonl SCORES.jsonl    # what evaluate.py does, by hand
 
-Rows {"report", "reference"} in, {"score"} out. The package's two models run on this machine: no text leaves it, and
-HF_HUB_OFFLINE=1 keeps it to models in the Hugging Face cache. It gives 0.5 to a pair in which either text has no
-medical entity. A text without any sentence of three characters scores 0 here: the package drops it, and every later
-score would slip to the pair before.
+The package's two models run on this machine: no text leaves it, and HF_HUB_OFFLINE=1 keeps it to models in the Hugging
+Face cache. It gives 0.5 to a pair in which either text has no medical entity. A text without any sentence of three
+characters scores 0 here: the package drops it, and every later score would slip to the pair before.
 """
 
 import json
@@ -26,12 +24,14 @@ def load_ratescore(python: str):
     run_python(python, "-c", "import RaTEScore")
 
     def score(candidates: list, references: list) -> list:
+        from scorers.frozen import plain  # not on top: the other environment reads this file too
+
         with tempfile.TemporaryDirectory() as folder:  # readable by this user alone, and gone afterwards
             pairs, scores = Path(folder) / "pairs.jsonl", Path(folder) / "scores.jsonl"
-            rows = [{"report": c, "reference": r} for c, r in zip(candidates, references, strict=True)]
+            rows = [[plain(c), plain(r)] for c, r in zip(candidates, references, strict=True)]
             pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             run_python(python, __file__, str(pairs), str(scores))
-            return [json.loads(line)["score"] for line in scores.read_text(encoding="utf-8").splitlines()]
+            return [json.loads(line) for line in scores.read_text(encoding="utf-8").splitlines()]
 
     return score
 
@@ -53,11 +53,9 @@ def main() -> None:
 
     scorer = RaTEScore(use_gpu=torch.cuda.is_available())
     with open(sys.argv[1], encoding="utf-8") as pairs, open(sys.argv[2], "w", encoding="utf-8") as scores:
-        for row in map(json.loads, pairs):
-            texts = [row["report"]], [row["reference"]]
-            whole = all(sentence_split(text)[0] for text in texts)
-            score = float(scorer.compute_score(*texts)[0]) if whole else 0.0
-            print(json.dumps({"score": score}), file=scores)
+        for report, reference in map(json.loads, pairs):
+            whole = sentence_split([report])[0] and sentence_split([reference])[0]
+            print(float(scorer.compute_score([report], [reference])[0]) if whole else 0.0, file=scores)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,38 @@ def test_format_reward_counts_sections():
     assert format_reward(outputs, required_sections=("FINDINGS", "IMPRESSION")) == [1, 0, 0, 0]
 
 
+def test_an_empty_shell_earns_no_format_reward():
+    empty = ["FINDINGS: IMPRESSION:", "FINDINGS: ... IMPRESSION: !", "\u2026 IMPRESSION: FINDINGS:"]
+    assert format_reward([wrap(text) for text in empty], ("FINDINGS", "IMPRESSION")) == [0] * len(empty)
+    full = ["FINDINGS: clear IMPRESSION:", "IMPRESSION: normal. FINDINGS: clear.", "Chest. FINDINGS: IMPRESSION: 1"]
+    assert format_reward([wrap(text) for text in full], ("FINDINGS", "IMPRESSION")) == [1] * len(full)
+    assert format_reward([wrap("NOTE: IMPRESSION: x"), wrap("...")], ("IMPRESSION",)) == [1, 0]
+    assert format_reward([wrap("NOTE:"), wrap("...")]) == [1, 0]
+
+
+ODD = ["." * 300, "edema " * 10_000, "x" * 100_000, "\U0001f600" * 500, "\ud800 edema", "\x00", "\x00 edema", "", " \n",
+       "</report>", "<report>", "\u200b", "\n\n"]  # fmt: skip
+
+
+def test_an_odd_candidate_scores_low_and_ends_nothing():
+    """As texts, and as outputs with and without tags; a good candidate beside them keeps its rewards."""
+    good, word = "FINDINGS: clear lungs. IMPRESSION: no edema.", lambda texts: [float("clear" in t) for t in texts]
+    scorers = Scorers(lambda texts: np.array([[t in ODD or "clear" in t] + [False] * 13 for t in texts]),
+                      lambda c, r: word(c), lambda c, r: word(c), None)  # fmt: skip
+    outputs = [*ODD, *map(wrap, ODD), wrap(good)]
+    total, parts = compute_rewards([outputs], [good], [None], ["a"], scorers, RewardConfig(k_clin=1), k=1, stage=1)
+    assert total.isfinite().all() and total.argmax() == len(outputs) - 1
+    assert (parts["bleu4"][0, :-1] < 0.1).all() and (parts["rouge_l"][0, :-1] < 0.4).all()
+    assert parts["format"][0].tolist() == [0] * (len(outputs) - 1) + [1]
+    for reward in (bleu4, rouge_l):
+        scores = reward(ODD, [good] * len(ODD))
+        assert all(0 <= score < 0.4 for score in scores)
+
+
+def test_rouge_l_reads_ascii_letters_and_digits_alone():
+    assert rouge_l(["\u80ba", "a \u80ba", "\u00e9 a"], ["\u80ba", "a", "a"]) == [0, 1, 1]
+
+
 def test_bleu4_conventions():
     reference = "the heart is mildly enlarged today"
     same, none, no_4gram, empty = bleu4([reference, "xyz", "the heart is big", ""], [reference] * 4)

@@ -1,5 +1,6 @@
 """RadGraph through the `radgraph` package, on tiny random archives in its real on-disk layout."""
 
+import json
 import os
 import shutil
 import tarfile
@@ -107,12 +108,56 @@ def test_each_text_is_annotated_once_without_gradients(plain, monkeypatch):
     assert not any(p.requires_grad for p in score.model.parameters()) and not score.model.training
 
 
-def test_a_text_without_annotation_is_an_error(plain, monkeypatch):
+def test_a_text_that_cannot_be_annotated_scores_0_and_is_named(plain, monkeypatch, capsys):
     score = PackageRadGraph("radgraph", str(plain))
     forward = score.model.forward
     monkeypatch.setattr(score.model, "forward", lambda texts: {} if "Lungs" in texts[0] else forward(texts))
-    with pytest.raises(ValueError, match="could not annotate 'Lungs are clear"):
-        score([REPORTS[0]], ["Lungs are clear."])
+    assert score([REPORTS[0]] * 2, ["Lungs are clear.", REPORTS[0]]) == [0, 1]
+    assert "could not annotate 'Lungs are clear.'" in capsys.readouterr().out
+
+
+def test_an_endless_text_is_read_up_to_a_limit(plain, monkeypatch):
+    monkeypatch.setattr(radgraph_package, "LONGEST", 6)
+    score = PackageRadGraph("radgraph", str(plain))
+    endless, cut = score.annotations(["Small left effusion. " * 5_000, "Small left effusion. Small left"])
+    assert endless == cut
+
+
+@pytest.mark.parametrize("module, value", [
+    ("ner", {"regularizer": {"regexes": [[".*", {"type": "subprocess.Popen", "args": ["touch", "PLACE"]}]]}}),
+    ("relation", {"spans_per_word": 0.5, "regularizer": {"regexes": [[".*", "subprocess.Popen"]]}}),
+    ("coref", {"vocab": {"type": "os.system", "command": "touch PLACE"}}),
+    ("events", {"trigger_spans_per_word": "a: 0.3"})])  # fmt: skip
+def test_an_archive_that_names_code_is_refused(plain, tmp_path, module, value):
+    shutil.copytree(plain, tmp_path / "copy")
+    path = tmp_path / "copy" / "radgraph" / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["modules"][module] = json.loads(json.dumps(value).replace("PLACE", str(tmp_path / "run")))
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="radgraph: .*model.modules holds .*only numbers are taken there") as caught:
+        PackageRadGraph("radgraph", str(tmp_path / "copy"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_an_encoder_with_code_or_without_a_tokenizer_and_weights_with_nan_are_refused(tmp_path):
+    write_archive(tmp_path, "radgraph")
+    encoder, weights = tmp_path / "encoder", tmp_path / "radgraph" / "weights.th"
+    state, config = torch.load(weights, weights_only=True), json.loads((encoder / "config.json").read_text())
+
+    def refused(match):
+        with pytest.raises(ValueError, match=f"radgraph: cannot load .*{match}") as caught:
+            PackageRadGraph("radgraph", str(tmp_path))
+        assert "\n" not in str(caught.value)
+
+    key = next(iter(state))
+    torch.save(state | {key: state[key] * torch.nan}, weights)
+    refused(f"{key} holds NaN")
+    (encoder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.Code"}}))
+    refused("'auto_map'")
+    (encoder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "vocab.txt"):
+        (encoder / name).unlink(missing_ok=True)
+    refused("no tokenizer.json")
 
 
 def test_archive_from_the_hub(plain, hub, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ class RaTEScore:
         assert use_gpu is False
     def compute_score(self, candidates, references):
         c, r = sentence_split(candidates)[0], sentence_split(references)[0]
+        assert r != ["broken"], "cannot read this"
         return [len({*a.split()} & {*b.split()}) / len({*b.split()}) for a, b in zip(c, r)]
 """
 UTILS = """
@@ -50,13 +51,12 @@ def test_scores_come_back_in_order_and_texts_without_a_sentence_score_0(python):
     assert metrics.summarise({"row": stats}, (), 20, 0)["row"]["ratescore"]["value"] == pytest.approx(0.5)
 
 
-def test_by_hand_from_any_folder(python, tmp_path):
-    rows = [{"report": "left\u2028effusion", "reference": "left effusion"},
-            {"report": "clear", "reference": "clear lungs"}]  # fmt: skip
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)  # \u2028 ends a line for splitlines()
+def test_it_runs_from_any_folder(python, tmp_path):
+    rows = [["left\u2028effusion", "left effusion"], ["clear", "clear lungs"]]  # \u2028 ends a line for splitlines()
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "P.jsonl").write_text(text, encoding="utf-8")
     subprocess.run([python, "-I", str(RUNNER), "P.jsonl", "S.jsonl"], cwd=tmp_path, check=True)
-    assert (tmp_path / "S.jsonl").read_text() == '{"score": 1.0}\n{"score": 0.5}\n'
+    assert (tmp_path / "S.jsonl").read_text() == "1.0\n0.5\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["P.jsonl", "S.jsonl"]
 
 
@@ -68,6 +68,6 @@ def test_no_environment_is_one_line_at_the_start(interpreter):
 
 
 def test_a_failure_inside_is_one_line(python):
-    with pytest.raises(ValueError, match="eval.ratescore: no RaTEScore from .*AttributeError.*set it up") as error:
-        load_ratescore(python)(["left effusion"], [7])  # a reference that is no text
+    with pytest.raises(ValueError, match="eval.ratescore: no RaTEScore from .*cannot read this.*set it up") as error:
+        load_ratescore(python)(["left effusion"], ["broken"])
     assert "\n" not in str(error.value)

@@ -1,10 +1,8 @@
 """Where the phantom's assets lie, and that each is built once: `phantom:base` in a config means "that folder".
 
 An asset depends on its recipe alone (phantom.config.Recipe): its builder gets nothing else, one CPU thread and a seeded
-generator. So the same recipe ends in the same bytes, whatever else the run's settings say and whoever else builds.
-A build is written beside its place and renamed when complete: an interrupted one starts anew and ends the same.
-
-This module knows no builder: who wants an asset built brings them along. assets.py has all of them.
+generator, so it ends in the same bytes whatever else a run's settings say and whoever else builds. It is written beside
+its place and renamed when complete. This module knows no builder: assets.py has all of them.
 """
 
 import dataclasses
@@ -56,10 +54,9 @@ def resolve(cfg: Config, needs: Collection[str] = (), builders: Builders | None 
             ensure(cfg, name, builders)
         return str(path)
 
-    def placed(table):
-        return dataclasses.replace(table, **{key: place(value) for key, value in vars(table).items()})
-
-    return dataclasses.replace(cfg, data=placed(cfg.data), model=placed(cfg.model), scorers=placed(cfg.scorers))
+    tables = {name: dataclasses.replace(table, **{key: place(value) for key, value in vars(table).items()})
+              for name, table in vars(cfg).items() if name in ("data", "model", "scorers")}  # fmt: skip
+    return dataclasses.replace(cfg, **tables)
 
 
 def check_asset(folder: Path) -> None:
@@ -75,12 +72,11 @@ def check_asset(folder: Path) -> None:
                 raise ValueError(f"images: less than {studies} folders")
         elif folder.name.startswith("expert"):
             check_open_clip(folder)
-        elif folder.name == "base":
-            require(folder, "processor_config.json")
-            check_model(folder)
         else:
-            check_torch_file(folder / "chexbert.pth")
             check_model(folder)
+            require(folder, "processor_config.json" if folder.name == "base" else "chexbert.pth")
+        if folder.name == "labeller":
+            check_torch_file(folder / "chexbert.pth")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is damaged ({error}): delete it, and it is built anew") from error
 

@@ -27,17 +27,13 @@ def _edge(distance, width: float):
 
 
 class Film:
-    """A radiograph that is being drawn; all arrays are (size, size). The method of a finding's name draws that finding.
-
-    Such a method takes the finding and the half of the chest that it is in, and returns the bool mask of its pixels.
-    """
+    """A radiograph that is being drawn; arrays are (size, size). The method of a finding's name draws such a finding
+    into its half of the chest and returns the bool mask of its pixels."""
 
     def __init__(self, findings: list[Finding], rng: np.random.Generator, size: int):
-        """Where each pixel lies in the patient, who stands a little rotated, shifted and scaled at the detector.
-
-        Of each half of the chest: the lung's `outline` (below 1 inside), the `dome` of the diaphragm below it and the
-        lowest point `base` of that, each pixel's share of `lung`, and how deep the `fluid` is.
-        """
+        """Where each pixel lies in the patient, who stands a little rotated, shifted and scaled at the detector. Of a
+        half of the chest: the lung's `outline` (below 1 inside) and pixels' share of `lung`, the diaphragm's `dome` and
+        its lowest point `base`, and how deep the `fluid` is."""
         axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)  # of the pixels' centres
         place, self.rng, self.uniform = (axis + 1) / 2 * (TEXTURE - 1), rng, rng.uniform
         angle, scale = rng.uniform(-0.07, 0.07), rng.uniform(0.92, 1.06)
@@ -184,10 +180,8 @@ class Film:
 
 
 def render(findings: list[Finding], rng: np.random.Generator, size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Draw a study: ((size, size) uint8 image, {label: (size, size) bool mask}), one mask per finding.
-
-    A finding may, rarely, end without a pixel of its own (air under fluid, a site off the film): callers draw again.
-    """
+    """((size, size) uint8 image, {label: (size, size) bool mask}); rarely, a mask is empty (air under fluid, a site off
+    the film), and callers draw again."""
     film = Film(findings, rng, size)
     masks = film.anatomy(findings)
     for name in DRAWN:
@@ -208,17 +202,9 @@ def encode_mask(mask: np.ndarray) -> dict:
     return {"size": list(mask.shape), "counts": np.diff(starts, prepend=0, append=mask.size).tolist()}
 
 
-def decode_mask(rle: dict) -> np.ndarray:
-    """Inverse of encode_mask."""
-    values = np.arange(len(rle["counts"])) % 2 == 1
-    return np.repeat(values, rle["counts"]).reshape(rle["size"], order="F")
-
-
 def contact_sheet(studies: list[tuple[np.ndarray, dict, dict]], path: Path) -> None:
-    """Save a PNG of studies, each as world.make_study gives it: image, outlined findings and reference report.
-
-    A label in the image is printed in its outline's colour, one only stated as "not in the image", in grey.
-    """
+    """Save a PNG of studies, each as world.make_study gives it: image, findings with their outlines, those only stated
+    in grey, and the reference report."""
     height = max(1, -(-len(studies) // 4))
     figure = Figure(figsize=(15, 5.4 * height))
     axes = figure.subplots(height, 4, squeeze=False).ravel()
@@ -227,7 +213,9 @@ def contact_sheet(studies: list[tuple[np.ndarray, dict, dict]], path: Path) -> N
     for axis, (image, row, truth) in zip(axes, studies, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
         for i, finding in enumerate(truth["findings"]):
-            axis.contour(decode_mask(finding["mask"]), levels=[0.5], colors=[f"C{i}"], linewidths=1.2)
+            runs = finding["mask"]["counts"]
+            mask = np.repeat(np.arange(len(runs)) % 2, runs).reshape(image.shape, order="F")
+            axis.contour(mask, levels=[0.5], colors=[f"C{i}"], linewidths=1.2)
         names = [(finding["label"], f"C{i}") for i, finding in enumerate(truth["findings"])]
         names += [(f"{label}: not in the image", "grey") for label in truth["stated"] if label not in truth["labels"]]
         for i, (name, colour) in enumerate(names or [("no finding", "C2")]):

@@ -23,25 +23,20 @@ def policy_tokenizer(corpus: list[str], vocab_size: int = 1200) -> hf.PreTrained
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>", "<image>"]
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<s>", "</s>", "<image>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))  # fmt: skip
-    tokenizer.add_tokens([AddedToken(OPEN, normalized=False), AddedToken(CLOSE, normalized=False)])
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["<image>"], extra_special_tokens={"image_token": "<image>"}, padding_side="left",
-    )  # fmt: skip
+        vocab_size=vocab_size, special_tokens=special, show_progress=False, initial_alphabet=alphabet))  # fmt: skip
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in (OPEN, CLOSE)])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SIZES["tokenizer"])
 
 
 def new_llava(tokenizer, image_size: int) -> hf.LlavaForConditionalGeneration:
     """A LLaVA of 1.5 M parameters: CLIP ViT (width 128, 3 layers, patch 16) + Llama (width 128, 4 layers)."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     return hf.LlavaForConditionalGeneration(hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(image_size=image_size, **SIZES["vision"]),
+        vision_config=hf.CLIPVisionConfig(image_size=image_size, **SIZES["vision"]), vision_feature_layer=-1,
         text_config=hf.LlamaConfig(vocab_size=len(tokenizer), **special, **SIZES["language"]),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
-        image_seq_length=(image_size // 16) ** 2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(image_size // 16) ** 2,
     ))  # fmt: skip
 
 
@@ -49,8 +44,7 @@ def new_processor(tokenizer, image_size: int) -> hf.LlavaProcessor:
     """The LLaVA processor (resize, crop, normalise; chat template) that belongs to `new_llava`."""
     images = hf.CLIPImageProcessor(image_mean=[MEAN] * 3, image_std=[STD] * 3, size={"shortest_edge": image_size},
                                    crop_size={"height": image_size, "width": image_size})  # fmt: skip
-    return hf.LlavaProcessor(images, tokenizer, patch_size=16, vision_feature_select_strategy="default",
-                             chat_template=SIZES["chat"], num_additional_image_tokens=1)  # fmt: skip
+    return hf.LlavaProcessor(images, tokenizer, **SIZES["processor"])
 
 
 def word_piece(corpus: list[str], folder: Path) -> hf.BertTokenizerFast:

@@ -23,11 +23,6 @@ def _pick(rng, options):
     return options[int(rng.random() * len(options))]
 
 
-def _listed(parts: list[str], last: str) -> str:
-    """ "a, b or c" with `last` " or "."""
-    return last.join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
 def _tidy(text: str) -> str:
     """One blank between words, and a capital first letter."""
     text = " ".join(text.split()).replace(" .", ".").replace(" ,", ",")
@@ -90,7 +85,8 @@ class Radiologist:
         nouns = [PHRASES.denied[name] for name in names]
         if len(nouns) > 1 and nouns[0] == "pleural effusion" and self.rng.random() < 0.1:
             nouns[0] = "effusion"
-        return self.usual(PHRASES.denials).format(np=_listed(nouns, " or ")), dict.fromkeys(names, NEGATIVE)
+        listed = " or ".join(", ".join(nouns).rsplit(", ", 1))  # "a, b or c"
+        return self.usual(PHRASES.denials).format(np=listed), dict.fromkeys(names, NEGATIVE)
 
     def normal(self, topic: str, stated: list[str]) -> list[tuple[str, dict]]:
         """What is said about a topic beside the findings `stated` (names): mostly that the rest is absent."""
@@ -111,14 +107,11 @@ class Radiologist:
         parts = [("possible " if hedged else "") + noun_phrase(group, self.rng, short=True) for group, hedged in said]
         if self.author == 1:
             return " ".join(_tidy(part + ".") for part in parts)
-        return _tidy(_listed(parts, ", " if self.author == 2 else " and ") + ".")
+        return _tidy((", " if self.author == 2 else " and ").join(", ".join(parts).rsplit(", ", 1)) + ".")
 
     def report(self, findings: list[Finding], hedge: float) -> tuple[str, dict]:
-        """("FINDINGS: ... IMPRESSION: ...", facts): a report that states exactly `findings`.
-
-        Both sides of a kind often become one "bilateral". A group is hedged at the rate `hedge` times the author's;
-        devices never: a pacemaker is there or it is not.
-        """
+        """("FINDINGS: ... IMPRESSION: ...", facts): a report that states exactly `findings`; a group is hedged at the
+        rate `hedge` times the author's, but no device: a pacemaker is there or it is not."""
         names, hedge = list(dict.fromkeys(f.name for f in findings)), hedge * self.style["hedging"]
         said, sentences = [], []  # (group, whether it is hedged); (0 for what is wrong else 1, (text, facts))
         for name in names:
@@ -138,10 +131,8 @@ class Radiologist:
 
 
 def caption(findings: list[Finding], rng: np.random.Generator) -> tuple[str, dict]:
-    """A caption and its facts: keywords in a fixed order (45%), the same with severities (25%), or a report (30%).
-
-    Keywords teach a small model to see, as almost every token hangs on the image; reports teach it their English.
-    """
+    """A caption and its facts: keywords in a fixed order (45%), the same with severities (25%), which teach a model to
+    see as almost every token hangs on the image, or a report (30%), which teaches it the reports' English."""
     kind = rng.random()
     if kind >= 0.7:
         return Radiologist(rng).report(findings, hedge=0.1)

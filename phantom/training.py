@@ -1,7 +1,7 @@
 """How the phantom's small models are trained: the base and the expert on splits of their own, the labeller on texts.
 
-A builder takes the recipe and the folder to fill, beside which the data set lies. Each measures its model on held-out
-studies or texts, the first ones, and keeps the numbers in quality.json.
+A builder takes the recipe and the folder to fill, beside which the data set lies, and keeps in quality.json how good
+its model is on held-out studies or texts.
 """
 
 import dataclasses
@@ -71,8 +71,7 @@ def by_length(rows: list[int], texts: list[str]) -> list[list[int]]:
 def report_quality(folder: Path, numbers: dict[str, float]) -> None:
     """Print a model's held-out quality and keep it beside the model."""
     (folder / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    shown = ", ".join(f"{name} {number:.3g}" for name, number in numbers.items())
-    print(f"{folder.name.removesuffix('.tmp')} on held-out studies: {shown}")
+    print(f"{folder.stem} on held-out studies: " + ", ".join(f"{name} {n:.3g}" for name, n in numbers.items()))
 
 
 def read_studies(data: Path, split: str) -> tuple[list[Study], Tensor, Tensor]:
@@ -88,10 +87,8 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Teach the vision tower the 15 sided labels; returns its micro-F1 on the held-out studies.
-
-    Every patch token must tell all the labels by itself: what the language model reads later is any one of them.
-    """
+    """Teach the vision tower LABELS; returns its micro-F1 on the held-out studies. Every patch token must tell all the
+    labels by itself: what the language model reads later is any one of them."""
     head, held = nn.Linear(tower.config.hidden_size, labels.shape[1]), held_out(len(images))
 
     def classify(rows) -> Tensor:  # (B, patches, 15)
@@ -147,11 +144,8 @@ def noisy_reports(recipe: Recipe, data: Path, studies: list[Study]) -> tuple[lis
 
 
 def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
-    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers.
-
-    noisy: on reports that hallucinate and omit as the references do, where the default expert's are clean. What it
-    learns then is no better than what the policy imitates.
-    """
+    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers; noisy: on
+    reports that err as the references do, so that it learns nothing better than what the policy imitates."""
     studies, images, labels = read_studies(folder.with_name("data"), "expert")
     reports, held = [s.report for s in studies], held_out(len(studies))
     if noisy:
@@ -206,11 +200,8 @@ def probe_expert(expert: Expert, studies: list[Study], cfg: PhantomConfig, seed:
 
 
 def labelled_texts(cfg: PhantomConfig, seed: int, n: int) -> tuple[list[str], np.ndarray]:
-    """n texts and their (n, 14) CheXbert classes (order of CHEXPERT_LABELS): what the TEXT says, not an image.
-
-    Each is a report (of likely or of random findings), loose sentences, or a caption; twice as much is hedged as else.
-    0 blank, 1 positive, 2 negative, 3 uncertain; No Finding is 1 where nothing but support devices is 1 or 3.
-    """
+    """n texts (reports of likely or of random findings, loose sentences, captions) and the (n, 14) CheXbert classes of
+    what each TEXT says, as CHEXPERT_LABELS; No Finding is 1 where nothing but support devices is 1 or 3."""
     texts, classes = [], np.zeros((n, len(CHEXPERT_LABELS)), dtype=np.int64)
     for row in range(n):
         rng = np.random.default_rng([seed, len(SPLITS), row])

@@ -7,6 +7,7 @@ leave findings out and add others by language prior (`misremember`).
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,7 @@ def _draw_side(side: str, rate: dict, rng) -> list[Finding]:
 
 
 def sample_findings(rng: np.random.Generator, cfg: PhantomConfig) -> list[Finding]:
-    """What the image of one study shows: nothing in a share cfg.normal of studies, else 1 to 4 findings.
-
-    ValueError for rates under which that never comes about.
-    """
+    """No finding in a share cfg.normal of studies, else 1 to 4; ValueError for rates that never draw that many."""
     if rng.random() < cfg.normal:
         return []
     for _ in range(DRAWS):
@@ -76,19 +74,14 @@ def misremember(findings: list[Finding], rng: np.random.Generator, cfg: PhantomC
     return sorted(told, key=lambda f: LABELS.index(f.label))
 
 
-def write_report(
-    findings: list[Finding], rng: np.random.Generator, cfg: PhantomConfig, noisy: bool, author: int | None = None
-) -> tuple[str, list[str]]:
-    """("FINDINGS: ... IMPRESSION: ...", labels it states) by author 0, 1, 2 or 3, None = a random one.
-
-    `noisy`: with omissions and language priors; else the report is complete and true.
-    """
+def write_report(findings, rng, cfg: PhantomConfig, noisy: bool, author: int | None = None) -> tuple[str, list[str]]:
+    """(report, labels it states) by author 0 to 3 or any; noisy: with omissions and priors, else complete and true."""
     stated = misremember(findings, rng, cfg) if noisy else findings
     return text.Radiologist(rng, author).report(stated, cfg.hedge)[0], labels_of(stated)
 
 
-def write_caption(findings, rng: np.random.Generator, cfg: PhantomConfig) -> tuple[str, list[str]]:
-    """A caption without headers and the labels it states; a share cfg.base_prior is as wrong as a reference."""
+def write_caption(findings, rng, cfg: PhantomConfig) -> tuple[str, list[str]]:
+    """(caption, labels it states); a share cfg.base_prior is as wrong as a reference."""
     believed = misremember(findings, rng, cfg) if rng.random() < cfg.base_prior else findings
     return text.caption(believed, rng)[0], labels_of(believed)
 
@@ -100,29 +93,26 @@ def make_study(cfg: PhantomConfig, seed: int, split: str, index: int) -> tuple[n
     while not all(mask.any() for mask in masks.values()):  # about one film in 10,000 hides a finding: drawn again
         findings = sample_findings(rng, cfg)
         image, masks = render(findings, rng, cfg.image_size)
-    if split == "base":
-        report, stated = write_caption(findings, rng, cfg)
-    else:
-        report, stated = write_report(findings, rng, cfg, noisy=split != "expert")
+    write = write_caption if split == "base" else partial(write_report, noisy=split != "expert")
+    report, stated = write(findings, rng, cfg)
     name = f"{split}{index:05d}"
     row = {"id": name, "report": report, "image_path": [f"{name}/0.png"], "split": split}
     shown = [{"label": f.label} | asdict(f) | {"mask": encode_mask(masks[f.label])} for f in findings]
     return image, row, {"id": name, "split": split, "labels": labels_of(findings), "findings": shown, "stated": stated}
 
 
-def build(recipe: Recipe, folder: Path) -> dict[str, float]:
-    """Write the data set in R2Gen's layout, print and return noise_rates of its references (sft, train, val, test).
-
-    A contact sheet of the first test studies stands beside it. Raises ValueError, see `sample_findings`.
-    """
+def build(recipe: Recipe, folder: Path) -> None:
+    """Write the data set in R2Gen's layout with truth.jsonl and a contact sheet of test studies; print how wrong the
+    references (sft, train, val, test) are. ValueError, see `sample_findings`."""
     cfg, annotation, pairs, shown = recipe.phantom, {}, [], []
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     jobs = [(split, index) for split in SPLITS for index in range(getattr(cfg, split))]
     with open(folder / "truth.jsonl", "w", encoding="utf-8") as truth_file:
         for split, index in tqdm(jobs, desc="phantom studies", unit="study"):
             image, row, truth = make_study(cfg, recipe.seed, split, index)
-            (folder / "images" / row["id"]).mkdir(exist_ok=True)
-            Image.fromarray(image).save(folder / "images" / row["image_path"][0], compress_level=1)
+            path = folder / "images" / row["image_path"][0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path, compress_level=1)
             annotation.setdefault(split, []).append(row)
             truth_file.write(json.dumps(truth) + "\n")
             if split in SPLITS[2:]:
@@ -131,9 +121,7 @@ def build(recipe: Recipe, folder: Path) -> dict[str, float]:
                 shown.append((image, row, truth))
     (folder / "annotation.json").write_text(json.dumps(annotation, indent=1), encoding="utf-8")
     contact_sheet(shown, folder / "contact_sheet.png")
-    rates = noise_rates(pairs)
-    print("phantom references: " + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
-    return rates
+    print("phantom references: " + ", ".join(f"{name} {rate:.1%}" for name, rate in noise_rates(pairs).items()))
 
 
 def noise_rates(pairs: Iterable[tuple[list[str], list[str]]]) -> dict[str, float]:

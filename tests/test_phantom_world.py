@@ -11,7 +11,7 @@ from config import Config, merge
 from phantom import world as phantom
 from phantom.config import AssetsConfig, PhantomConfig, Recipe
 from phantom.findings import LABELS, finding_of
-from phantom.image import contact_sheet, decode_mask, encode_mask, render
+from phantom.image import contact_sheet, encode_mask, render
 from phantom.text import AUTHORS
 from phantom.world import sample_findings
 
@@ -24,6 +24,12 @@ def study(seed, noisy=True, cfg=CFG):
     rng = np.random.default_rng([11, seed])
     findings = sample_findings(rng, cfg)
     return findings, *phantom.write_report(findings, rng, cfg, noisy)
+
+
+def decode_mask(rle):
+    """(H, W) bool of COCO's uncompressed run lengths, run by run."""
+    values = [run % 2 == 1 for run, length in enumerate(rle["counts"]) for _ in range(length)]
+    return np.array(values).reshape(rle["size"], order="F")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
     image ──frozen tower, once per study──▶ features ─┐
     prompt ────────────────────────────────────────────┴──▶ image + prompt, once per study ──▶ G candidate reports
 
-Every candidate of a study shares the image and the prompt, so both the sampler (`prefill`, `next_hidden`) and the loss
-(`completion_logps`) read them once and run only the reports' own tokens G times: vlm/attention.py. Gradients flow
-through the shared part, so the result is that of G full forwards, at a fraction of the cost.
+Sampler (`prefill`, `next_hidden`) and loss (`completion_logps`) read image and prompt once, the reports' own tokens G
+times: vlm/attention.py. Gradients flow through the shared part: the result is that of G full forwards.
 
-The policy of a stage is always "base + one LoRA adapter". The adapter covers the language model and the vision
-projection; `set_trainable` picks what a stage trains. The reference policy (Eq. 10) is a second, frozen adapter `ref`
-holding the SFT policy: `disable_adapter()` would give the base model instead, which is not the SFT policy.
+The policy of a stage is "base + one LoRA adapter", which covers the language model and the vision projection;
+`set_trainable` picks what trains. The reference policy (Eq. 10) is a second, frozen adapter `ref` with the SFT policy:
+`disable_adapter()` would give the base model instead, which is another.
 """
 
 import contextlib
@@ -35,6 +34,7 @@ from vlm.families import BROKEN, PARTS, embed_prompt, load_family, placeholder_i
 
 LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
 
+
 @dataclass
 class SamplingRules:
     """What turns logits into the policy's distribution, the same in the sampler and in the loss."""
@@ -47,12 +47,10 @@ class SamplingRules:
 
 def sampling_rules(model, processor, cfg: Config) -> SamplingRules:
     """The rules of `cfg.rollout` for this model's special tokens."""
-    base = get_base(model)
-    eos_ids = {processor.tokenizer.eos_token_id}
-    generation_eos = base.generation_config.eos_token_id
-    eos_ids |= set(generation_eos if isinstance(generation_eos, list) else [generation_eos]) - {None}
-    banned = placeholder_ids(base.config, processor.tokenizer) | {processor.tokenizer.pad_token_id} - {None}
-    banned -= eos_ids
+    base, tokenizer = get_base(model), processor.tokenizer
+    eos = base.generation_config.eos_token_id  # one, several or none
+    eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    banned = (placeholder_ids(base.config, tokenizer) | {tokenizer.pad_token_id}) - {None} - eos_ids
     return SamplingRules(cfg.rollout.temperature, cfg.rollout.min_new_tokens, sorted(eos_ids), sorted(banned))
 
 
@@ -70,13 +68,11 @@ def get_base(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def load_policy(
-    cfg: Config, adapter: Path | None = None, *, new_lora=False, trainable="", reference: Path | None = None
-):
+def load_policy(cfg: Config, adapter: Path | None = None, *, new_lora=False, trainable="", reference=None):
     """Load `cfg.model.path`, plus an adapter folder, or a new LoRA adapter (whose update is 0), or neither.
 
-    trainable: what shall train (set_trainable). reference: adapter of the frozen reference policy, for RL; dropout is
-    then off. Returns (model in eval mode, processor). ValueError for what does not fit.
+    trainable: what shall train (set_trainable). reference: adapter folder of the frozen reference policy, for RL;
+    dropout is then off. Returns (model in eval mode, processor). ValueError for what does not fit.
     """
     m = cfg.model
     model, processor = load_family(m.path, getattr(torch, m.dtype), m.max_pixels)
@@ -118,27 +114,22 @@ def check_prompt(model, processor, cfg: Config) -> None:
 
 
 def set_trainable(model, trainable: str) -> list[str]:
-    """Let exactly the policy's LoRA weights of the named parts ("language+projector") train; return their names."""
+    """Let exactly the policy's LoRA weights of the named parts ("language+projector") train; returns their names."""
     parts = PARTS[get_base(model).config.model_type]
-    patterns = [re.compile(parts[part]) for part in trainable.split("+")]
-    names = []
+    wanted = re.compile(rf"({'|'.join(parts[part] for part in trainable.split('+'))})\.lora_[AB]\.default\.weight")
+    names = [name for name, _ in model.named_parameters() if wanted.fullmatch(name)]
     for name, parameter in model.named_parameters():
-        module = name.split(".lora_")[0]
-        on = ".lora_" in name and ".default." in name and any(p.fullmatch(module) for p in patterns)
-        parameter.requires_grad_(on)
-        names += [name] * on
+        parameter.requires_grad_(name in names)
     if not names:
         raise ValueError(f"no LoRA weight of '{trainable}' found: was the adapter made for this model?")
     return names
 
 
 def add_reference(model: PeftModel, adapter: str | Path) -> None:
-    """Load the SFT policy's adapter as the frozen second adapter `ref`."""
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    """Load the SFT policy's adapter as the second adapter `ref`; nothing trains until `set_trainable` says so."""
     load_adapter(model, Path(adapter), "ref")
     model.set_adapter("default")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(name, False))
+    model.requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -156,9 +147,8 @@ def use_reference(model: PeftModel):
 
 def disable_dropout(model) -> None:
     """Set every dropout to 0: in RL the sampler, old, new and reference policy's log-probs must agree."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    for dropout in filter(lambda module: isinstance(module, torch.nn.Dropout), model.modules()):
+        dropout.p = 0.0
 
 
 def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Tensor]:
@@ -170,12 +160,10 @@ def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Te
     """
     if "<image>" in prompt or processor.image_token in prompt:
         raise ValueError("data.prompt: leave the image placeholder out; the chat template adds one per image")
-    views = [study if isinstance(study, (list, tuple)) else [study] for study in images]
-    texts = []
-    for study in views:
-        content = [{"type": "image"}] * len(study) + [{"type": "text", "text": prompt}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    bos = processor.tokenizer.bos_token
+    views, bos = [s if isinstance(s, list | tuple) else [s] for s in images], processor.tokenizer.bos_token
+    turns = [[{"type": "image"}] * len(study) + [{"type": "text", "text": prompt}] for study in views]
+    chats = [[{"role": "user", "content": turn}] for turn in turns]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     one_bos = not (bos and texts[0].startswith(bos))  # the template's or the tokenizer's
     flat = [image for study in views for image in study]
     inputs = processor(text=texts, images=flat, padding=True, add_special_tokens=one_bos, return_tensors="pt")
@@ -203,14 +191,14 @@ def next_hidden(model, cache: Decoding, tokens: Tensor, positions: Tensor) -> Te
 
 
 def report_start(positions: Tensor) -> Tensor:
-    """Position (B,) of a report's first token behind a prompt at positions (B, P), or (3, B, P) under mRoPE."""
-    # the prompt ends in text, whose three mRoPE positions are one number; from there on they count up by 1
+    """Position (B,) of a report's first token behind a prompt at positions (B, P), or (3, B, P) under mRoPE.
+
+    The prompt ends in text, whose three mRoPE positions are one number; from there on they count up by 1.
+    """
     return positions.view(-1, *positions.shape[-2:])[0, :, -1] + 1
 
 
-def completion_logps(
-    model, inputs: dict[str, Tensor], completions: Tensor, completion_mask: Tensor, rules: SamplingRules
-) -> Tensor:
+def completion_logps(model, inputs: dict, completions: Tensor, completion_mask: Tensor, rules: SamplingRules) -> Tensor:
     """log pi(o_t | image, prompt, o_<t) of every report token, Eq. 1's factors: (N, T) float32, 0 where masked.
 
     inputs: B encoded prompts; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids,
@@ -259,19 +247,14 @@ def token_logps(lm_head, hidden: Tensor, tokens: Tensor, positions: Tensor, rule
 
 
 def report_ids(processor, texts: list[str], banned: Iterable[int] = ()) -> tuple[list[list[int]], list[bool]]:
-    """Each text's token ids, ended by EOS, and whether it spelt out a special token (an image's, a chat's, </s>).
-
-    Those are left out, and `banned` ones too; `<unk>` stays where it is none of these.
-    """
+    """Token ids of each text and EOS, without special or `banned` ones; and whether it spelt out such a token."""
     tokenizer, rows = processor.tokenizer, processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     never = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {*banned}
     kept = [[i for i in row if i not in never] + [tokenizer.eos_token_id] for row in rows]
     return kept, [len(left) <= len(row) for left, row in zip(kept, rows, strict=True)]
 
 
-def tokenize_reports(
-    processor, texts: list[str], max_tokens: int, device, banned: Iterable[int] = ()
-) -> tuple[Tensor, Tensor, int]:
+def tokenize_reports(processor, texts: list[str], max_tokens: int, device, banned: Iterable[int] = ()):
     """Texts -> (ids (B, T) of `report_ids`, padded, mask (B, T) by position, number of texts cut to max_tokens)."""
     rows = report_ids(processor, texts, banned)[0]
     cut = sum(len(row) > max_tokens for row in rows)

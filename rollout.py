@@ -114,9 +114,7 @@ def sample(
     return Rollout(out.completions[:, : t + 1], out.completion_mask[:, : t + 1], out.logps[:, : t + 1], out.finished)
 
 
-def rollout(
-    model, processor, images: list, ids: list[str], cfg: Config, step: int, samples: int | None = None
-) -> tuple[Rollout, list[list[str]], dict]:
+def rollout(model, processor, images: list, ids: list[str], cfg: Config, step: int, samples: int | None = None):
     """Write reports of B studies: G = `rollout.group_size` candidates each, or `samples`; samples = 0: one, greedy.
 
     Returns (Rollout with N = B * G rows, texts [B][G], the encoded prompts, which the loss pass uses again).
@@ -128,19 +126,12 @@ def rollout(
     rules = sampling_rules(model, processor, cfg)
     out = sample(model, inputs, rules, u, r.max_new_tokens, group_size, r.top_p, r.top_k, cfg.fsdp)
     require_finite(out.logps, ids)
-    texts = decode(processor, out)
+    lengths = out.completion_mask.sum(dim=1) - out.finished.long()  # (N,) without the EOS
+    rows = [row[:n].tolist() for row, n in zip(out.completions, lengths.tolist(), strict=True)]
+    texts = processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
     return out, [texts[i : i + group_size] for i in range(0, len(texts), group_size)], inputs
 
 
-def decode(processor, out: Rollout) -> list[str]:
-    """Token rows -> N texts, the part before EOS."""
-    lengths = out.completion_mask.sum(dim=1) - out.finished.long()  # (N,) without the EOS
-    rows = [ids[:n].tolist() for ids, n in zip(out.completions, lengths.tolist(), strict=True)]
-    return processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
-def generate_reports(
-    model, processor, images: list, cfg: Config, *, ids: list[str], samples: int = 0
-) -> list[list[str]]:
+def generate_reports(model, processor, images: list, cfg: Config, *, ids: list[str], samples: int = 0):
     """Reports of any number of studies for evaluation: [study][1] greedy (samples = 0) or [study][samples] sampled."""
     return rollout(model, processor, images, ids, cfg, EVALUATION, samples)[1]

@@ -22,9 +22,7 @@ def sft_loss(logps: Tensor, completion_mask: Tensor, total_tokens: int | Tensor 
     return -(logps * completion_mask).sum() / (completion_mask.sum() if total_tokens is None else total_tokens)
 
 
-def text_logps(
-    model, processor, inputs: dict[str, Tensor], texts: list[str], cfg: Config
-) -> tuple[Tensor, Tensor, int]:
+def text_logps(model, processor, inputs: dict[str, Tensor], texts: list[str], cfg: Config):
     """Log-probs (B, T) and mask (B, T) of `texts` after the encoded prompts (batch B), and how many texts were cut
     at `cfg.rollout.max_new_tokens`."""
     rules = sampling_rules(model, processor, cfg)

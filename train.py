@@ -48,7 +48,7 @@ from sft import describe_references, sft_update
 from vlm.families import select_studies
 from vlm.fast_linear import fast_linears
 
-FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}
+FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}  # also the names of their settings in the config
 HIGH_KL = 0.25  # nats per token; beyond it reward hacking was seen (two IMPRESSION sections in one report)
 
 
@@ -64,9 +64,7 @@ class MicroBatch:
     share: float  # of the global batch's B * G candidates: weighs the loss, so that any split gives the same gradient
 
 
-def grpo_update(
-    model, processor, scorers: Scorers, optimizer, batch: list[Study], cfg: Config, *, k: int, stage: int
-) -> tuple[dict[str, float], dict | None]:
+def grpo_update(model, processor, scorers: Scorers, optimizer, batch: list[Study], cfg: Config, *, k: int, stage: int):
     """Policy update k of Algorithm 1; `batch` is this process's share of the studies.
 
     Returns (the row for metrics.jsonl, the first study's candidates with their rewards for samples.jsonl).
@@ -85,18 +83,14 @@ def grpo_update(
         part, sample = group_metrics(out, rewards, parts), sample_record(batch[0], texts[0], rewards, parts, k)
     # 4. - 6. make the better candidates likelier
     stats, norm = policy_step(model, optimizer, micro_batches, sampling_rules(model, processor, cfg), cfg)
-    if stats:
-        part |= {name: [s[name] for s in stats] for name in stats[0]}
+    part |= {name: [s[name] for s in stats] for name in (stats[0] if stats else ())}
     row = average(parallel.gather(part)) | {"grad_norm": norm, "lr": cfg.grpo.lr}
     if row["kl"] > HIGH_KL and parallel.rank() == 0:
-        said = f"update {k}: KL {row['kl']:.2f} is above {HIGH_KL}: read samples.jsonl for reward hacking"
-        tqdm.write(said, sys.stderr)
+        tqdm.write(f"update {k}: KL {row['kl']:.2f} is above {HIGH_KL}: read samples.jsonl for hacking", sys.stderr)
     return row, sample
 
 
-def policy_step(
-    model, optimizer, micro_batches: list[MicroBatch], rules: SamplingRules, cfg: Config
-) -> tuple[list[dict[str, float]], float]:
+def policy_step(model, optimizer, micro_batches: list[MicroBatch], rules: SamplingRules, cfg: Config):
     """Lines 4-6 of Algorithm 1 on this process's candidates: `grpo.num_iterations` gradient steps on Eq. 10.
 
     Returns ([statistics of each candidate's pass], gradient norm of the last step before clipping).
@@ -107,10 +101,8 @@ def policy_step(
     # 4. log-probs under the reference policy, once per batch of rollouts
     with torch.no_grad(), use_reference(model), fast_linears(get_base(model)):
         ref_logps = [completion_logps(model, m.inputs, m.completions, m.mask, rules) for m in micro_batches]  # (n, T)
-
     for m, logps in zip(micro_batches, ref_logps, strict=True):
         require_finite(logps, m.ids, "is the reference's adapter whole?")
-
     old_logps: list[Tensor] = []
     for iteration in range(g.num_iterations):
         for i, m in enumerate(micro_batches):
@@ -119,10 +111,8 @@ def policy_step(
             require_finite(logps, m.ids)
             if iteration == 0:
                 old_logps.append(logps.detach())
-            loss, found = grpo_loss(
-                logps, old_logps[i], ref_logps[i], m.advantages, m.mask,
-                eps_low=g.eps_low, eps_high=g.eps_high, beta=g.beta,
-            )  # fmt: skip
+            given = logps, old_logps[i], ref_logps[i], m.advantages, m.mask
+            loss, found = grpo_loss(*given, eps_low=g.eps_low, eps_high=g.eps_high, beta=g.beta)
             (loss * m.share).backward()
             stats += [{"loss": loss.item()} | found] * len(logps)
         # 6. gradients are summed over the processes, clipped, and taken one step along
@@ -130,10 +120,8 @@ def policy_step(
     return stats, norm
 
 
-def split_batch(
-    inputs: dict[str, Tensor], out: Rollout, advantages: Tensor, ids: list[str], cfg: Config
-) -> list[MicroBatch]:
-    """B studies with their G candidates, advantages (B, G), in parts of grpo.micro_batch studies x grpo.micro_group."""
+def split_batch(inputs: dict[str, Tensor], out: Rollout, advantages: Tensor, ids: list[str], cfg: Config):
+    """[MicroBatch] of B studies and advantages (B, G): grpo.micro_batch studies x grpo.micro_group candidates each."""
     b, group = advantages.shape
     studies, candidates = cfg.grpo.micro_batch, cfg.grpo.micro_group or group
     grid = torch.arange(b * group, device=out.completions.device).view(b, group)  # row b * G + g of `out`
@@ -150,7 +138,7 @@ def split_batch(
 def load_stage(cfg: Config, stage: int, init: Path | None, reference: Path | None):
     """(model, processor, scorers or None, optimizer) of a stage that starts from adapter `init`; None: a new one."""
     torch.manual_seed(cfg.seed)
-    trainable, scorers = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage].trainable, None
+    trainable, scorers = getattr(cfg, FOLDERS[stage]).trainable, None
     model, processor = load_policy(cfg, init, new_lora=init is None, trainable=trainable, reference=reference)
     if stage > 0:
         oracle, visual = cfg.scorers.expert == "oracle", stage == 2 and cfg.rewards.lambda_vis > 0
@@ -169,14 +157,13 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
     if cfg.stage != "0" and cfg.rewards.lambda_format:  # also before the Stage 0 of a longer run
         require_format([study.report for study in studies], cfg.rewards.required_sections)
     held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every else []
-    stage_cfg = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2}[stage]
-    batch_size = cfg.sft.batch_size if stage == 0 else cfg.grpo.batch_size
+    stage_cfg, batch_size = getattr(cfg, FOLDERS[stage]), cfg.sft.batch_size if stage == 0 else cfg.grpo.batch_size
     if cfg.fsdp and batch_size % world:
         raise ValueError(f"fsdp: the batch of {batch_size} studies must be a multiple of the {world} processes")
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
     model, processor, scorers, optimizer = load_stage(cfg, stage, init, reference)
-    for line in describe_references(model, processor, studies, cfg) if stage == 0 else ():
-        print(line)
+    if stage == 0:
+        print("".join(f"{line}\n" for line in describe_references(model, processor, studies, cfg)), end="")
     k0, done = load_checkpoint(folder, model, optimizer, stage, steps, init)  # k counts over both RL stages
     log = Log(folder, k0, done, active=rank == 0)
     bar = tqdm(range(done, steps), folder.name.ljust(18), steps, initial=done, disable=rank > 0)

@@ -87,13 +87,9 @@ def test_llava_med_at_full_size_has_the_released_number_of_weights(tmp_path):
     assert config.image_seq_length == 576
 
 
-def test_llava_med_tokenizer_model_is_read_or_asked_for(tmp_path, monkeypatch):
+def test_llava_med_tokenizer_model_is_read(tmp_path):
     write_llava_med(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr("vlm.families.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match="tokenizer.model: reading it needs sentencepiece"):
-            llava_med_tokenizer(str(tmp_path))
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     (tmp_path / "text.txt").write_text("the lungs are clear\nno pleural effusion [INST] write [/INST]\n" * 20)
     sentencepiece.SentencePieceTrainer.train(

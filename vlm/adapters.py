@@ -1,8 +1,8 @@
-"""LoRA on the policy (Hu et al. 2022): a new adapter, or one out of a folder in PEFT's format, checked whole.
+"""LoRA (Hu et al. 2022) out of a folder in PEFT's format, checked whole.
 
-Only what vlm/fast_linear.py computes is taken: plain LoRA and rsLoRA (arXiv 2312.03732: the scaling is alpha / sqrt(r))
-on linear layers of the language model and the vision projection. All else is refused by its name, and no pattern out of
-a folder is run: a regex can be made to take hours.
+Only what vlm/fast_linear.py computes is taken: LoRA, also rsLoRA (arXiv 2312.03732: its scaling is alpha / sqrt(r)), on
+linear layers of the language model and the vision projection. All else is refused by name, and no pattern out of a
+folder is run: a regex can be made to take hours.
 """
 
 import math
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from formats.files import read_json
 from running import parallel
 from running.weights import require, require_finite, require_placed, tensor_shapes
-from vlm.families import PARTS
+from vlm.families import BROKEN, PARTS
 
 # fields of adapter_config.json that are used, and those that change nothing; any other must have PEFT's default
 USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
@@ -47,13 +47,12 @@ def load_adapter(model, folder: Path, name: str = "default"):
         else:
             model.add_adapter(name, config)
         held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        require_placed(held.keys() - shapes.keys(), shapes.keys() - held.keys(), "its weights")
-        for tensor, value in held.items():
-            if shapes[tensor] != list(value.shape):
-                raise ValueError(f"{tensor} is {shapes[tensor]}, on this base it must be {list(value.shape)}")
+        wanted = {f"{tensor} {list(value.shape)}" for tensor, value in held.items()}
+        found = {f"{tensor} {shape}" for tensor, shape in shapes.items()}
+        require_placed(wanted - found, found - wanted, "its weights")
         weights = load_file(folder / "adapter_model.safetensors")
         require_finite(weights, "its weights")
-    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:  # what odd values end in
+    except BROKEN as error:  # what odd values end in
         raise ValueError(f"{folder} cannot be used as an adapter: {' '.join(str(error).split())}") from error
     set_peft_model_state_dict(model, weights, adapter_name=name)
     made_on = str(raw.get("base_model_name_or_path") or base.name_or_path)
@@ -63,16 +62,12 @@ def load_adapter(model, folder: Path, name: str = "default"):
 
 
 def read_config(raw: dict, own: str, ranks: set[int]) -> LoraConfig:
-    """The config that an adapter_config.json stands for; ValueError naming what is not known here.
-
-    own: the one regex that may say which layers. ranks: of the weights, before memory is taken for others.
-    """
+    """The config of an adapter_config.json; own: the one regex that is run; ranks: of the weights. ValueError."""
     plain = LoraConfig().to_dict()
     odd = {key: value for key, value in raw.items() if value and key not in USED | IDLE and value != plain.get(key)}
     if odd not in ({}, {"init_lora_weights": "gaussian"}):  # how it began is no matter
         raise ValueError(f"this kind is not known here: {str(odd)[:200]}")
-    named = raw["target_modules"]
-    if named != own and not (isinstance(named, list) and all(isinstance(target, str) for target in named)):
+    if raw["target_modules"] != own and not isinstance(raw["target_modules"], list):
         raise ValueError("target_modules must be a list of names; a regex from elsewhere is not run")
     if ranks != {raw["r"]} or not 0 < raw["lora_alpha"] / raw["r"] < math.inf:
         raise ValueError(f"r = {raw['r']} and lora_alpha = {raw['lora_alpha']} with weights of rank {sorted(ranks)}")

@@ -11,8 +11,8 @@ text ever becomes it, the vision features replace its embedding, and every matri
 """
 
 import re
+import tomllib
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,25 +30,10 @@ LLAVA = {"language": LANGUAGE, "projector": r".*multi_modal_projector\.linear_[1
 QWEN = {"language": LANGUAGE, "projector": r".*visual\.merger\.mlp\.[02]"}
 PARTS = {"llava": LLAVA, "llava_mistral": LLAVA, "qwen2_5_vl": QWEN}
 
-# LLaVA-Med v1.5: original weight name (regex) -> transformers' LLaVA
-RENAME = {
-    r"^model\.vision_tower\.vision_tower\.": "model.vision_tower.",
-    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
-    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
-    r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
-}
-# openai/clip-vit-large-patch14-336, the tower that LLaVA-Med's config.json names: built in, so that no hub is asked
-CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "image_size": 336, "patch_size": 14, "projection_dim": 768}  # fmt: skip
-# the fields of LLaVA-Med's config.json that change the network or its input, and the values known here
-KNOWN = {"mm_projector_type": ["mlp2x_gelu"], "mm_vision_select_feature": ["patch", "cls_patch"],
-         "mm_use_im_start_end": [False], "image_aspect_ratio": ["pad", "square", None]}  # fmt: skip
-# conversation template `mistral_instruct` of LLaVA-Med; the tokenizer itself puts <s> before it
-MISTRAL_INSTRUCT = ("{% for m in messages %}[INST] {% for c in m['content'] %}{% if c['type'] == 'image' %}<unk>\n"
-                    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}")  # fmt: skip
+LLAVA_MED = tomllib.loads((Path(__file__).parent / "llava_med.toml").read_text(encoding="utf-8"))
 
 # what transformers makes of damaged files, beside its own one-line errors
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
           StrictDataclassError)  # fmt: skip
 
 # PEFT asks for the first at every load, the second has a new name from 5.2x on; nothing a user could do about them
@@ -58,9 +43,8 @@ warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", categ
 def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
     """(base model, processor) of a checkpoint folder or hub name; max_pixels: see `model.max_pixels` in config.py.
 
-    ValueError naming the first fault: no config.json, an unknown family, a broken file, code or quantised weights, a
-    made-up tokenizer, a weight that is NaN, missing (transformers would leave it random with a mere warning), of
-    another shape, or left over.
+    ValueError naming the first fault: an unknown family, a broken file, code, quantised weights, a made-up tokenizer, a
+    weight that is NaN, left over, of another shape or missing (transformers would leave it random and merely warn).
     """
     config = read_config(path)
     family = config.get("model_type")
@@ -123,10 +107,10 @@ def load_llava_med(path: str, raw: dict, **options):
         crop_size={"height": side, "width": side})  # fmt: skip
     processor = transformers.LlavaProcessor(  # the additional token: CLIP's class token, which "default" drops
         images, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
-        vision_feature_select_strategy=config.vision_feature_select_strategy, chat_template=MISTRAL_INSTRUCT,
-        image_token=tokenizer.unk_token)  # fmt: skip
+        vision_feature_select_strategy=config.vision_feature_select_strategy, image_token=tokenizer.unk_token,
+        chat_template=LLAVA_MED["chat_template"])  # fmt: skip
     llava = transformers.LlavaForConditionalGeneration
-    return *llava.from_pretrained(path, config=config, key_mapping=RENAME, **options), processor
+    return *llava.from_pretrained(path, config=config, key_mapping=LLAVA_MED["rename"], **options), processor
 
 
 def llava_med_config(path: str, raw: dict, tokenizer) -> transformers.LlavaConfig:
@@ -137,16 +121,15 @@ def llava_med_config(path: str, raw: dict, tokenizer) -> transformers.LlavaConfi
     for key in ("mm_vision_tower", "mm_vision_select_layer"):
         if key not in raw:
             raise ValueError(f"{path}/config.json: no '{key}' there; is this the original LLaVA-Med v1.5?")
-    for key, known in KNOWN.items():
-        if raw.get(key, known[0]) not in known:
+    for key, known in LLAVA_MED["known"].items():
+        if raw.get(key) is not None and raw[key] not in known:
             raise ValueError(f"{path}/config.json: {key} is {raw[key]!r}; known: {', '.join(map(repr, known))}")
     tower, with_class = raw["mm_vision_tower"], raw.get("mm_vision_select_feature") == "cls_patch"
-    vision = transformers.CLIPVisionConfig(**CLIP_L_336)
-    folder = next((f for f in (Path(path) / tower, Path(tower)) if (f / "config.json").is_file()), None)
-    if folder:
-        vision = transformers.CLIPVisionConfig.from_pretrained(folder)
-    elif not tower.rstrip("/").endswith("clip-vit-large-patch14-336"):
+    sizes = [folder for folder in (Path(path) / tower, Path(tower)) if (folder / "config.json").is_file()]
+    if not sizes and not tower.rstrip("/").endswith("clip-vit-large-patch14-336"):
         raise ValueError(f"{path}: vision tower '{tower}' is unknown; put its config.json into {Path(path) / tower}")
+    clip = transformers.CLIPVisionConfig
+    vision = clip.from_pretrained(sizes[0]) if sizes else clip(**LLAVA_MED["clip_l_336"])
     return transformers.LlavaConfig(
         vision_config=vision, text_config=transformers.MistralConfig.from_dict(raw | {"model_type": "mistral"}),
         image_token_index=tokenizer.unk_token_id, image_seq_length=(vision.image_size // vision.patch_size) ** 2,
@@ -156,9 +139,6 @@ def llava_med_config(path: str, raw: dict, tokenizer) -> transformers.LlavaConfi
 
 def llava_med_tokenizer(path: str):
     """The Llama tokenizer of a `llava_mistral` folder: <unk> stands for an image, </s> pads."""
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
-        raise ValueError(f"{folder / 'tokenizer.model'}: reading it needs sentencepiece (pip install sentencepiece)")
     # legacy: each piece of text between images starts with a space, as in LLaVA's own `tokenizer_image_token`
     tokenizer = transformers.LlamaTokenizer.from_pretrained(path, legacy=True, add_bos_token=True)
     tokenizer.pad_token = tokenizer.eos_token  # the folder's is <unk>, here the image; where it pads, the mask is 0

@@ -1,8 +1,7 @@
 """Data sets on disk: a folder becomes a list of `Study`; the order in which training sees them.
 
-The layouts (`data.format`) are told in formats/iu_xray.py and formats/mimic.py. What cannot be used is skipped, counted
-by reason and printed; `data.strict` makes a skip an error. `python data.py --config C` prints a card of a data set:
-studies per split, skips, report lengths in words and in the policy's tokens.
+Layouts: formats/iu_xray.py, formats/mimic.py. What cannot be used is skipped, counted by reason and printed; an error
+under `data.strict`. `python data.py --config C` prints a card of a data set: studies per split, skips, report lengths.
 """
 
 import re
@@ -20,11 +19,9 @@ from formats.mimic import chexpert_lines, mimic_rows
 from running import parallel
 from running.weights import load_tokenizer
 
-# where a header may stand: in capitals at the start of any word, with a capital letter at the start of a line, and
-# otherwise only where a sentence begins, so that "no acute findings: ..." is none
-HEADER = re.compile(
-    r"(?:(?<!\w)(?=[A-Z]{8})|^\s*(?=[A-Z])|(?:\A|(?<=[.!?]))\s*)(?i:(findings|impression)):", re.MULTILINE
-)
+# A header stands in capitals at the start of any word, with one capital at the start of a line, else only where a
+# sentence begins: "no acute findings: ..." is none.
+HEADER = re.compile(r"(?m:(?<!\w)(?=[A-Z]{8})|^\s*(?=[A-Z])|(?:\A|(?<=[.!?:]))\s*)(?i:(findings|impression)):")
 ROWS = {"r2gen": r2gen_rows, "openi": openi_rows, "kaggle": kaggle_rows, "mimic": mimic_rows}
 
 
@@ -51,10 +48,9 @@ def read_views(study: Study) -> list[Image.Image]:
 def split_sections(text: str) -> dict[str, str]:
     """{"findings": str, "impression": str} of a report, white space collapsed, "" for what is not there.
 
-    A repeated header's texts are joined. Text before the first header belongs to neither. A text without any header is
-    {"findings": text} alone.
+    A repeated header's texts are joined, text before the first belongs to neither. Without any: {"findings": text}.
     """
-    before, *parts = HEADER.split(text)
+    before, *parts = HEADER.split(text.replace("\ufeff", ""))  # a byte-order mark that was pasted along
     if not parts:
         return {"findings": " ".join(before.split())}
     found = {"findings": "", "impression": ""}
@@ -68,22 +64,17 @@ def target_text(report: str | dict[str, str], target: str) -> tuple[str, str]:
 
     target "both" gives "FINDINGS: f IMPRESSION: i" and needs both, except that a text without headers stays as it is.
     """
-    if report == {}:
-        return "", "no FINDINGS or IMPRESSION header"
-    if isinstance(report, str):
-        sections = split_sections(report)
-    else:  # what follows a header inside a section is a second report
-        first = {name: next(filter(str.strip, HEADER.split(text)[::2]), "") for name, text in report.items()}
-        sections = {name: " ".join(text.split()) for name, text in first.items()}
+    sections = split_sections(report) if isinstance(report, str) else {
+        # what follows a header inside a section is a second report
+        name: " ".join(next(filter(str.strip, HEADER.split(text)[::2]), "").split()) for name, text in report.items()
+    }  # fmt: skip
     if not any(sections.values()):
-        return "", "empty report"
+        return "", "empty report" if sections else "no FINDINGS or IMPRESSION header"
     wanted = list(sections) if target == "both" else [target]
     absent = [name for name in wanted if not sections.get(name)]
     if absent:
         return "", f"no {absent[0]}"
-    if len(wanted) == 1:
-        return sections[wanted[0]], ""
-    return f"FINDINGS: {sections['findings']} IMPRESSION: {sections['impression']}", ""
+    return " ".join(f"{name.upper()}: " * (len(wanted) > 1) + sections[name] for name in wanted), ""
 
 
 def load_studies(cfg, split: str) -> list[Study]:
@@ -132,10 +123,10 @@ def has_splits(cfg) -> bool:
 
 def remarks(cfg, studies: list[Study], skips: dict[str, list[str]]) -> list[str]:
     """What to know of a split that was read: what was skipped, and in how many studies the views are not known."""
-    unknown = [study.id for study in studies if not study.view_known]
-    teller = "ViewPosition in mimic-cxr-2.0.0-metadata.csv.gz" if cfg.format == "mimic" else "indiana_projections.csv"
-    said = f"views not known: {len(unknown)} studies, the first image may be lateral ({teller} tells the views)"
-    return ([f"skipped {describe_skips(skips)}"] if skips else []) + ([said] if unknown else [])
+    unknown = sum(not study.view_known for study in studies)
+    table = "ViewPosition in the metadata table" if cfg.format == "mimic" else "indiana_projections.csv"
+    views = f"views not known: {unknown} studies, whose first image may be a lateral one; {table} would tell"
+    return ([f"skipped {describe_skips(skips)}"] if skips else []) + ([views] if unknown else [])
 
 
 def describe_skips(skips: dict[str, list[str]]) -> str:
@@ -152,10 +143,8 @@ def batch_ids(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 def card(cfg, tokenizer=None) -> str:
-    """A data set in a few lines: per split the studies, the skips and the report lengths (5%, 50%, 95%, maximum).
-
-    Lengths are in words and, with the policy's tokenizer, in its tokens, tags not counted.
-    """
+    """A data set in a few lines: per split the studies, the skips and the reports' lengths without tags, in words and,
+    with the policy's tokenizer, in its tokens."""
     lines = [f"{cfg.path} (format {cfg.format}, target {cfg.target}, at most {cfg.views} view(s) a study)"]
     lines.append("split     studies  words of a report 5% / 50% / 95% / max" + ", tokens likewise" * bool(tokenizer))
     splits = (cfg.sft_split, cfg.rl_split, cfg.val_split, cfg.test_split) if has_splits(cfg) else ("all",)
@@ -167,8 +156,7 @@ def card(cfg, tokenizer=None) -> str:
             line += f"  tokens {_percentiles([len(ids) for ids in tokens['input_ids']])}"
         line += f"  {np.mean([len(study.images) for study in studies]):.2f} views a study" if cfg.views > 1 else ""
         lines.append(line + ("" if studies[0].labels is None else "  with exact labels"))
-        notes = remarks(cfg, studies, skips)
-        notes += chexpert_lines(Path(cfg.path), {study.id for study in studies}) if cfg.format == "mimic" else []
+        notes = remarks(cfg, studies, skips) + chexpert_lines(Path(cfg.path), {study.id for study in studies})
         lines += [f"{'':10}{note}" for note in notes]
     return "\n".join(lines)
 
@@ -186,8 +174,9 @@ def main() -> None:
         cfg = resolve(parse(description="Print a card of a data set."), ("data",), {"data": build})
         try:
             tokenizer = load_tokenizer(cfg.model.path, local_files_only=True)
-        except (ValueError, OSError, ImportError) as error:  # ImportError: sentencepiece is not there
-            tokenizer = print(f"lengths in words only: {str(error).splitlines()[0]}")
+        except ValueError as error:
+            tokenizer = None
+            print(f"lengths in words only: {error}")
         print(card(cfg.data, tokenizer))
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")

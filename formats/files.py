@@ -31,14 +31,11 @@ class Row(NamedTuple):
 
 
 def exact_labels(value, where: str) -> list[str] | None:
-    """A row's field `labels`; ValueError, beginning with `where`, unless it is None or lists the phantom's labels.
-
-    Reports are compared with no others: CheXpert's names or 14 numbers would be a truth that every report misses.
-    """
+    """A row's field `labels`; ValueError, beginning with `where`, unless it is None or a list of the phantom's labels:
+    CheXpert's names or 14 numbers would be a truth that every report misses."""
     if value is None or isinstance(value, list) and all(label in LABELS for label in value):
         return value
-    raise ValueError(f"{where}: labels {str(value)[:60]!r} are not a list of the phantom's, such as {LABELS[-1]!r}: "
-                     "leave the field out, no other labels are compared with reports")  # fmt: skip
+    raise ValueError(f"{where}: labels {str(value)[:60]!r} are not a list of the phantom's, such as {LABELS[-1]!r}")
 
 
 @contextmanager
@@ -87,9 +84,7 @@ def _json_object(text: str, place: str) -> dict:
 
 def read_csv(path: Path, columns: Iterable[str], damaged: list[int] | None = None) -> Iterator[dict[str, str]]:
     """Yield the rows of a .csv or .csv.gz file, {column: text}; ValueError names file and absent column or line.
-
-    damaged: takes the line numbers of rows with too many or too few fields, which are an error without it.
-    """
+    damaged: takes the line numbers of rows with too many or too few fields, which are an error without it."""
     with open_text(path) as file:
         reader = csv.DictReader(file, strict=True)  # a quote that never ends is an error, not one long last field
         names = reader.fieldnames or []
@@ -108,7 +103,7 @@ def read_csv(path: Path, columns: Iterable[str], damaged: list[int] | None = Non
 def inside(folder: Path, name: str, where: str) -> Path:
     """folder / name; ValueError, beginning with `where`, for one elsewhere: a shared table reads no other files."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where}: {name!r} leads out of {folder}: give it relative to that folder")
+        raise ValueError(f"{where}: {name!r} leads out of {folder}")
     return folder / name
 
 
@@ -122,11 +117,8 @@ def pick_split(path: Path, known: Iterable[str], split: str) -> str:
 
 def frontal_first(views: Iterable[tuple[Path, str]]) -> tuple[list[Path], str, bool]:
     """(image files in the order of VIEWS, why none can be used or "", whether the first one's view is known).
-
-    views: (file, its view's name or "") in the order to keep among equals. Only lateral views is a fault.
-    """
-    ranked = [(next(i for i, x in enumerate(VIEWS) if re.match(x, v.strip().upper())), path) for path, v in views]
-    ranked.sort(key=lambda pair: pair[0])
-    first = ranked[0][0] if ranked else None
-    fault = {None: "no image file", 3: "lateral view only"}.get(first, "")
-    return [path for _, path in ranked], fault, first != 2
+    views: (file, its view's name or "") in the order to keep among equals."""
+    ranks = {path: next(i for i, x in enumerate(VIEWS) if re.match(x, view.strip().upper())) for path, view in views}
+    best = min(ranks.values(), default=None)
+    fault = {None: "no image file", 3: "lateral view only"}.get(best, "")
+    return sorted(ranks, key=ranks.get), fault, best != 2

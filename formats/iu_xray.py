@@ -1,10 +1,10 @@
 """IU-Xray (Open-i's chest X-rays) in the three forms it comes in; each yields the rows that data.py reads.
 
 - `r2gen`: R2Gen's `annotation.json` = {"train": [{"id", "report", "image_path": ["x/0.png", ...]}], ...} beside
-  `images/`; so is its MIMIC-CXR file. The order of `image_path` is kept; `truth.jsonl` ({"id", "labels"}) is optional.
+  `images/`, the frontal view first. A `truth.jsonl` beside it ({"id", "labels"}) gives exact labels.
 - `openi`: Open-i's `ecgen-radiology/<uid>.xml` beside `images/`, linked by `images/pairs.jsonl` ({"uid", "file",
-  "view_seen"}) where it exists, else by uid and the XML's parentImage ids. Neither XML nor file names tell the views:
-  put the Kaggle `indiana_projections.csv` into the folder.
+  "view_seen"}) where it exists, else by uid and the XML's parentImage ids. Only the Kaggle `indiana_projections.csv`
+  tells all views: put it into the folder.
 - `kaggle`: `indiana_reports.csv` + `indiana_projections.csv` beside `images/` or `images/images_normalized/`; the split
   is that of R2Gen's `annotation.json` where it lies in the folder, else every split is all the studies.
 """
@@ -17,8 +17,6 @@ from xml.etree.ElementTree import ParseError
 from defusedxml import ElementTree
 
 from formats.files import Row, exact_labels, frontal_first, inside, pick_split, read_csv, read_json, read_jsonl
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm"}
 
 
 def read_annotation(path: Path) -> dict[str, list[dict]]:
@@ -34,22 +32,21 @@ def read_annotation(path: Path) -> dict[str, list[dict]]:
 
 def r2gen_rows(folder: Path, split: str) -> Iterator[Row]:
     """The rows of an R2Gen folder's split, in the file's order."""
-    path, truth = folder / "annotation.json", folder / "truth.jsonl"
+    path, truth, labels = folder / "annotation.json", folder / "truth.jsonl", {}
     annotation = read_annotation(path)
-    name, exact = pick_split(path, annotation, split), truth.exists()
-    rows = enumerate(read_jsonl(truth) if exact else (), 1)
-    labels = {str(row.get("id")): exact_labels(row.get("labels"), f"{truth}: row {number}") for number, row in rows}
+    name = pick_split(path, annotation, split)
+    for number, row in enumerate(read_jsonl(truth) if truth.exists() else (), 1):
+        labels[str(row.get("id"))] = exact_labels(row.get("labels"), f"{truth}: row {number}")
     for number, row in enumerate(annotation[name]):
-        study_id, report, images = row["id"], row.get("report"), row.get("image_path")
-        place = f"{name}[{number}]"
-        if not study_id or not isinstance(report, str):
-            yield Row(study_id or place, None, fault="report is no text" if study_id else "no id")
+        study_id, report, images = row["id"] or f"{name}[{number}]", row.get("report"), row.get("image_path")
+        if not row["id"] or not isinstance(report, str):
+            yield Row(study_id, None, fault="report is no text" if row["id"] else "no id")
         elif not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             yield Row(study_id, report, fault="image_path is no list of names")
-        elif exact and labels.get(study_id) is None:
+        elif truth.exists() and labels.get(study_id) is None:
             raise ValueError(f"{truth}: no labels for study {study_id}")
         else:
-            paths = [inside(folder / "images", image, f"{path}: {place} ({study_id})") for image in images]
+            paths = [inside(folder / "images", image, f"{path}: {name}[{number}] ({study_id})") for image in images]
             yield Row(study_id, report, paths, "" if paths else "no image file", labels=labels.get(study_id))
 
 
@@ -67,32 +64,27 @@ def openi_rows(folder: Path, split: str) -> Iterator[Row]:
         except (OSError, ParseError, ValueError, LookupError):  # LookupError: an encoding that Python does not know
             yield Row(path.stem, None, fault="unreadable XML")
             continue
-        texts = {node.get("Label", "").lower(): "".join(node.itertext()) for node in root.iter("AbstractText")}
+        said = {node.get("Label", "").lower(): "".join(node.itertext()) for node in root.iter("AbstractText")}
+        sections = {name: said.get(name, "") for name in ("findings", "impression")}
         order = [_image_key(node.get("id", ""))[1] for node in root.iter("parentImage")]
         found = images.get(path.stem, {})
         names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
-        yield Row(path.stem, _sections(texts), *frontal_first(found[name] for name in names))
+        yield Row(path.stem, sections, *frontal_first(found[name] for name in names))
 
 
 def kaggle_rows(folder: Path, split: str) -> Iterator[Row]:
     """The rows of the Kaggle CSV pair in the order of indiana_reports.csv, split by annotation.json where it is."""
-    annotation, home, damaged = folder / "annotation.json", {}, []
-    if annotation.exists():
-        splits = read_annotation(annotation)
-        split = pick_split(annotation, splits, split)
-        home = {_image_key(row["id"])[0]: name for name, rows in splits.items() for row in rows}
-    images = _images(folder, table_needed=True)
+    annotation, images, damaged = folder / "annotation.json", _images(folder, table_needed=True), []
+    splits = read_annotation(annotation) if annotation.exists() else {split: []}
+    split = pick_split(annotation, splits, split)
+    home = {_image_key(row["id"])[0]: name for name, rows in splits.items() for row in rows}
     for row in read_csv(folder / "indiana_reports.csv", ("uid", "findings", "impression"), damaged):
         chosen, fault, view_known = frontal_first(images.get(row["uid"], {}).values())
         if home and row["uid"] not in home:
             fault = "in no split of annotation.json"
         if home.get(row["uid"], split) == split:
-            yield Row(row["uid"], _sections(row), chosen, fault, view_known)
+            yield Row(row["uid"], {name: row[name] for name in ("findings", "impression")}, chosen, fault, view_known)
     yield from (Row(f"line {line}", None, fault="row of another length") for line in damaged)
-
-
-def _sections(texts: dict[str, str]) -> dict[str, str]:
-    return {name: " ".join(texts.get(name, "").split()) for name in ("findings", "impression")}
 
 
 def _image_key(name: str) -> tuple[str, str]:
@@ -103,23 +95,19 @@ def _image_key(name: str) -> tuple[str, str]:
 
 
 def _images(folder: Path, table_needed: bool = False) -> dict[str, dict[str, tuple[Path, str]]]:
-    """{uid: {image name: (file, its view's name or "")}} of pairs.jsonl, else of all files in the folder.
-
-    indiana_projections.csv overrules the views.
-    """
+    """{uid: {image name: (file, its view's name or "")}} by pairs.jsonl, else of all files in the folder."""
     images, pairs, table = {}, folder / "images" / "pairs.jsonl", folder / "indiana_projections.csv"
-    for number, row in enumerate(read_jsonl(pairs) if pairs.exists() else (), 1):
+    home = folder / "images" / "images_normalized"
+    home = home if home.is_dir() and not pairs.exists() else home.parent
+    files = sorted(p.name for p in home.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
+    rows = read_jsonl(pairs) if pairs.exists() else [{"uid": _image_key(file)[0], "file": file} for file in files]
+    for number, row in enumerate(rows, 1):
         if "uid" not in row or not isinstance(row.get("file"), str):
             raise ValueError(f"{pairs}: row {number} needs a 'uid' and, as a text, a 'file'")
-        file = inside(pairs.parent, row["file"], f"{pairs}: row {number}")
+        file = inside(home, row["file"], f"{pairs}: row {number}")
         images.setdefault(str(row["uid"]), {})[_image_key(row["file"])[1]] = file, str(row.get("view_seen") or "")
-    home = folder / "images" / "images_normalized"
-    for path in [] if pairs.exists() else sorted((home if home.is_dir() else home.parent).glob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            uid, name = _image_key(path.name)
-            images.setdefault(uid, {})[name] = path, ""
     for row in read_csv(table, ("uid", "filename", "projection")) if table_needed or table.exists() else ():
         found, name = images.get(row["uid"], {}), _image_key(row["filename"])[1]
-        if name in found:
+        if name in found:  # the table overrules pairs.jsonl
             found[name] = found[name][0], row["projection"]
     return images

@@ -7,14 +7,14 @@
     <folder>/files/p10/p10000032/s50414267/<dicom_id>.jpg, .png or .dcm
 
 The sections are those of MIT-LCP's mimic-cxr/txt/section_parser.py, except: a capital header that is not known (LUNGS:,
-ETT:) is a sub-heading, whose text stays in the section around it; so is, inside the findings, one that names a view; a
-header of another reading or of a message (ADDENDUM, NOTIFICATION OF CRITICAL FINDINGS) is no section of the report;
-misspelt headers are known by likeness; only the text below the last line FINAL REPORT counts.
+ETT:), or that names a view inside the findings, is a sub-heading and stays with its text in the section; a header of
+another reading or a message (NOTIFICATION OF CRITICAL FINDINGS) is no section; misspelt headers are known by likeness.
 """
 
 import difflib
 import functools
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,17 +23,7 @@ from formats.files import Row, frontal_first, inside, pick_split, read_csv, read
 HEADER = re.compile(r"^[ \t]*([A-Z][A-Z0-9 ()/,&_-]{0,70}|[A-Z][a-z]+):(?!\d\d)", re.MULTILINE)
 RULE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)  # the line of underscores between a report and its addendum
 START = re.compile(r"^[ \t]*FINAL REPORT[ \t:]*$", re.MULTILINE)
-HEADERS = (  # (section, pattern): the first that is found in a header's words, in lower case, names its section
-    ("other", r"\b(addendum|clinical|communicat|critical|discuss|notif|pfi|preliminary|previous|prior|provisional)"),
-    ("impression", r"\b(impression|conclusion)"),
-    ("findings", r"^findings?\b"),
-    ("view", r"\bfindings?\b"),
-    ("other", r"^exam|^views?$|\b(attending|comment|comparison|dates?|dictated|history|indication|number|procedure|"
-              r"reason|recommendation|reference|signed|technique|type|wet ?read)"),
-    ("", r"\b(drain|port|tube|wall)s?\b"),
-    ("view", r"\b(chest|cxr|frontal|portable|ribs?|views?)\b|\b(pa|ap) (and )?lat|\blat(eral)? (and )?(pa|ap)\b"),
-)  # fmt: skip
-SPELLINGS = ("impression", "findings", "comparison", "indication", "examination", "technique", "recommendation")
+HEADERS = tomllib.loads(Path(__file__).with_name("headers.toml").read_text(encoding="utf-8"))
 
 
 def mimic_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -68,15 +58,13 @@ def _table(folder: Path, name: str) -> Path:
     found = [p for suffix in (".csv.gz", ".csv") for p in sorted(folder.glob(f"mimic-cxr-*-{name}{suffix}"))]
     if found:
         return found[0]
-    raise ValueError(f"{folder}: no mimic-cxr-2.0.0-{name}.csv.gz; copy it from MIMIC-CXR-JPG "
-                     "(physionet.org/content/mimic-cxr-jpg), which holds it for the DICOM release too")  # fmt: skip
+    raise ValueError(f"{folder}: no mimic-cxr-2.0.0-{name}.csv.gz; copy it from physionet.org/content/mimic-cxr-jpg")
 
 
 def report_sections(text: str) -> dict[str, str]:
-    """{"findings": str, "impression": str} of a MIMIC-CXR report file, white space collapsed, "" for what is not there.
+    """{"findings": str, "impression": str} of a report, white space collapsed; {} for a text with neither header.
 
-    {} for a text without any header of the two. The last section of a name that holds any text counts. A merged
-    "FINDINGS AND IMPRESSION:" is the impression, as in MIT-LCP's parser, and CONCLUSION is another word for it.
+    Only what stands below the last line FINAL REPORT counts, and of a section's name the last one that holds any text.
     """
     reports = [part for part in START.split(text) if part.strip()]
     parts = HEADER.split(RULE.sub("ADDENDUM: ", reports[-1] if reports else ""))  # [text before, header, body, ...]
@@ -94,14 +82,13 @@ def report_sections(text: str) -> dict[str, str]:
 
 @functools.cache
 def section_name(header: str) -> str:
-    """The section that a header opens: "findings", "impression", "other", "view" (findings, if no header says so), or
-    "" for a sub-heading inside a section. A misspelling leaves out, doubles or swaps letters of the word itself."""
+    """The section that a header opens: "findings", "impression", "view", "other" or, for a sub-heading, ""."""
     words = re.findall("[a-z]+", header.lower())
     for i, word in enumerate(words):
-        near = difflib.get_close_matches(word, SPELLINGS, n=1, cutoff=0.85)
-        if near and set(word) <= set(near[0] + "s"):
+        near = difflib.get_close_matches(word, HEADERS["spellings"], n=1, cutoff=0.85)
+        if near and set(word) <= set(near[0] + "s"):  # COMPRESSION has a letter that IMPRESSION lacks
             words[i] = near[0]
-    return next((section for section, pattern in HEADERS if re.search(pattern, " ".join(words))), "")
+    return next((section for section, pattern in HEADERS["patterns"] if re.search(pattern, " ".join(words))), "")
 
 
 def chexpert_lines(folder: Path, ids: set[str]) -> list[str]:
@@ -110,6 +97,5 @@ def chexpert_lines(folder: Path, ids: set[str]) -> list[str]:
         return []
     rows = [row for row in read_csv(_table(folder, "chexpert"), ("subject_id", "study_id")) if row["study_id"] in ids]
     labels = [column for column in (rows[0] if rows else ()) if column not in ("subject_id", "study_id")]
-    counts = {label: sum(row[label] in ("1", "1.0") for row in rows) for label in labels}
-    shares = ", ".join(f"{label} {100 * count / len(rows):.0f}" for label, count in counts.items())
-    return [f"CheXpert positive % ({len(rows)} of {len(ids)} studies labelled): {shares}"]
+    shares = [f"{label} {100 * sum(row[label] in ('1', '1.0') for row in rows) / len(rows):.0f}" for label in labels]
+    return [f"CheXpert positive % ({len(rows)} of {len(ids)} studies labelled): {', '.join(shares)}"]

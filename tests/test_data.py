@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import data
+import rewards
 from formats.files import read_jsonl
 from running import parallel
 
@@ -53,6 +54,45 @@ def test_sections_at_word_boundaries_and_case_sensitive():
     text = "INDICATION: cough.\nFINDINGS: No\n findings: old. PREFINDINGS: x IMPRESSION: Clear. FINDINGS: More."
     assert data.split_sections(text) == {"findings": "No findings: old. PREFINDINGS: x More.", "impression": "Clear."}
     assert data.split_sections("The lungs\nare clear.") == {"findings": "The lungs are clear."}
+
+
+@pytest.mark.parametrize(
+    ("text", "findings", "impression"),
+    [
+        ("Findings: Clear. Impression: Normal.", "Clear.", "Normal."),
+        ("findings: clear. impression: normal.", "clear.", "normal."),
+        ("FINDINGS: Clear Impression: Normal.", "Clear Impression: Normal.", ""),  # amid a sentence only in capitals
+        ("FINDINGS: Clear IMPRESSION: Normal.", "Clear", "Normal."),
+        ("Findings:\nClear\n  Impression:\nNormal", "Clear", "Normal"),
+        ("INDICATION: cough.\r\n\r\nFindings: Clear.\r\nImpression: Normal.", "Clear.", "Normal."),
+        ("Cough. Findings: Is it clear? Impression: Yes! findings: More.", "Is it clear? More.", "Yes!"),
+        ("\ufeffFindings: Clear.", "Clear.", ""),
+        ("No acute findings: the lungs are clear.", None, None),  # prose
+        ("There are\nfindings: two nodules.", None, None),
+        ("Two Findings: nodules. My Impression: benign.", None, None),
+        ("Prefindings: a. Impressions: b. Findings a, impression b.", None, None),
+    ],
+)  # fmt: skip
+def test_where_a_header_may_stand(text, findings, impression):
+    whole = {"findings": " ".join(text.split())}
+    assert data.split_sections(text) == (whole if findings is None else dict(findings=findings, impression=impression))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"findings": "Clear.", "impression": "Normal. FINDINGS: Second film. IMPRESSION: Worse."},
+        {"findings": "Clear. IMPRESSION: See below.", "impression": "IMPRESSION: Normal."},
+        {"findings": "Findings: Clear.\nImpression: Normal.", "impression": "Normal."},
+        {"findings": "Clear.", "impression": "Normal. Findings: Second film."},
+        "FINDINGS: Clear. IMPRESSION: Normal.",
+        "Findings: Clear. FINDINGS: impression: Normal.",
+    ],
+)
+def test_a_target_has_each_header_once_whatever_its_sections_hold(report):
+    text, _ = data.target_text(report, "both")
+    assert text == "FINDINGS: Clear. IMPRESSION: Normal."
+    assert rewards.format_reward([rewards.wrap(text)], ("FINDINGS", "IMPRESSION")) == [1.0]
 
 
 def test_target_text():

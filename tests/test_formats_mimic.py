@@ -286,7 +286,42 @@ def test_a_report_of_a_megabyte_takes_no_minute():
     assert time.process_time() - started < 20
 
 
-# ----------------------------------------------------------------------------------------------------- bad tables
+# ------------------------------------------------------------------------------------------------ bad files, bad tables
+
+
+def test_report_files_of_other_systems_and_broken_ones(tmp_path, capsys):
+    names = ["mark", "utf16", "lines", "latin", "pipe", "headless", "blank"]
+    studies = [("10", name, "test", REPORT, [(f"{name}-pa", "PA", ".jpg")]) for name in names]
+    home = mimic_folder(tmp_path, studies) / "files/p10/p10"
+    (home / "smark.txt").write_text(REPORT.partition("\n")[2].lstrip(), encoding="utf-8-sig")  # begins with a header
+    (home / "sutf16.txt").write_text(REPORT, encoding="utf-16")
+    (home / "slines.txt").write_text(REPORT, newline="\r\n")
+    (home / "slatin.txt").write_bytes(f"{REPORT} caf\u00e9".encode("latin-1"))
+    (home / "spipe.txt").unlink()
+    os.mkfifo(home / "spipe.txt")
+    (home / "sheadless.txt").write_text("FINAL REPORT\n The lungs are clear.\n")
+    (home / "sblank.txt").write_text("FINAL REPORT\n FINDINGS:\n IMPRESSION:\n")
+    found = data.load_studies(mimic_cfg(tmp_path), "test")
+    assert [study.id for study in found] == names[:3] and len({study.report for study in found}) == 1
+    assert ("skipped 4: unreadable report file 2 (latin, pipe), no FINDINGS or IMPRESSION header 1 (headless), "
+            "empty report 1 (blank)") in capsys.readouterr().out  # fmt: skip
+
+
+def test_views_that_the_table_does_not_tell_are_said(tmp_path, capsys):
+    data.load_studies(mimic_cfg(mimic_folder(tmp_path, STUDIES)), "train")
+    assert "views not known: 1 studies, whose first image may be a lateral one; ViewPosition" in capsys.readouterr().out
+    data.load_studies(mimic_cfg(tmp_path), "val")
+    assert "views" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ["../../../x,1,10,test", "x,../../../1,10,test", "x,1,../../..,test"])
+def test_ids_that_lead_out_of_the_folder_are_refused(tmp_path, row):
+    folder = mimic_folder(tmp_path, STUDIES[-1:])
+    gz(folder / "mimic-cxr-2.0.0-split.csv.gz", ["dicom_id,study_id,subject_id,split", row])
+    with pytest.raises(ValueError, match=r"split.csv.gz: 'p.*' leads out of .*files"):
+        data.load_studies(mimic_cfg(folder), "test")
+
+
 
 
 def test_broken_tables_are_one_line(tmp_path):
@@ -312,7 +347,7 @@ def test_broken_tables_are_one_line(tmp_path):
     split.write_bytes(gzip.compress(b"dicom_id,study_id,subject_id,split\n\xff,1,1,test\n"))
     assert "split.csv.gz: cannot be read ('utf-8' codec" in message()
     split.unlink()
-    assert "no mimic-cxr-2.0.0-split.csv.gz; copy it from MIMIC-CXR-JPG" in message()
+    assert "no mimic-cxr-2.0.0-split.csv.gz; copy it from physionet.org" in message()
     split.write_bytes(good)
     (folder / "files/p13/p13/s59.txt").write_bytes(b" FINDINGS: \xff")
     assert "no usable study among 1: 1: unreadable report file 1 (59)" in message()

@@ -46,20 +46,24 @@ def corpus_meteor(sums: np.ndarray) -> np.ndarray:
 class Meteor:
     """The jar's Java process as a function: (candidates, references) -> (m, 23) counts of the pairs.
 
-    None where there is no METEOR: no Java, or the process died; `note` then says so in one line. The process starts
-    with the first texts, and anew with the next ones after it died.
+    None where there is no METEOR: no Java, or the process died, and a new one waits for the next texts; `note` then
+    says so in one line.
     """
 
     def __init__(self):
-        self.note, self.process = "", None
+        self.note, self.process = "", self.start()  # now, as it takes ten seconds to load
+
+    def start(self) -> subprocess.Popen | None:
+        """The process; None without Java."""
+        if shutil.which("java") is None:
+            return None
+        return subprocess.Popen(COMMAND, cwd=JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace")  # fmt: skip
 
     def __call__(self, candidates: list[str], references: list[str]) -> np.ndarray | None:
-        if shutil.which("java") is None:
+        if self.process is None:
             self.note = "METEOR needs Java: no `java` on PATH"
             return None
-        if self.process is None:
-            self.process = subprocess.Popen(COMMAND, cwd=JAR.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace")  # fmt: skip
         lines, rows = [self.line(*pair) for pair in zip(references, candidates, strict=True)], []
         with contextlib.suppress(BrokenPipeError):
             for start in tqdm(range(0, len(lines), BATCH), "METEOR", delay=5, mininterval=1, leave=False):
@@ -69,7 +73,7 @@ class Meteor:
                 rows += [row for _ in batch if len(row := self.process.stdout.readline().split()) == COUNTS]
         if len(rows) < len(lines):
             self.note = f"METEOR is not available: its Java process ended after {len(rows)} of {len(lines)} reports"
-            self.process = None
+            self.process = self.start()
             return None
         counts = np.array(rows, float)
         whole = (counts[:, 21] == counts[:, 0]) & (counts[:, 22] == counts[:, 1]) & (counts[:, 20] == 1)

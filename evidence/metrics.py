@@ -14,11 +14,11 @@ All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 from tqdm import tqdm
 
 from data import Study
@@ -31,12 +31,18 @@ LABELS, FIVE = list(range(14)), [1, 4, 5, 7, 9]  # all of chexbert.CHEXPERT_LABE
 MEASURES = ("precision", "recall", "f1")
 TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correct", "sentences", "unread")
 WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8}  # k of a family's (n, k); 2 for all others
+AT_ONCE = 2**23  # numbers of a bootstrap's draws in memory
 
 
 def bleu_stats(candidate: str, reference: str) -> list[int]:
     """[matching 1..4-grams, the candidate's 1..4-grams, candidate length, reference length] (10 integers)."""
-    counts = cook_test(candidate, cook_refs([reference]))
-    return [*counts["correct"], *counts["guess"], counts["testlen"], *counts["reflen"]]
+    words = candidate.split(), reference.split()
+    matches = []
+    for n in range(1, 5):
+        found, wanted = (Counter(zip(*(of[i:] for i in range(n)), strict=False)) for of in words)
+        matches.append(sum(min(count, wanted[gram]) for gram, count in found.items() if gram in wanted))
+    c, r = map(len, words)
+    return [*matches, *(max(0, c - n) for n in range(4)), c, r]
 
 
 def rouge_l(candidate: str, reference: str, beta: float = 1.2) -> float:
@@ -182,7 +188,7 @@ def resample(stats: dict[str, np.ndarray], resamples: int, rng: np.random.Genera
     A few draws at a time, so that memory does not grow with studies times resamples.
     """
     n = len(next(iter(stats.values())))
-    step, sums = max(1, 2**23 // n), {name: [] for name in stats}
+    step, sums = max(1, AT_ONCE // n), {name: [] for name in stats}
     for start in range(0, resamples, step):
         draws = rng.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start)).astype(float)
         for name, values in stats.items():

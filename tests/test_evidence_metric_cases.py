@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import rewards
+from evaluate import normal_template
 from evidence import meteor, metrics
+from evidence.judge import Wanted
 from scorers.chexbert import CHEXPERT_LABELS
 
 SHARED = Path(os.environ.get("VALOR_SHARED") or Path(__file__).parents[2] / "shared" / "data")
@@ -24,11 +26,6 @@ def pairs(system):
     return [json.loads(line) for line in (PAIRS / f"{system}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def split(row):
-    """(BLEU's statistics, ROUGE-L) of a row under its own tokens."""
-    return metrics.bleu_stats(row["candidate"], row["reference"]), metrics.rouge_l(row["candidate"], row["reference"])
-
-
 SYSTEMS = ["candidate_number_sft", "fixed_template", "logprob_selector", "qwen_dino_sft_beam3",
            "retrieval_top50_clinical_oracle", "template_sentence_fusion"]  # fmt: skip
 
@@ -36,17 +33,28 @@ SYSTEMS = ["candidate_number_sft", "fixed_template", "logprob_selector", "qwen_d
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_bleu_and_rouge_of_every_pair_and_of_the_corpus(system):
     rows = pairs(system)
-    stats, rouge = zip(*map(split, rows), strict=True)
-    stats = np.array(stats, float)
+    found = metrics.collect([[row["candidate"]] for row in rows], [row["reference"] for row in rows])
+    stats, rouge = found["bleu"], found["rouge_l"][:, 0]
     wanted = [[row["pycoco"][f"Bleu_{n}"] for n in range(1, 5)] for row in rows]
-    np.testing.assert_allclose(metrics.bleu(stats), wanted, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(rouge, [row["pycoco"]["ROUGE_L"] for row in rows], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(metrics.bleu(stats), wanted, atol=1e-12, rtol=0)
+    assert rouge.tolist() == [row["pycoco"]["ROUGE_L"] for row in rows]
     corpus = vectors("iu_xray_corpus_scores.json")[system]["by_half_recomputed_here"]["dev"]
     assert corpus["n"] == len(rows)
     np.testing.assert_allclose(
         [*metrics.bleu(stats.sum(0)), np.mean(rouge)],
-        [*(corpus[f"Bleu_{n}"] for n in range(1, 5)), corpus["ROUGE_L"]], atol=1e-6, rtol=0,
+        [*(corpus[f"Bleu_{n}"] for n in range(1, 5)), corpus["ROUGE_L"]], atol=1e-12, rtol=0,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not (SHARED / "iu_xray").is_dir(), reason=f"no IU X-Ray at {SHARED}")
+@pytest.mark.parametrize(("protocol", "expected"), [("raw", 18.60), ("r2gen", 20.21)])
+def test_bleu_4_of_the_normal_template_on_iu_xray(protocol, expected):
+    """R2Gen's protocol is worth 1.6 points to a text that says nothing about any image."""
+    rows = json.loads((SHARED / "iu_xray" / "annotation.json").read_text(encoding="utf-8"))["test"]
+    wanted = Wanted("test", [], [row["report"] for row in rows], None)
+    texts = [[normal_template(wanted, "findings")]] * len(rows)
+    sums = metrics.collect(texts, wanted.references, protocol=protocol)["bleu"].sum(0)
+    assert 100 * metrics.bleu(sums)[3] == pytest.approx(expected, abs=0.005)
 
 
 def test_bleu_4_of_radevals_pairs():

@@ -47,7 +47,7 @@ def test_an_empty_shell_earns_no_format_reward():
     assert format_reward([wrap("NOTE:"), wrap("...")]) == [1, 0]
 
 
-ODD = ["." * 300, "edema " * 10_000, "x" * 100_000, "\U0001f600" * 500, "\ud800 edema", "\x00", "\x00 edema", "", " \n",
+ODD = ["." * 300, "edema " * 2_000, "x" * 20_000, "\U0001f600" * 500, "\ud800 edema", "\x00", "\x00 edema", "", " \n",
        "</report>", "<report>", "\u200b", "\n\n"]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_rewards import ODD
 
 from evidence import metrics
 from scorers.ratescore import load_ratescore
@@ -71,3 +72,10 @@ def test_a_failure_inside_is_one_line(python):
     with pytest.raises(ValueError, match="eval.ratescore: no RaTEScore from .*cannot read this.*set it up") as error:
         load_ratescore(python)(["left effusion"], ["broken"])
     assert "\n" not in str(error.value)
+
+
+def test_odd_texts_score_0_and_end_nothing(python):
+    silent = [text for text in ODD if not any(map(str.isalnum, text))]
+    assert load_ratescore(python)([*silent, "left effusion"], ["left effusion"] * (len(silent) + 1)) == [
+        *[0.0] * len(silent), 1.0]  # fmt: skip
+    assert len(load_ratescore(python)(ODD, ["left effusion"] * len(ODD))) == len(ODD)

@@ -1,6 +1,6 @@
 r"""Shared-prefix attention: the image and the prompt of a study stand once, beside the G reports that follow them.
 
-In training all reports of a study lie in one row, one after the other, without padding between them:
+In training all reports of a study lie in one row, without padding between them:
 
         keys      image + prompt      o_1      o_2      o_3
       queries  +----------------+-------+-------+-------+
@@ -21,18 +21,13 @@ A report's last token predicts nothing, so a, b and c are the inputs and the row
         sees                x   xy  xya xyab xyc    outputs    1 2 3   a comes from place 1 (y), b from 2, $ from 3
         predicts                ac  b   $   $                  1 4 -   c comes from place 1 too, its $ from 4
 
-In sampling each report is a row of its own with one new token, its own keys and values in a buffer that is allocated
-once, and the prefix's keys and values stay one copy per study. One softmax runs over both parts of the scores:
-
-        softmax([ q @ prefix_keys.T | q @ own_keys.T ] / sqrt(d))
-
-The cost of the prefix therefore does not grow with G, and the result is that of G separate forwards, up to float
-rounding.
+In sampling each report is a row of one new token, with its own keys and values in a buffer that is allocated once; the
+prefix's stay one copy per study. One softmax runs over both: softmax([ q @ prefix_keys.T | q @ own_keys.T ] / sqrt(d)).
+The prefix's cost does not grow with G, and the result is that of G separate forwards, up to float rounding.
 
 How a plan reaches a layer: `run_layers` passes `plan=` (a `Packing` or a `Decoding`) to the language model, whose
-layers hand on every keyword that they do not know to their attention function. That is `attend`, registered with
-transformers under NAME and chosen by `model.prepare`; it calls `plan.attend` with the layer's queries, keys and
-values. No layer is rewritten. Without a plan (`generate`, a plain forward) `attend` is transformers' `sdpa`.
+layers hand on keywords that they do not know to their attention function: `attend`, registered with transformers under
+NAME, chosen by `model.prepare`. Without a plan (`generate`, a plain forward) it is transformers' `sdpa`.
 """
 
 from dataclasses import dataclass, field
@@ -62,8 +57,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def run_layers(base, embeds: Tensor, positions: Tensor, plan) -> Tensor:
     """Hidden states (rows, t, D) of the language model for token embeddings (rows, t, D), attending as `plan` says.
 
-    positions: (rows, t), or (3, rows, t) under mRoPE. The 4-D mask only keeps transformers from making one of its own.
-    Raises ValueError for a model that would not ask the plan: every token would see every other.
+    positions: (rows, t), or (3, rows, t) under mRoPE. The 4-D mask keeps transformers from making one of its own;
+    ValueError for a model that would not ask the plan: every token would see every other.
     """
     if base.model.language_model.config._attn_implementation != NAME:
         raise ValueError(f"the language model does not attend as '{NAME}': call model.prepare on it first")
@@ -85,11 +80,9 @@ class Packing:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Packed rows (B, H, P + S, d) -> (B, H, P + S, d)."""
-        groups, slots = query.shape[1] // key.shape[1], self.order.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)  # (B, H, P + S, d)
-        sizes = [query.shape[2] - slots, slots]
-        # the prefix's (B, H, P, d) and the reports' (B, H, S, d)
-        (query, queries), (key, keys), (value, values) = (x.split(sizes, dim=2) for x in (query, key, value))
+        groups, sizes = query.shape[1] // key.shape[1], [query.shape[2] - self.order.shape[1], self.order.shape[1]]
+        pairs = (x.split(sizes, dim=2) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+        (query, queries), (key, keys), (value, values) = pairs  # the prefix's (B, H, P, d), the reports' (B, H, S, d)
         causal = self.prefix_mask is None
         outputs = [scaled_dot_product_attention(query, key, value, self.prefix_mask, is_causal=causal, scale=scaling)]
         for first, last, start, mask in self.strips:
@@ -120,17 +113,15 @@ def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torc
 
     A report's last token is no input: nothing is predicted from it. Its first is predicted by the prompt's last.
     """
-    b, prefix = prompt_mask.shape
-    group, length = len(completion_mask) // b, completion_mask.shape[1]
+    (b, prefix), length = prompt_mask.shape, completion_mask.shape[1]
     is_input = completion_mask[:, 1:].reshape(b, -1).bool()  # (B, G * (T - 1))
     slots = int(is_input.sum(dim=1).max()) if length > 1 else 0
     order = (~is_input).byte().argsort(dim=1, stable=True)[:, :slots]  # (B, S) real tokens first, in their order
-    real = is_input.gather(1, order)  # (B, S)
-    step = order % max(length - 1, 1)  # (B, S) which token of its report
+    real, step = is_input.gather(1, order), order % max(length - 1, 1)  # (B, S) each; step: which token of its report
     places = torch.arange(slots, device=order.device).expand_as(order) + prefix  # (B, S)
     after_first = torch.zeros_like(is_input, dtype=torch.long).scatter(1, order, places)  # (B, G * (T - 1))
-    first = torch.full((b, group, 1), prefix - 1, device=order.device)  # (B, G, 1)
-    outputs = torch.cat([first, after_first.view(b, group, -1)], dim=2)  # (B, G, T)
+    first = torch.full((b, len(completion_mask) // b, 1), prefix - 1, device=order.device)  # (B, G, 1)
+    outputs = torch.cat([first, after_first.view(b, first.shape[1], -1)], dim=2)  # (B, G, T)
     strips = list(strips_of(prompt_mask.bool(), order // max(length - 1, 1), real, dtype))
     return Packing(order, step, outputs, causal_mask(prompt_mask, dtype), strips)
 
@@ -158,7 +149,6 @@ class Decoding:
 
     prompt_mask: Tensor  # (B, P) 1 = real
     dtype: torch.dtype
-    length: int = 0  # T, most tokens of a report
     t: int = -1  # own tokens that are in the buffers; -1 = the prefix is being read
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (B, Hkv, P, d) twice
     own: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (N, Hkv, T, d) twice
@@ -168,8 +158,7 @@ class Decoding:
 
     def start(self, reports: int, length: int) -> None:
         """G = `reports` rows for each study, of at most `length` tokens."""
-        device = self.prompt_mask.device
-        self.length, self.t = length, 0
+        self.t, device = 0, self.prompt_mask.device
         self.own = [tuple(x.new_empty(len(x) * reports, x.shape[1], length, x.shape[3]) for x in layer)
                     for layer in self.prefix]  # fmt: skip
         self.arrange(torch.arange(len(self.prompt_mask), device=device).repeat_interleave(reports))
@@ -213,8 +202,7 @@ class Decoding:
         if self.padding is not None:
             scores = scores.masked_fill(self.padding, float("-inf"))  # (B, Hkv, W * groups, P)
         own_scores = self.to_grid(query @ own_keys.transpose(2, 3))  # (B, Hkv, W * groups, t + 1)
-        weights = torch.cat([scores, own_scores], dim=3)  # (B, Hkv, W * groups, P + t + 1)
-        weights = weights.softmax(dim=3, dtype=torch.float32).to(value.dtype)
+        weights = torch.cat([scores, own_scores], dim=3).softmax(dim=3, dtype=torch.float32).to(value.dtype)
         weights, own_weights = weights.split([scores.shape[3], own_scores.shape[3]], dim=3)
         output = self.to_rows(weights @ prefix_values) + self.to_rows(own_weights) @ own_values  # (N, Hkv, groups, d)
         return output.reshape(n, heads * groups, 1, -1)

@@ -33,8 +33,7 @@ def lora_linear(base, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
 
 def can_be_packed(layer: Linear) -> bool:
     """Whether oneDNN may lay this weight out anew: float32 on the CPU, and whole (FSDP2's shards are another type)."""
-    weight = layer.weight
-    whole = type(weight) is Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
+    whole = type(layer.weight) is Parameter and (layer.weight.device.type, layer.weight.dtype) == ("cpu", torch.float32)
     return whole and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -48,15 +47,14 @@ def fast_linears(base):
             [name] = layer.active_adapters
             small |= {id(part) for part in layer.modules()}  # they come after it
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
-            frozen = layer.base_layer
-            if can_be_packed(frozen):
-                layer.forward = packed(torch.addmm(frozen.weight, b, a), frozen.bias)
-            else:
-                layer.forward = partial(lora_linear, frozen, a.T, b.T)
-            changed.append(layer)
+            frozen, lora = layer.base_layer, partial(lora_linear, layer.base_layer, a.T, b.T)
+            whole = can_be_packed(frozen)
+            layer.forward = packed(torch.addmm(frozen.weight, b, a), frozen.bias) if whole else lora
         elif isinstance(layer, Linear) and id(layer) not in small and can_be_packed(layer):
             layer.forward = packed(layer.weight, layer.bias)
-            changed.append(layer)
+        else:
+            continue
+        changed.append(layer)
     try:
         yield
     finally:

@@ -120,5 +120,5 @@ def difference_table(runs: Runs, base: Runs, settings: dict) -> str:
             each = [f"{column.factor * value:+.1f}" for value in found["seeds"].values()]
             body.append([column.flat, spread(found, column.factor, "+"), clear, *each])
     table = draw(["", "mean [95% interval]", "", *(f"seed {seed}" for seed in seeds)], body)
-    protocol = NOTES[settings.get("eval", {}).get("protocol", "raw")]
+    protocol = NOTES[settings["eval"].get("protocol", "raw")]
     return indent("\n".join([*lines, table, f"* the interval excludes 0; BLEU, ROUGE-L, METEOR {protocol}"]), "  ")

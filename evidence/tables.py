@@ -30,37 +30,30 @@ class Settings(BaseModel, extra="allow"):
     eval: dict[str, str | int] = {}
 
 
-class Evaluated(BaseModel, extra="allow"):
-    """What --compare reads of a policy's results.json."""
-
-    settings: Settings
+Number = int | float | None
+Summary = dict[str, int | dict[str, Number | dict[str, Number]]]  # a row of metrics.summarise
 
 
-Summary = dict[str, int | dict[str, float | None | dict[str, float]]]  # a row of metrics.summarise
-
-
-class Result(Evaluated):
+class Result(BaseModel, extra="allow"):
     """A policy's results.json, as evaluate.py makes it."""
 
-    policy: str
-    shuffled_as: str  # what the table calls the row of images, or references, given to other studies
-    notes: list[str]
-    template: Summary
-    greedy: Summary
+    settings: Settings
+    policy: str = ""
+    shuffled_as: str = ""  # what the table calls the row of images, or references, given to other studies
+    notes: list[str] = []
+    template: Summary = {}
+    greedy: Summary = {}
     sampled: Summary = {}
     shuffled: Summary = {}
 
 
-def read_result(path: Path, kind: type[Evaluated] = Evaluated) -> dict:
+def read_result(path: Path) -> dict:
     """A policy's results.json; ValueError, one line, for one that is damaged or of another version."""
-    result = read_json(path)
     try:
-        kind.model_validate(result, strict=True)
+        return Result.model_validate(read_json(path), strict=True).model_dump()
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise ValueError(f"{path}: {place}: {fault['msg']}; evaluate this policy again") from None
-    return result
+        place, said = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise ValueError(f"{path}: {place}: {said}; evaluate this policy again") from None
 
 
 def load_stats(path: Path, n: int) -> dict[str, np.ndarray]:
@@ -133,19 +126,21 @@ def finish(folder: Path, settings: dict) -> None:
         results, others, notes = [], [], list(SHOWN["notes"])
         for path in sorted(folder.glob("*/results.json"), key=lambda path: (path.parent.name != "base", path)):
             try:
-                result = read_result(path, Result)
+                result = read_result(path)
+                (results if result["settings"] == settings else others).append(result)
             except ValueError as error:
                 notes.append(f"not shown: {error}")
-                continue
-            if result["settings"] == settings:
-                results.append(result)
-            else:
-                others.append(result["policy"])
-        rows, protocol = table_rows(results), settings["eval"].get("protocol", "raw")
+        protocol = settings["eval"].get("protocol", "raw")
+        rows = {"fixed normal template": {"greedy": results[0]["template"]}}
+        for result in results:  # each policy, and its reports given to other studies
+            rows[result["policy"]] = {part: result[part] for part in ("greedy", "sampled") if result[part]}
+            if result["shuffled"]:
+                rows[f"{result['policy']}, {result['shuffled_as']}"] = {"greedy": result["shuffled"]}
         notes.append(f"BLEU, ROUGE-L and METEOR: pycocoevalcap's, {NOTES[protocol]}.")
         notes += [*dict.fromkeys(note for result in results for note in result["notes"]), *unread_notes(rows)]
         if others:
-            notes.append(f"not shown, evaluated with other settings: {', '.join(others)}")
+            names = ", ".join(result["policy"] for result in others)
+            notes.append(f"not shown, evaluated with other settings: {names}")
         studies = f"{settings['n']} studies, {settings['split']}"
         spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
         titles = {"main": f"{studies}; protocol {protocol}", "spans": f"{spans}; protocol {protocol}"}
@@ -157,16 +152,6 @@ def finish(folder: Path, settings: dict) -> None:
     for where, title in titles.items():
         print(f"\n{title}\n{grid(rows, where)}")
     print("", *notes, f"\nwritten: {folder}/results.md, results.json, */reports.jsonl", sep="\n")
-
-
-def table_rows(results: list[dict]) -> dict[str, dict]:
-    """{row name: {"greedy": summary, "sampled": summary or absent}}: the template, then each policy and its shuffle."""
-    rows = {"fixed normal template": {"greedy": results[0]["template"]}}
-    for result in results:
-        rows[result["policy"]] = {part: result[part] for part in ("greedy", "sampled") if part in result}
-        if "shuffled" in result:
-            rows[f"{result['policy']}, {result['shuffled_as']}"] = {"greedy": result["shuffled"]}
-    return rows
 
 
 def unread_notes(rows: dict[str, dict]) -> list[str]:
@@ -192,19 +177,17 @@ def draw(heads: list[str], body: list[list[str]], markdown: bool = False) -> str
 def grid(rows: dict[str, dict], where: str, markdown: bool = False) -> str:
     """The table main, spans or clinical; what no row was measured on is left out, but METEOR is n/a without Java."""
     shown = [c for c in columns(where) if c.key == "greedy/meteor" or any(c.entry(row) for row in rows.values())]
-    body = [[name, *(cell(row, column, where) for column in shown)] for name, row in rows.items()]
+
+    def cell(row: dict, column: Column) -> str:  # a number or an interval, "n/a" where there is none
+        entry = column.entry(row)
+        numbers = [entry.get(key) for key in (("lo", "hi") if where == "spans" else ("value",))]
+        text = "n/a" if None in numbers else "-".join(f"{column.factor * number:.1f}" for number in numbers)
+        stated = where == "main" and column.key == "greedy/hallucination_rate" and entry
+        return f"{text} ({row['greedy']['counts']['stated']})" if stated else text
+
+    body = [[name, *(cell(row, column) for column in shown)] for name, row in rows.items()]
     heads = [c.flat if markdown else c.title if "\n" in c.title else f"\n{c.title}" for c in shown]
     return draw(["", *heads], body, markdown)
-
-
-def cell(row: dict, column: Column, where: str) -> str:
-    """A number or an interval as it stands in the table, "n/a" where there is none."""
-    entry = column.entry(row)
-    numbers = [entry.get(key) for key in (("lo", "hi") if where == "spans" else ("value",))]
-    text = "n/a" if None in numbers else "-".join(f"{column.factor * number:.1f}" for number in numbers)
-    if where == "main" and column.key == "greedy/hallucination_rate" and entry:
-        text += f" ({row['greedy']['counts']['stated']})"
-    return text
 
 
 def label_table(rows: dict[str, dict]) -> list[str]:

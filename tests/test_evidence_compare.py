@@ -1,6 +1,8 @@
 """Paired comparison: values by hand, pairing by seed and study, intervals that know what they rest on."""
 
+import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -114,3 +116,32 @@ def test_a_pattern_that_matches_nothing_is_one_line_without_a_command_to_run(tmp
     with pytest.raises(ValueError, match="has no results") as stop:
         compare.load_runs(pattern, "test")
     assert "\n" not in str(stop.value) and ("*" not in pattern or "it matches no evaluated policy" in str(stop.value))
+
+
+def npz(**arrays):
+    np.savez(file := io.BytesIO(), **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("results.json", text) for text in (b"", b"{", b"[]", b"{}", b"[" * 3000, b'{"settings": 1}', b"\xff")),
+        ("results.json", b'{"settings": {"seed": "0", "n": 2, "split": "test"}}'),
+        ("results.json", b'{"settings": {"seed": [0], "n": 2, "split": "test"}}'),
+        *(("reports.jsonl", text) for text in (b"{", b"[]\n", b"\xff")),
+        *(("stats.npz", content) for content in (b"", b"PK\x03\x04", npz(**truth([1, 1], [0, 0]))[:-50])),
+        ("stats.npz", pickle.dumps(truth([1, 1], [0, 0]))),
+        ("stats.npz", npz(**{"greedy/truth": np.array([{}, {}])})),  # objects are pickled
+        ("stats.npz", npz(**{"greedy/truth": np.ones((2, 7))})),  # of another version
+        ("stats.npz", npz(**{"greedy/truth": np.ones((3, 8))})),  # of other studies
+    ],
+)
+def test_damaged_files_are_one_line_with_the_path(tmp_path, name, content):
+    for policy in "ab":
+        write(tmp_path, 0, policy, [1, 1], [0, 0])
+    path = tmp_path / "0/eval/test/b" / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=name) as stop:
+        compare.compare((f"{tmp_path}/0/a", f"{tmp_path}/0/b"), "test")
+    assert str(path) in str(stop.value) and "\n" not in str(stop.value)

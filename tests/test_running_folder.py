@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import train
 from config import Config, EvalConfig, from_recorded
 from running import folder as running_folder
 from running.folder import (
@@ -282,3 +283,29 @@ def test_a_recorded_config_names_no_program(tmp_path):
     assert (recorded.eval.ratescore, recorded.eval.samples, ignored) == ("", 9, [])
     mine = Config(eval=EvalConfig(ratescore="/my/python"))
     assert from_recorded(tmp_path / "config.json", mine)[0].eval.ratescore == "/my/python"
+
+
+# ----------------------------------------------------------------------------------------------------- two processes
+
+
+def test_a_start_that_the_lock_refuses_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run_stage", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(train, "resolve", lambda cfg, needs: cfg)
+    folder = tmp_path / "sft"
+    with lock(folder / ".lock", wait=False):
+        (folder / "config.json").write_text("the other process's")
+        with pytest.raises(ValueError, match=f"another process is writing to {folder}"):
+            train.train(Config(stage="0", run=str(tmp_path)))
+    assert (folder / "config.json").read_text() == "the other process's"
+
+
+def test_what_another_process_finished_while_we_waited_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    def finished_just_now(path: Path, wait: bool):
+        save_adapter(path.parent, small_policy()[0], {"stage": 0, "k": 0})
+        return lock(path, wait)
+
+    monkeypatch.setattr(train, "lock", finished_just_now)
+    monkeypatch.setattr(train, "run_stage", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(train, "resolve", lambda cfg, needs: cfg)
+    train.train(Config(stage="0", run=str(tmp_path)))
+    assert "sft is complete" in capsys.readouterr().out

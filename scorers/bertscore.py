@@ -22,8 +22,7 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     The encoder (Hugging Face layout, `folder` or hub name) is read at `layer`, without idf. A text longer than its
     positions is cut there: the first is reported, `function.truncated` counts them. With a `baseline` b (see
     `baseline_f1`) F becomes (F - b) / (1 - b), and 0 where a pair is less alike than unrelated sentences.
-    The package's own `score` follows the order of a Python set of strings, which differs between processes and with it
-    the last bits of a score; here its steps run in a sorted order.
+    The package's own `score` follows the order of a set, and with it the last bits of a score; here it is sorted.
     """
     from bert_score.utils import get_model, greedy_cos_idf
 
@@ -33,7 +32,10 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
         load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
         model = get_model(str(folder), layer).to(device)
         require_finite(model, folder)
-    limit = tokenizer.model_max_length = count_positions(model, tokenizer)
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions
+    behind = getattr(table, "padding_idx", None)  # RoBERTa's numbering starts behind the padding's: 512 of 514
+    positions = getattr(model.config, "max_position_embeddings", 512) - (0 if behind is None else behind + 1)
+    limit = tokenizer.model_max_length = min(tokenizer.model_max_length, positions)  # 1e30 where unset, which overflows
 
     def score(candidates: list[str], references: list[str]) -> list[float]:
         pairs = [(plain(c).strip(), plain(r).strip()) for c, r in zip(candidates, references, strict=True)]
@@ -55,14 +57,6 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     return score
 
 
-def count_positions(model: torch.nn.Module, tokenizer) -> int:
-    """Tokens that an encoder can take: RoBERTa's numbering, for one, starts behind the padding's (512 of 514)."""
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions
-    padding = getattr(table, "padding_idx", None)
-    positions = getattr(model.config, "max_position_embeddings", 512) - (0 if padding is None else padding + 1)
-    return min(tokenizer.model_max_length, positions)  # the former is 1e30 where nobody set it, which overflows
-
-
 def token_states(model, tokenizer, texts: list[str], device) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Of each text the encoder's states (T, D), a mask of ones (T,), and weights (T,): 0 for the special tokens."""
     from bert_score.utils import get_bert_embedding
@@ -77,9 +71,8 @@ def token_states(model, tokenizer, texts: list[str], device) -> dict[str, tuple[
 
 def padded(texts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """States (N, T, D), mask (N, T) and weights (N, T) of several texts, as the package's matching takes them."""
-    states, masks, weights = zip(*texts, strict=True)
-    states = pad_sequence(states, batch_first=True, padding_value=2.0)  # zeros would be divided by their norm
-    return states, pad_sequence(masks, batch_first=True), pad_sequence(weights, batch_first=True)
+    fill = (2.0, 0, 0)  # of states, as zeros would be divided by their norm
+    return tuple(pad_sequence(rows, True, value) for rows, value in zip(zip(*texts, strict=True), fill, strict=True))
 
 
 def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:

@@ -36,9 +36,9 @@ class CheXbert(torch.nn.Module):
 def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str | torch.device = "cpu") -> "Labeller":
     """The frozen labeller of a CheXbert checkpoint, {"model_state_dict": {"module.<name>": tensor}}, on its BERT.
 
-    checkpoint: a path or `hf-hub:OWNER/REPO/FILE` (the published one: hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth on
-    bert-base-uncased). bert_folder: a folder or hub name of config and tokenizer; the weights are the checkpoint's.
-    ValueError (one line) for what cannot be read, and for weights that are missing, unknown or misshapen.
+    checkpoint: a path or `hf-hub:OWNER/REPO/FILE` (published: hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth on
+    bert-base-uncased). bert_folder: folder or hub name of config and tokenizer; the weights are the checkpoint's.
+    ValueError (one line) for what cannot be read, and for weights that are missing, unknown, misshapen or not finite.
     """
     with loading("chexbert", bert_folder, "give the BERT (config, tokenizer) that the checkpoint sits on"):
         model = CheXbert(BertModel(AutoConfig.from_pretrained(bert_folder, trust_remote_code=False)))
@@ -55,9 +55,8 @@ def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str |
 class Labeller:
     """Labels texts in CHEXPERT_LABELS' order: `labeller(texts)` gives the positives, (n, 14) bool.
 
-    White space is normalised and a text cut at 512 tokens as the `f1chexbert` package does, and positive means its
-    report mode: positive or uncertain. A text without a word is blank throughout, where the package asks the model.
-    Each distinct text is labelled once and remembered.
+    As in the `f1chexbert` package, white space is normalised, a text cut at 512 tokens, and positive means positive or
+    uncertain; but a text without a word is blank throughout. Each distinct text is labelled once and remembered.
     """
 
     def __init__(self, model: CheXbert, tokenizer):

@@ -33,7 +33,7 @@ def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     the padding. Native towers add all `context` positions at once, so their position table and mask are cut to fit.
     Other towers (bidirectional, pooled at the last column) get every column.
     """
-    tower = getattr(model, "text", model)  # where there is no such part, the model itself is the text tower
+    tower, prefix = (model.text, "text.") if hasattr(model, "text") else (model, "")
     hugging_face, mask = hasattr(tower, "pooler"), getattr(tower, "attn_mask", None)
     pool = getattr(model, "text_pool_type", getattr(tower, "pool_type", None))
     causal = mask is not None and pool in ("argmax", "eos")
@@ -43,7 +43,6 @@ def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens[:, :length]
     if not causal:
         return F.normalize(model.encode_text(tokens), dim=-1)
-    prefix = "" if tower is model else "text."
     cut = {f"{prefix}positional_embedding": tower.positional_embedding[:length],
            f"{prefix}attn_mask": mask[:length, :length]}
     output = torch.func.functional_call(model, cut, kwargs={"text": tokens})
@@ -107,8 +106,7 @@ class Expert:
             found = split_windows(text, lambda part: count_tokens(self.tokenizer, part) <= context)
             spans[text] = slice(len(windows), len(windows) + len(found))
             windows += found
-        windows = windows or [""]  # something that tells D
-        chunks = [windows[i : i + TEXT_BATCH] for i in range(0, len(windows), TEXT_BATCH)]
+        chunks = [windows[i : i + TEXT_BATCH] for i in range(0, len(windows), TEXT_BATCH)] or [[""]]  # which tells D
         embedded = torch.cat([encode_tokens(self.model, self.tokenizer(c).to(self.device)).float() for c in chunks])
         rows = [embedded[spans[text]].sum(dim=0) for text in texts]  # the sum has the mean's direction
         return F.normalize(torch.stack(rows), dim=-1)
@@ -129,8 +127,7 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
     A Hugging Face text tower is built from the folder's own `config.json`; without that file open_clip looks its
     `hf_model_name` up, a folder or a hub name. ValueError (one line) for what cannot be loaded or asks for code.
     """
-    on_hub, overrides = str(path).startswith("hf-hub:"), {}
-    advice = "give an open_clip folder or an hf-hub: name"
+    on_hub, own, advice = str(path).startswith("hf-hub:"), {}, "give an open_clip folder or an hf-hub: name"
     with loading("expert", f"open_clip_config.json of {path}", advice):
         config = local_file(f"{path}/open_clip_config.json")
         refuse(config.parent)
@@ -141,16 +138,15 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
         if text_cfg.get("hf_tokenizer_name"):
             load_tokenizer(text_cfg["hf_tokenizer_name"] if on_hub else path)  # is it real, and without code?
     if "hf_model_name" in text_cfg and (Path(path) / "config.json").is_file():
-        overrides["text_cfg"] = {**text_cfg, "hf_model_name": str(path), "hf_model_pretrained": False}
-    elif "hf_model_name" in text_cfg and not on_hub:
+        own["text_cfg"] = {**text_cfg, "hf_model_name": str(path), "hf_model_pretrained": False}
+    elif "hf_model_name" in text_cfg:
         advice = f"offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
-    with loading("expert", path, advice):
-        if "hf_model_name" in text_cfg and not overrides:
+        with loading("expert", path, advice):
             AutoConfig.from_pretrained(text_cfg["hf_model_name"], trust_remote_code=False)
-        name = str(path) if on_hub else f"local-dir:{path}"
-        model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **overrides)
-        require_finite(model, path)
-        model.to(device).eval().requires_grad_(False)
+    name = str(path) if on_hub else f"local-dir:{path}"
+    with loading("expert", path, advice):
+        model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **own)
+        require_finite(model.to(device).eval().requires_grad_(False), path)
         expert = Expert(model, preprocess, open_clip.get_tokenizer(name), torch.device(device))
         expert.text_features(["No effusion."])  # a tokenizer with more tokens than the model shows here
     return expert

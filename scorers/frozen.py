@@ -20,7 +20,7 @@ BAD_FILES = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeErr
 
 @contextmanager
 def loading(scorer: str, what: str | Path, advice: str) -> Iterator[None]:
-    """Turns what goes wrong inside a `with loading(...):` that reads files into a ValueError of one line."""
+    """Turns what goes wrong in a `with loading(...):` that reads files into a ValueError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:  # says what it is, and is no bad file
@@ -40,9 +40,7 @@ def local_file(name: str | Path) -> Path:
 
 def load_whole(kind, folder: str | Path, **settings) -> torch.nn.Module:
     """kind.from_pretrained, frozen; ValueError unless all weights but an unused pooler's are in the files, and finite.
-
-    Where settings say device_map="meta", nothing but the weights' names is looked at.
-    """
+    With device_map="meta" their names alone are looked at."""
     model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **settings)
     require_placed([name for name in info["missing_keys"] if "pooler" not in name], (), folder)
     if model.device.type != "meta":

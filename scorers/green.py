@@ -61,28 +61,24 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
         model = load_whole(AutoModelForCausalLM, path, dtype=dtype).to(device)
     tokenizer.pad_token, end, known = tokenizer.eos_token, tokenizer.eos_token_id, {}
 
-    def question(pair: tuple[str, str]) -> str:
-        return CHAT.format(prompt=PROMPT.format(candidate=pair[0], reference=pair[1]), eos=tokenizer.eos_token)
-
-    def can_be_asked(pair: tuple[str, str]) -> bool:
-        tokens = len(tokenizer(question(pair), verbose=False)["input_ids"])
-        return bool(pair[0]) and tokens < model.config.max_position_embeddings
-
     @torch.inference_mode()
-    def answer(pairs: list[tuple[str, str]]) -> list[str]:
-        batch = tokenizer(list(map(question, pairs)), padding=True, return_tensors="pt").to(device)
+    def answer(chats: list[str]) -> list[str]:
+        batch = tokenizer(chats, padding=True, return_tensors="pt").to(device)
         out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens,
                              do_sample=False, temperature=None, top_p=None, eos_token_id=end, pad_token_id=end)
         return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def score(candidates: list[str], references: list[str]) -> list[float | None]:
         pairs = [(plain(c), plain(r)) for c, r in zip(candidates, references, strict=True)]
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        new = sorted({*pairs} - known.keys(), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
         known.update(dict.fromkeys(new, 0.0))
-        asked = sorted(filter(can_be_asked, new), key=lambda pair: len(pair[0]) + len(pair[1]))
+        chats = {(c, r): CHAT.format(prompt=PROMPT.format(candidate=c, reference=r), eos=tokenizer.eos_token)
+                 for c, r in new if c}  # fmt: skip
+        most = model.config.max_position_embeddings
+        asked = [pair for pair, chat in chats.items() if len(tokenizer(chat, verbose=False)["input_ids"]) < most]
         for start in tqdm(range(0, len(asked), BATCH), desc=f"{'GREEN':<28}", unit="batch", mininterval=1):
             chunk = asked[start : start + BATCH]
-            known.update(zip(chunk, map(green, answer(chunk)), strict=True))
+            known.update(zip(chunk, map(green, answer([chats[pair] for pair in chunk])), strict=True))
         return [known[pair] for pair in pairs]
 
     return score

@@ -40,11 +40,8 @@ def unpack(model_type: str, place: Path) -> None:
 
 
 def refuse_code(config: dict) -> None:
-    """ValueError where an archive's config.json could make the package run code.
-
-    AllenNLP imports and calls what a word in model.modules names, whose true settings are numbers; an encoder's folder
-    may bring code or no tokenizer.
-    """
+    """ValueError where an archive's config.json names code, as AllenNLP imports and calls what a word in model.modules
+    names (its true settings are numbers), or an encoder that brings code or no tokenizer."""
     found = re.findall(r'"(?:[^"\\]|\\.)*":?', json.dumps(config["model"]["modules"]))
     words = [word for word in found if not word.endswith(":")]
     if words:
@@ -58,9 +55,9 @@ class PackageRadGraph:
     """Eq. 4's s_rg of pairs with the package's model and rewards: scorer(candidates, references) -> floats in [0, 1].
 
     model_type: radgraph, radgraph-xl or modern-radgraph-xl. folder holds the archive in `<folder>/<model type>/`; empty
-    = the package's cache, filled from the hub where it has none. The encoder that the archive's config.json names (a
-    folder or hub name) gives config and tokenizer. reward_level: simple, partial or complete. As in the package, and
-    unlike the rules, two texts without an entity score 0. ValueError (one line) for what cannot be loaded.
+    = the package's cache, filled from the hub. The encoder that its config.json names (a folder or hub name) gives
+    config and tokenizer. reward_level: simple, partial or complete. As in the package, two texts without an entity
+    score 0. ValueError (one line) for what cannot be loaded.
     """
 
     def __init__(self, model_type: str, folder: str = "", reward_level: str = "partial", device="cpu"):
@@ -83,16 +80,15 @@ class PackageRadGraph:
         return [float(compute_reward(ours, theirs, self.reward_level)) for ours, theirs in pairs]
 
     def annotations(self, texts: list[str]) -> list[dict]:
-        """The package's annotation of each text; a text without a word has no entity."""
-        texts = [plain(text) for text in texts]
-        return [json.loads(row) for row in cached(self.cache, texts, lambda new: list(map(self.annotate, new)))]
+        """The package's annotation of each text, one that nobody else holds; a text without a word has no entity."""
+        rows = cached(self.cache, list(map(plain, texts)), lambda new: list(map(self.annotate, new)))
+        return list(map(json.loads, rows))
 
     @torch.no_grad()
     def annotate(self, text: str) -> str:
         """The annotation asked of the model, which reads one text at a time, as JSON: a tenth of the dict's size."""
         beyond = next(islice(re.finditer(r"\w+|[^\w\s]", text), LONGEST, None), None)
-        text = text[: beyond.start()] if beyond else text
-        found = self.model([text]) if text else {}
+        found = self.model([text[: beyond.start()] if beyond else text]) if text else {}
         if text and not found:  # the package prints and goes on, and so does a run
             print(f"radgraph: the package could not annotate {text[:80]!r}, which scores 0")
         return json.dumps(found.get("0", {"text": text, "entities": {}}))

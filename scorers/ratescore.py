@@ -12,8 +12,6 @@ characters scores 0 here: the package drops it, and every later score would slip
 import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 
 def load_ratescore(python: str):
@@ -21,41 +19,37 @@ def load_ratescore(python: str):
 
     ValueError (one line) when it does not run or has no RaTEScore, or when the scoring fails.
     """
-    run_python(python, "-c", "import RaTEScore")
+    ask(python, "-c", "import RaTEScore")
 
-    def score(candidates: list, references: list) -> list:
+    def score(candidates: list[str], references: list[str]) -> list[float]:
         from scorers.frozen import plain  # not on top: the other environment reads this file too
 
-        with tempfile.TemporaryDirectory() as folder:  # readable by this user alone, and gone afterwards
-            pairs, scores = Path(folder) / "pairs.jsonl", Path(folder) / "scores.jsonl"
-            rows = [[plain(c), plain(r)] for c, r in zip(candidates, references, strict=True)]
-            pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            run_python(python, __file__, str(pairs), str(scores))
-            return [json.loads(line) for line in scores.read_text(encoding="utf-8").splitlines()]
+        pairs = [(plain(c), plain(r)) for c, r in zip(candidates, references, strict=True)]
+        return json.loads(ask(python, __file__, given=json.dumps(pairs)).splitlines()[-1])
 
     return score
 
 
-def run_python(python: str, *words: str) -> None:
-    """Run the other environment's interpreter; ValueError with the last line of what it said when it fails."""
+def ask(python: str, *words: str, given: str = "") -> str:
+    """What the other environment's interpreter prints; ValueError with the last line of its complaint if it fails."""
     try:  # -I: neither this folder (whose expert.py a package might mean) nor PYTHONPATH is searched for modules
-        subprocess.run([python, "-I", *words], capture_output=True, text=True, check=True)
+        return subprocess.run([python, "-I", *words], input=given, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", "").strip() or str(error)).splitlines()[-1]
         raise ValueError(f"eval.ratescore: no RaTEScore from {python} ({why}); set it up as {__file__} says") from None
 
 
 def main() -> None:
-    """Read the pairs, write their scores; runs in the other environment, which has the three packages."""
+    """Pairs on stdin, scores on stdout's last line; runs in the other environment, which has the three packages."""
     import torch
     from RaTEScore import RaTEScore
     from RaTEScore.utils import sentence_split
 
-    scorer = RaTEScore(use_gpu=torch.cuda.is_available())
-    with open(sys.argv[1], encoding="utf-8") as pairs, open(sys.argv[2], "w", encoding="utf-8") as scores:
-        for report, reference in map(json.loads, pairs):
-            whole = sentence_split([report])[0] and sentence_split([reference])[0]
-            print(float(scorer.compute_score([report], [reference])[0]) if whole else 0.0, file=scores)
+    scorer, scores = RaTEScore(use_gpu=torch.cuda.is_available()), []
+    for report, reference in json.load(sys.stdin):
+        whole = sentence_split([report])[0] and sentence_split([reference])[0]
+        scores.append(float(scorer.compute_score([report], [reference])[0]) if whole else 0.0)
+    print(json.dumps(scores))
 
 
 if __name__ == "__main__":

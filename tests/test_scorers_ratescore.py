@@ -18,6 +18,7 @@ from .utils import sentence_split
 class RaTEScore:
     def __init__(self, use_gpu):
         assert use_gpu is False
+        print('loading')
     def compute_score(self, candidates, references):
         c, r = sentence_split(candidates)[0], sentence_split(references)[0]
         assert r != ["broken"], "cannot read this"
@@ -52,13 +53,11 @@ def test_scores_come_back_in_order_and_texts_without_a_sentence_score_0(python):
     assert metrics.summarise({"row": stats}, (), 20, 0)["row"]["ratescore"]["value"] == pytest.approx(0.5)
 
 
-def test_it_runs_from_any_folder(python, tmp_path):
-    rows = [["left\u2028effusion", "left effusion"], ["clear", "clear lungs"]]  # \u2028 ends a line for splitlines()
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "P.jsonl").write_text(text, encoding="utf-8")
-    subprocess.run([python, "-I", str(RUNNER), "P.jsonl", "S.jsonl"], cwd=tmp_path, check=True)
-    assert (tmp_path / "S.jsonl").read_text() == "1.0\n0.5\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["P.jsonl", "S.jsonl"]
+def test_it_runs_from_any_folder_whatever_the_package_prints(python, tmp_path):
+    rows = [["left\u2028effusion", "left effusion"], ["clear", "clear lungs"]]
+    ran = subprocess.run([python, "-I", str(RUNNER)], input=json.dumps(rows), cwd=tmp_path, capture_output=True,
+                         text=True, check=True)  # fmt: skip
+    assert ran.stdout.splitlines() == ["loading", "[1.0, 0.5]"] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("interpreter", ["nowhere/python", sys.executable])

@@ -17,13 +17,8 @@ from phantom import cache
 from phantom.training import build_base, build_expert, build_labeller
 from phantom.world import build
 
-BUILDERS: cache.Builders = {
-    "data": build,
-    "base": build_base,
-    "expert": build_expert,
-    "expert_noisy": partial(build_expert, noisy=True),
-    "labeller": build_labeller,
-}
+BUILDERS = {"data": build, "base": build_base, "expert": build_expert, "labeller": build_labeller,
+            "expert_noisy": partial(build_expert, noisy=True)}  # fmt: skip
 resolve = partial(cache.resolve, builders=BUILDERS)
 ensure = partial(cache.ensure, builders=BUILDERS)
 

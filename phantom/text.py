@@ -1,8 +1,8 @@
 """The phantom's radiologists: reports and captions in English for a list of findings, by four authors.
 
 The phrases stand in phrases.toml, the grammar here. A *group* is the one or two findings of a kind that are told
-together. Writers return their text and its *facts*, {topic: class} with CheXbert's classes 1 positive, 2 negative,
-3 uncertain; a topic is a finding's name or "silhouette", "opacity" or "pneumonia".
+together. Writers return their text and its *facts*, a list of (topic, class) with CheXbert's classes 1 positive,
+2 negative, 3 uncertain; a topic is a finding's name or "silhouette", "opacity" or "pneumonia".
 """
 
 import tomllib
@@ -17,6 +17,7 @@ PHRASES = SimpleNamespace(**tomllib.loads(Path(__file__).with_name("phrases.toml
 AUTHORS = PHRASES.authors
 NORMAL_TEMPLATE = PHRASES.normal_template
 POSITIVE, NEGATIVE, UNCERTAIN = 1, 2, 3
+Facts = list[tuple[str, int]]
 
 
 def _pick(rng, options):
@@ -29,16 +30,10 @@ def _tidy(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _facts(text: str, names: list[str], cls: int) -> dict:
+def _facts(text: str, names: list[str], cls: int) -> Facts:
     """The topics that a sentence about `names` settles, of class `cls`; but pneumonia is never more than possible."""
     implied = [topic for word, topic in PHRASES.implied.items() if word in text]
-    return dict.fromkeys([*names, *implied], cls) | ({"pneumonia": UNCERTAIN} if "pneumonia" in text else {})
-
-
-def merge_facts(parts) -> dict:
-    """One {topic: class} for several sentences: positive beats uncertain beats negative."""
-    facts = [fact for part in parts for fact in part.items()]
-    return dict(sorted(facts, key=lambda fact: (NEGATIVE, UNCERTAIN, POSITIVE).index(fact[1])))
+    return [(topic, UNCERTAIN if topic == "pneumonia" else cls) for topic in [*names, *implied]]
 
 
 def noun_phrase(group: list[Finding], rng, short: bool = False) -> str:
@@ -64,7 +59,7 @@ class Radiologist:
         """About half the time everybody's stock sentence, else the author's own: normal reports are near copies."""
         return options[0] if self.rng.random() < 0.45 else options[self.author]
 
-    def positive(self, group: list[Finding], hedged: bool) -> tuple[str, dict]:
+    def positive(self, group: list[Finding], hedged: bool) -> tuple[str, Facts]:
         """One sentence that states (or hedges) a finding."""
         first, options = group[0], self.style["hedges" if hedged else "plain"]
         if not hedged and self.rng.random() < 0.35:
@@ -80,15 +75,15 @@ class Radiologist:
         text = text.format(**words, **{"is": "are" if plural else "is"})
         return _tidy(text), _facts(text, [first.name], UNCERTAIN if hedged else POSITIVE)
 
-    def denial(self, names: list[str]) -> tuple[str, dict]:
+    def denial(self, names: list[str]) -> tuple[str, Facts]:
         """ "No pleural effusion or pneumothorax is seen.": one sentence that denies every finding in `names`."""
         nouns = [PHRASES.denied[name] for name in names]
         if len(nouns) > 1 and nouns[0] == "pleural effusion" and self.rng.random() < 0.1:
             nouns[0] = "effusion"
         listed = " or ".join(", ".join(nouns).rsplit(", ", 1))  # "a, b or c"
-        return self.usual(PHRASES.denials).format(np=listed), dict.fromkeys(names, NEGATIVE)
+        return self.usual(PHRASES.denials).format(np=listed), [(name, NEGATIVE) for name in names]
 
-    def normal(self, topic: str, stated: list[str]) -> list[tuple[str, dict]]:
+    def normal(self, topic: str, stated: list[str]) -> list[tuple[str, Facts]]:
         """What is said about a topic beside the findings `stated` (names): mostly that the rest is absent."""
         absent = [name for name in PHRASES.topics[topic] if name not in stated]
         if topic == "device" or not absent or (topic == "bones" and stated and self.rng.random() < 0.6):
@@ -109,7 +104,7 @@ class Radiologist:
             return " ".join(_tidy(part + ".") for part in parts)
         return _tidy((", " if self.author == 2 else " and ").join(", ".join(parts).rsplit(", ", 1)) + ".")
 
-    def report(self, findings: list[Finding], hedge: float) -> tuple[str, dict]:
+    def report(self, findings: list[Finding], hedge: float) -> tuple[str, Facts]:
         """("FINDINGS: ... IMPRESSION: ...", facts): a report that states exactly `findings`; a group is hedged at the
         rate `hedge` times the author's, but no device: a pacemaker is there or it is not."""
         names, hedge = list(dict.fromkeys(f.name for f in findings)), hedge * self.style["hedging"]
@@ -122,26 +117,26 @@ class Radiologist:
         for topic in self.style["order"]:
             sentences += [(0, self.positive(*told)) for told in said if told[0][0].name in PHRASES.topics[topic]]
             if topic == "pleura" and len(fluid) == 1 and self.rng.random() < 0.2:  # denied on one side alone: no fact
-                sentences.append((1, (f"No {'left' if 'right' in fluid else 'right'} pleural effusion.", {})))
+                sentences.append((1, (f"No {'left' if 'right' in fluid else 'right'} pleural effusion.", [])))
             sentences += [(1, sentence) for sentence in self.normal(topic, names)]
         if self.author == 3:
             sentences.sort(key=lambda item: item[0])
         texts, facts = zip(*(sentence for _, sentence in sentences), strict=True)
-        return f"FINDINGS: {' '.join(texts)} IMPRESSION: {self.impression(said)}", merge_facts(facts)
+        return f"FINDINGS: {' '.join(texts)} IMPRESSION: {self.impression(said)}", sum(facts, [])
 
 
-def caption(findings: list[Finding], rng: np.random.Generator) -> tuple[str, dict]:
+def caption(findings: list[Finding], rng: np.random.Generator) -> tuple[str, Facts]:
     """A caption and its facts: keywords in a fixed order (45%), the same with severities (25%), which teach a model to
     see as almost every token hangs on the image, or a report (30%), which teaches it the reports' English."""
     kind = rng.random()
     if kind >= 0.7:
         return Radiologist(rng).report(findings, hedge=0.1)
     parts = [noun_phrase([f], rng, short=kind < 0.45) for f in findings]
-    facts = merge_facts(_facts(part, [f.name], POSITIVE) for part, f in zip(parts, findings, strict=True))
-    return ", ".join(parts or ["no finding"]) + ".", facts
+    facts = [_facts(part, [f.name], POSITIVE) for part, f in zip(parts, findings, strict=True)]
+    return ", ".join(parts or ["no finding"]) + ".", sum(facts, [])
 
 
-def loose_sentence(finding: Finding, rng: np.random.Generator) -> tuple[str, dict]:
+def loose_sentence(finding: Finding, rng: np.random.Generator) -> tuple[str, Facts]:
     """One sentence, on its own, that states, hedges or denies a finding of this kind, and its facts."""
     author, kind, name = Radiologist(rng), rng.random(), finding.name
     if kind < 0.65 or name == "device":

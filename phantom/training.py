@@ -30,7 +30,7 @@ from phantom.findings import LABELS, Finding, finding_of
 from phantom.models import MEAN, SIZES, STD, clip_config, new_llava, new_processor, policy_tokenizer, word_piece
 from phantom.world import SPLITS, misremember, sample_findings, write_report
 from rewards import wrap
-from scorers.chexbert import CHEXPERT_LABELS, POSITIVE, UNCERTAIN, CheXbert
+from scorers.chexbert import CHEXPERT_LABELS, NEGATIVE, POSITIVE, UNCERTAIN, CheXbert
 from scorers.expert import Expert, encode_tokens, load_expert
 from sft import sft_loss, text_logps
 from vlm import attention
@@ -44,9 +44,10 @@ def held_out(n: int) -> int:
     return max(1, min(512, n // 8))
 
 
-def fit(parameters: list, loss_of: Callable, n: int, batch: int, steps: int, lr: float, seed: int, what: str) -> None:
+def fit(model: nn.Module, loss_of: Callable, n: int, batch: int, steps: int, lr: float, seed: int, what: str) -> None:
     """AdamW with 5% warm-up and cosine decay over `loss_of(rows)`, batches of those of n rows that are not held out."""
-    optimizer, held, warm = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01), held_out(n), max(1, steps // 20)
+    held, warm, trained = held_out(n), max(1, steps // 20), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps)) + 0.01)
     )
@@ -55,7 +56,7 @@ def fit(parameters: list, loss_of: Callable, n: int, batch: int, steps: int, lr:
         loss = loss_of([held + i for i in batch_ids(n - held, batch, seed, step)])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if step % 20 == 0:
@@ -98,8 +99,7 @@ def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor
         logits = classify(rows)
         return F.binary_cross_entropy_with_logits(logits, labels[rows][:, None].expand_as(logits).float())
 
-    trained = [*tower.parameters(), *head.parameters()]
-    fit(trained, loss, len(images), 64, recipe.assets.vision_steps, 1e-3, recipe.seed, "vision tower")
+    fit(nn.ModuleList([tower, head]), loss, len(images), 64, recipe.assets.vision_steps, 1e-3, recipe.seed, "tower")
     with torch.no_grad():
         told, true = classify(range(held)).mean(dim=1) > 0, labels[:held]
     return (2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)).item()
@@ -125,8 +125,7 @@ def build_base(recipe: Recipe, folder: Path) -> None:
         logps, mask, _ = text_logps(model, processor, inputs, [texts[i] for i in rows], FULL_LENGTH)
         return sft_loss(logps, mask)
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    fit(trained, loss, len(studies), 48, recipe.assets.base_steps, 1.5e-3, recipe.seed + 1, "base model")
+    fit(model, loss, len(studies), 48, recipe.assets.base_steps, 1.5e-3, recipe.seed + 1, "base model")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -169,7 +168,7 @@ def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
         logits = model.logit_scale.exp().clamp(max=100) * image @ report.T
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    fit(list(model.parameters()), loss, len(studies), 128, recipe.assets.expert_steps, 1e-3, recipe.seed + 2, "expert")
+    fit(model, loss, len(studies), 128, recipe.assets.expert_steps, 1e-3, recipe.seed + 2, "expert")
     open_clip.set_model_preprocess_cfg(model.eval(), settings["preprocess_cfg"])
     save_for_hf(model, tokenizer, settings["model_cfg"], folder, safe_serialization=True)
     n = min(256, held)
@@ -210,8 +209,8 @@ def labelled_texts(cfg: PhantomConfig, seed: int, n: int) -> tuple[list[str], np
         if kind >= 0.6:
             findings = misremember(sample_findings(rng, cfg), rng, cfg)
         if kind < 0.4:
-            parts = [text.loose_sentence(f, rng) for f in (findings if kind < 0.2 else findings[:1])]
-            written, facts = " ".join(sentence for sentence, _ in parts), text.merge_facts(told for _, told in parts)
+            parts, facts = zip(*(text.loose_sentence(f, rng) for f in findings[: 5 if kind < 0.2 else 1]), strict=True)
+            written, facts = " ".join(parts), sum(facts, [])
         elif kind > 0.9:
             written, facts = text.caption(findings, rng)
         else:
@@ -219,9 +218,9 @@ def labelled_texts(cfg: PhantomConfig, seed: int, n: int) -> tuple[list[str], np
             if rng.random() >= 0.6:
                 written = written.removeprefix("FINDINGS: ").replace("IMPRESSION: ", "")
         texts.append(written)
-        for topic, cls in facts.items():
-            classes[row, CHEXPERT_LABELS.index(text.PHRASES.chexpert[topic])] = cls
-        abnormal = any(cls in (POSITIVE, UNCERTAIN) for topic, cls in facts.items() if topic != "device")
+        for topic, cls in sorted(facts, key=lambda fact: (NEGATIVE, UNCERTAIN, POSITIVE).index(fact[1])):
+            classes[row, CHEXPERT_LABELS.index(text.PHRASES.chexpert[topic])] = cls  # what is worse overrules
+        abnormal = any(cls != NEGATIVE for topic, cls in facts if topic != "device")
         classes[row, CHEXPERT_LABELS.index("No Finding")] = int(not abnormal)
     return texts, classes
 
@@ -246,7 +245,7 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
             total = total + sum(F.cross_entropy(head, classes[part, i], reduction="sum") for i, head in heads)
         return total / (len(rows) * classes.shape[1])
 
-    fit(list(model.parameters()), loss, len(texts), 64, recipe.assets.labeller_steps, 1e-3, recipe.seed + 3, "labeller")
+    fit(model, loss, len(texts), 64, recipe.assets.labeller_steps, 1e-3, recipe.seed + 3, "labeller")
     with torch.no_grad():
         predicted = torch.stack([head.argmax(-1) for head in class_logits(range(held))], dim=1)  # (held, 14)
     told, true = ((c == POSITIVE) | (c == UNCERTAIN) for c in (predicted, classes[:held]))

@@ -57,8 +57,7 @@ def sample_findings(rng: np.random.Generator, cfg: PhantomConfig) -> list[Findin
         found += _draw_side("left", rate, rng) + _draw_side("right", rate, rng)
         if 1 <= len(found) <= 4:
             return found
-    raise ValueError(f"phantom: 1 to 4 findings never came about in {DRAWS} draws: raise or lower the findings' rates, "
-                     "or set phantom.normal = 1")  # fmt: skip
+    raise ValueError("phantom: 1 to 4 findings never came about: change their rates, or set phantom.normal = 1")
 
 
 def misremember(findings: list[Finding], rng: np.random.Generator, cfg: PhantomConfig) -> list[Finding]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from pydicom import Dataset, dcmread, errors, filereader, pixels
+from pydicom.misc import is_dicom
 from pydicom.pixels.decoders.base import DecodeRunner
 
 MIN_SIDE = 8  # pixels; anything smaller is no radiograph but a broken file
@@ -21,10 +22,8 @@ BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError,
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The image file as PIL "RGB", 8 bit, turned as its EXIF orientation says, alpha dropped; bone is bright.
-
-    Grey of more than 8 bits is stretched from minimum to maximum, a DICOM shown as its tags say. Raises ValueError
-    with one line naming the file.
+    """The image file as PIL "RGB", 8 bit: turned as its EXIF orientation says, alpha dropped, grey of more than 8 bits
+    stretched from minimum to maximum, a DICOM shown as its tags say. Raises ValueError with one line naming the file.
     """
     try:
         with _open(Path(path)) as image:
@@ -40,10 +39,8 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def check_image(path: Path) -> str:
-    """Why an image file cannot be used ("" when it can), from its header and its last bytes.
-
-    MIMIC-CXR has 377,000 images, too many to decode whenever a run starts: damage in the middle of a file shows only
-    in read_image, whose error names the file.
+    """Why an image file cannot be used ("" when it can), by its header and last bytes: MIMIC-CXR's 377,000 images are
+    too many to decode whenever a run starts. Damage in the middle shows only in read_image, whose error names the file.
     """
     try:
         if not path.is_file():
@@ -63,9 +60,7 @@ def _open(path: Path) -> Image.Image | Dataset:
     """The picture or DICOM, not yet decoded; raises one of BROKEN where its header says that it cannot be read."""
     if path.stat() and not path.is_file():
         raise ValueError("no regular file")  # opening a pipe would wait for ever
-    with open(path, "rb") as file:
-        is_dicom = file.read(132)[128:] == b"DICM" or path.suffix.lower() == ".dcm"
-    if is_dicom:
+    if path.suffix.lower() == ".dcm" or is_dicom(path):
         image = _open_dicom(path)
         width, height = image.Columns, image.Rows
     else:
@@ -149,10 +144,9 @@ def _number(dataset: Dataset, keyword: str) -> float:
 
 
 def _look_up(values: np.ndarray, dataset: Dataset, keyword: str) -> tuple[np.ndarray, int] | None:
-    """(values through a sequence's first whole table, the most that its entries' bits hold), None without a table.
+    """(values through a sequence's first table with data, the most that its entries' bits hold), None without one.
 
-    pydicom's own functions index 8-bit tables modulo 256 and refuse 12-bit modality tables. The entries' bits are
-    counted, since files often call 12 bits 16.
+    pydicom's own functions index 8-bit tables modulo 256 and refuse 12 bits; these are counted, as files miscall them.
     """
     items = [item for item in dataset.get(keyword) or () if item.get("LUTDescriptor") and item.get("LUTData")]
     if not items:

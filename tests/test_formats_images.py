@@ -96,7 +96,10 @@ def test_picture_modes(tmp_path):
     assert np.ptp(grey(tmp_path / "one.png")) == 255
 
 
+@pytest.mark.filterwarnings("error")
 def test_deep_pictures_are_stretched(tmp_path):
+    Image.fromarray(np.full((16, 16), 999, np.uint16)).save(tmp_path / "even.png")
+    assert (grey(tmp_path / "even.png") == 0).all()
     expected = np.round(255 * RAMP / 4000)
     for dtype, scale in ((np.float32, 1e-3), (np.float32, 1e5), (np.int32, 1000)):
         Image.fromarray((RAMP * scale).astype(dtype)).save(tmp_path / "a.tif")

@@ -79,12 +79,14 @@ def test_the_grey_pipeline_is_pydicoms(tmp_path, bits, signed):
 def test_what_pydicom_does_not_do_right(tmp_path):
     expected = np.round(255 * RAMP / 4000)
     byte = (np.arange(4001) * 255 // 4000).astype(np.uint8)
+    headless = table(byte, bits=8)[0]
+    del headless.LUTData
     tables = {
         "8 bits, more than 256 entries": table(byte, bits=8),
         "8 bits, packed two in a word": table(byte, bits=8, data=byte.tobytes() + b"\0"),
         "12 bits called 16": table(np.arange(4001) * 4095 // 4000),
         "numbers instead of bytes": table(np.arange(4001), bits=12, data=list(range(4001)), vr="US"),
-        "a first item without data": [Dataset(), *table(byte, bits=8)],
+        "first items without data": [Dataset(), headless, *table(byte, bits=8)],
     }
     for name, sequence in tables.items():
         path = write_dicom(tmp_path / "a.dcm", RAMP, window=(0, 9), VOILUTSequence=sequence)
@@ -92,8 +94,12 @@ def test_what_pydicom_does_not_do_right(tmp_path):
     modality = table(np.arange(4001) * 4095 // 4000, bits=12)
     assert abs(grey(write_dicom(tmp_path / "b.dcm", RAMP, ModalityLUTSequence=modality)) - expected).max() <= 1
     # a VOI LUT belongs to modality values, of which the first here is -1000, written as unsigned
-    tags = {"RescaleSlope": "1", "RescaleIntercept": "-1000", "VOILUTSequence": table(byte, 2**16 - 1000, 8)}
-    assert abs(grey(write_dicom(tmp_path / "c.dcm", RAMP, **tags)) - expected).max() <= 1
+    dark, darker = table((byte / 255) ** 2 * 255, 2**16 - 1000, 8), np.round((RAMP / 4000) ** 2 * 255)
+    path = write_dicom(tmp_path / "c.dcm", RAMP, RescaleSlope="1", RescaleIntercept="-1000", VOILUTSequence=dark)
+    assert abs(grey(path) - darker).max() <= 4
+    high = table((byte / 255) ** 2 * 255, 60000, 8)
+    path = write_dicom(tmp_path / "c.dcm", RAMP + 60000, bits=16, VOILUTSequence=high)
+    assert abs(grey(path) - darker).max() <= 4  # and here it is as large as that
     cut = table(byte, bits=8, data=byte[:-9].tobytes())
     assert "reshape" in refusal(write_dicom(tmp_path / "cut.dcm", RAMP, VOILUTSequence=cut))
     big = table(byte, bits=8, data=byte.astype(">u2").tobytes())
@@ -103,6 +109,7 @@ def test_what_pydicom_does_not_do_right(tmp_path):
 
 UNUSABLE = {
     "NaN": {"WindowCenter": "NaN", "WindowWidth": "NaN"},
+    "NaN in the middle": {"WindowCenter": "NaN", "WindowWidth": "500"},
     "infinite": {"WindowCenter": "2000", "WindowWidth": "inf"},
     "no width": {"WindowCenter": "2000", "WindowWidth": "0"},
     "a width of one value": {"WindowCenter": "2000", "WindowWidth": "1"},
@@ -164,4 +171,5 @@ def test_bits_beside_those_stored(tmp_path):
     pixels = RAMP.astype(np.uint16)
     plain = grey(write_dicom(tmp_path / "a.dcm", pixels))
     assert np.array_equal(grey(write_dicom(tmp_path / "b.dcm", pixels | 0xF000)), plain)  # an overlay in the upper bits
+    assert "'17' is invalid" in refusal(write_dicom(tmp_path / "c.dcm", pixels, BitsStored=17, HighBit=16))
     assert "high bit 15 with 12" in refusal(write_dicom(tmp_path / "c.dcm", pixels << 4, HighBit=15))

@@ -1,6 +1,7 @@
 """CheXbert on tiny random models in its real on-disk layout."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_bert import sentences, write_bert
-from transformers import AutoTokenizer, BertConfig
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from benchmarks import reward_pass
 from rewards import label_f1
@@ -67,12 +68,17 @@ def test_bad_checkpoints_are_one_line(folder, tmp_path):
         data["model_state_dict"]["module.extra"] = torch.zeros(1)
         return data
 
+    def spoil(data):
+        data["model_state_dict"][key][0, 0] = torch.nan
+        return data
+
     def shrink(data):
         data["model_state_dict"][key] = torch.zeros(4, 8)
         return data
 
     cases = [
         (drop, "Missing key.*linear_heads.3.weight"), (rename, "Unexpected key.*extra"),
+        (spoil, "linear_heads.3.weight holds NaN"),
         (shrink, r"linear_heads.3.weight.*\[4, 8\].*\[4, 32\]"),
         (lambda data: {"state_dict": data}, "'model_state_dict'"), (lambda data: {"model_state_dict": [1]}, "items"),
         (lambda data: data | {"model": os.system}, "Weights only load failed"),  # a pickle that runs code
@@ -156,6 +162,23 @@ def test_cache_and_duplicates_change_nothing(folder, monkeypatch):
     monkeypatch.setattr(fresh.model, "forward", lambda *a: calls.append(a))
     assert (fresh(texts[:10] + texts[:10])[:10] == alone).all() and not calls
     assert fresh([]).shape == (0, 14)
+
+
+def test_a_made_up_tokenizer_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bert")
+    for name in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / "bert" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="chexbert: cannot load .*tokenizer.json: empty") as caught:
+        chexbert.load_chexbert(folder / "chexbert.pth", tmp_path / "bert")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_longer_than_the_positions_is_cut(tmp_path):
+    write_bert(tmp_path)
+    config = BertConfig.from_pretrained(tmp_path, max_position_embeddings=20)
+    labeller = chexbert.Labeller(chexbert.CheXbert(BertModel(config)).eval(), chexbert.load_tokenizer(tmp_path))
+    long, cut = " ".join(["left"] * 50), " ".join(["left"] * 18)
+    assert labeller.classes([long]).tolist() == labeller.classes([cut]).tolist()
 
 
 def test_empty_text_is_blank(folder):

@@ -1,10 +1,13 @@
 """green.py: the package's prompt to the letter, its parser by hand, and a tiny judge in the real layout."""
 
 import hashlib
+import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from evidence import metrics
 from phantom import models as tiny_models
@@ -145,6 +148,29 @@ def test_padding_does_not_change_an_answer(judge, monkeypatch):
     for text in ("short", "a much longer report than the other one"):
         green.load_green(str(judge), max_new_tokens=8)([text], ["r"])
     assert answers[2:] == together and len(set(together)) == 2
+
+
+def test_a_judge_that_is_not_whole_is_refused(judge, tmp_path):
+    """A weight that is missing or NaN, a tokenizer that is empty or a pointer, code that comes with the weights."""
+    state, name = load_file(judge / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    config = json.loads((judge / "config.json").read_text())
+
+    def refused(match, file, content=None, tensors=None):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(judge, folder)
+        if tensors:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        else:
+            (folder / file).write_bytes(content)
+        with pytest.raises(ValueError, match=f"eval.green: cannot load .*{match}") as error:
+            green.load_green(str(folder))
+        assert "\n" not in str(error.value)
+
+    refused(f"not in it, e.g. {name}", "model.safetensors", tensors={k: v for k, v in state.items() if k != name})
+    refused(f"{name} holds NaN", "model.safetensors", tensors=state | {name: state[name] * torch.nan})
+    refused("empty", "tokenizer.json", b"")
+    refused("git-lfs pointer", "tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n")
+    refused("'auto_map'", "config.json", json.dumps(config | {"auto_map": {"AutoModel": "own.Code"}}).encode())
 
 
 def test_no_judge_is_one_line(tmp_path):

@@ -59,6 +59,14 @@ def test_annotation_layout_and_relations():
     assert suggested["1"]["relations"] == [["suggestive_of", "2"]]
 
 
+def test_an_endless_clause_is_read_in_parts():
+    """So that time grows with a text's length; what a cue governs ends with its part."""
+    found = radgraph_rules.annotate("no " + "edema " * 2_000)["entities"].values()
+    labels = [entity["label"] for entity in found]
+    assert labels == ["Observation::definitely absent"] * 99 + ["Observation::definitely present"] * 1_901
+    assert [entity["start_ix"] for entity in found] == list(range(1, 2_001))
+
+
 def test_radgraph_score_sees_side_and_negation():
     reference = "There is a small left pleural effusion. The lungs are clear."
     flipped, denied = reference.replace("left", "right"), reference.replace("There is a small", "No")

@@ -1,11 +1,10 @@
 """Every knob of every script: one dataclass tree, TOML files, and a flag for each field.
 
-`python train.py --help` prints the comment behind each field or above it. Precedence: flag > `--config FILE.toml` >
-the default here. The defaults are the phantom's (two CPU cores); `configs/*.toml` hold the others.
+`python train.py --help` prints the comment behind each field or above it. A flag wins over `--config FILE.toml`, that
+over the default here. The defaults are the phantom's (two CPU cores); `configs/*.toml` hold the others.
 
-Where a default comes from is said in brackets: [paper] VALOR, arXiv 2512.16201v2; [ours] chosen by us, on the
-phantom's validation split where it matters; [TRL], [DeepSeekMath], [LLaVA] the habits of those codes. The paper
-gives only: LoRA, batch size 8, learning rate 1e-6, 3 epochs, lambda_vis 0.5, a "moderate" k_clin.
+Where a default comes from: [paper] VALOR, arXiv 2512.16201v2, which gives only LoRA, batch size 8, learning rate 1e-6,
+3 epochs, lambda_vis 0.5, a "moderate" k_clin; [ours] on the phantom's validation split; [TRL], ...: those codes' habits.
 """
 
 import dataclasses

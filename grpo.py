@@ -2,13 +2,11 @@
 
 Differences from the paper, each on purpose:
 * Eq. 9's RankNorm is not defined there. Ours: average ranks mapped linearly to [-1, 1].
-* Eq. 10 is printed as -(...) - beta KL; minimising that would reward drifting from the reference policy.
-  Ours is -(clipped objective) + beta KL.
+* Eq. 10 is printed as -(...) - beta KL, which would reward drifting from the reference policy. Ours: + beta KL.
 * The ratio written r^vis in Eq. 10 is the importance ratio pi / pi_old, not Eq. 7's reward.
-* KL is the per-token k3 estimator of GRPO (DeepSeekMath, arXiv 2402.03300, Eq. 4): exp(d) - d - 1 with
-  d = ref_logp - logp, never negative. Its *value* is unbiased for samples of the current policy; its gradient is
-  not the gradient of KL(pi || ref) (nearer to that of KL(ref || pi)), and after an inner update the samples are the
-  old policy's, not the current one's.
+* KL is the per-token k3 estimator of GRPO (DeepSeekMath, arXiv 2402.03300, Eq. 4), never negative. Its *value* is
+  unbiased for samples of the current policy; its gradient is not that of KL(pi || ref) (nearer to KL(ref || pi)'s), and
+  after an inner update the samples are the old policy's, not the current one's.
 """
 
 import torch
@@ -18,9 +16,8 @@ from torch import Tensor
 def rank_norm(rewards: Tensor) -> Tensor:
     """Eq. 9: rewards (..., G) -> advantages (..., G) in [-1, 1].
 
-    A_i = (number of candidates below i - number above i) / (G - 1), which is the average rank mapped linearly to
-    [-1, 1]: the best of a group without ties gets +1, ties share their value, the sum is 0, and a group of equal
-    rewards (or of one candidate) gets exactly 0. rank_norm([1, 3, 3, 0]) = [-1/3, 2/3, 2/3, -1].
+    A_i = (number of candidates below i - number above i) / (G - 1), the average rank mapped linearly: ties share their
+    value, the sum is 0, a group of equal rewards gets exactly 0. rank_norm([1, 3, 3, 0]) = [-1/3, 2/3, 2/3, -1].
     """
     difference = rewards[..., :, None] - rewards[..., None, :]  # (..., G, G)
     return difference.sign().sum(dim=-1) / max(rewards.shape[-1] - 1, 1)
@@ -41,10 +38,7 @@ def group_advantages(rewards: Tensor, kind: str = "rank") -> Tensor:
     raise ValueError(f"advantage must be rank, zscore or mean, got '{kind}'")
 
 
-def grpo_loss(
-    logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, completion_mask: Tensor,
-    *, eps_low: float, eps_high: float, beta: float,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, eps_low, eps_high, beta):
     """Eq. 10 as a loss to minimise: mean over a report's tokens, then over the N reports.
 
     logps, old_logps, ref_logps: (N, T) log-probs of the sampled tokens under the current policy (the only one with
@@ -65,12 +59,8 @@ def grpo_loss(
     loss = per_report_mean(beta * kl - objective)  # scalar
     with torch.no_grad():
         is_clipped = (ratio * advantage > clipped * advantage).to(mask.dtype)  # (N, T)
-        stats = {
-            "kl": per_report_mean(kl).item(),
-            "clipfrac": per_report_mean(is_clipped).item(),
-            "approx_kl": per_report_mean(k3(old_logps, logps)).item(),
-        }
-    return loss, stats
+        stats = {"kl": kl, "clipfrac": is_clipped, "approx_kl": k3(old_logps, logps)}  # (N, T) each
+        return loss, {name: per_report_mean(x).item() for name, x in stats.items()}
 
 
 def k3(logps: Tensor, other_logps: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ def get_base(model):
 def load_policy(cfg: Config, adapter: Path | None = None, *, new_lora=False, trainable="", reference=None):
     """Load `cfg.model.path`, plus an adapter folder, or a new LoRA adapter (whose update is 0), or neither.
 
-    trainable: what shall train (set_trainable). reference: adapter folder of the frozen reference policy, for RL;
-    dropout is then off. Returns (model in eval mode, processor). ValueError for what does not fit.
+    trainable: what shall train (set_trainable). reference: the reference policy's adapter folder, for RL.
+    Returns (model in eval mode, processor). ValueError for what does not fit.
     """
     m = cfg.model
     model, processor = load_family(m.path, getattr(torch, m.dtype), m.max_pixels)
@@ -86,10 +86,14 @@ def load_policy(cfg: Config, adapter: Path | None = None, *, new_lora=False, tra
     if cfg.fsdp:
         parallel.shard(get_base(model))
     model = model.to(parallel.pick_device(cfg.device)).eval()
-    check_prompt(model, processor, cfg)
+    base, image = get_base(model), Image.new("RGB", (64, 64), "grey")
+    try:  # what of template, preprocessing, tower or projection would fail later
+        with torch.no_grad():
+            embed_prompt(base, encode_prompts(processor, [image], cfg.data.prompt, base.device))
+    except (TemplateError, *BROKEN) as error:
+        raise ValueError(f"{m.path}: no prompt can be made: {' '.join(str(error).split())[:300]}") from error
     if reference is not None:
         add_reference(model, reference)
-        disable_dropout(model)
     if trainable:
         set_trainable(model, trainable)
     return model, processor
@@ -101,16 +105,6 @@ def prepare(model, cfg: Config) -> None:
     language_model.set_attn_implementation(attention.NAME)
     if cfg.model.gradient_checkpointing:  # acts in train mode only
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def check_prompt(model, processor, cfg: Config) -> None:
-    """ValueError unless a grey image with the prompt goes through template, preprocessing, tower and projection."""
-    base, image = get_base(model), Image.new("RGB", (64, 64), "grey")
-    try:
-        with torch.no_grad():
-            embed_prompt(base, encode_prompts(processor, [image], cfg.data.prompt, base.device))
-    except (TemplateError, *BROKEN) as error:
-        raise ValueError(f"{cfg.model.path}: no prompt can be made: {' '.join(str(error).split())[:300]}") from error
 
 
 def set_trainable(model, trainable: str) -> list[str]:
@@ -126,10 +120,15 @@ def set_trainable(model, trainable: str) -> list[str]:
 
 
 def add_reference(model: PeftModel, adapter: str | Path) -> None:
-    """Load the SFT policy's adapter as the second adapter `ref`; nothing trains until `set_trainable` says so."""
+    """Load the SFT policy's adapter as the second adapter `ref`; nothing trains until `set_trainable` says so.
+
+    Every dropout becomes 0: the log-probs of sampler, old, new and reference policy must agree.
+    """
     load_adapter(model, Path(adapter), "ref")
     model.set_adapter("default")
     model.requires_grad_(False)
+    for dropout in filter(lambda module: isinstance(module, torch.nn.Dropout), model.modules()):
+        dropout.p = 0.0
 
 
 @contextlib.contextmanager
@@ -145,18 +144,11 @@ def use_reference(model: PeftModel):
             parameter.requires_grad_(flag)
 
 
-def disable_dropout(model) -> None:
-    """Set every dropout to 0: in RL the sampler, old, new and reference policy's log-probs must agree."""
-    for dropout in filter(lambda module: isinstance(module, torch.nn.Dropout), model.modules()):
-        dropout.p = 0.0
-
-
 def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Tensor]:
     """Chat template + image preprocessing of the model's own processor -> left-padded model inputs, batch B.
 
-    images: per study one PIL image or a list of them (its views, in the order in which the model sees them).
-    Returns input_ids and attention_mask (B, P), the images one after the other in the family's own form (pixel_values,
-    for Qwen also image_grid_thw and mm_token_type_ids), and image_counts (B,), how many of them each study has.
+    images: per study one PIL image or a list of its views. Returns input_ids and attention_mask (B, P), all images in
+    the family's own form (pixel_values; Qwen: image_grid_thw, mm_token_type_ids) and image_counts (B,) of the studies.
     """
     if "<image>" in prompt or processor.image_token in prompt:
         raise ValueError("data.prompt: leave the image placeholder out; the chat template adds one per image")
@@ -171,10 +163,7 @@ def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Te
 
 
 def prefill(model, inputs: dict[str, Tensor]) -> tuple[Decoding, Tensor, Tensor]:
-    """Read image and prompt once per study.
-
-    Returns (their keys and values, hidden states (B, D) that predict token 0, the position (B,) of token 0).
-    """
+    """(Keys and values of B images and prompts, hidden states (B, D) that predict token 0, its positions (B,))."""
     base, positions = get_base(model), prompt_positions(get_base(model), inputs)  # (B, P) or (3, B, P)
     cache = Decoding(inputs["attention_mask"], base.dtype)
     hidden = run_layers(base, embed_prompt(base, inputs), positions, cache)  # (B, P, D)
@@ -202,8 +191,7 @@ def completion_logps(model, inputs: dict, completions: Tensor, completion_mask: 
     """log pi(o_t | image, prompt, o_<t) of every report token, Eq. 1's factors: (N, T) float32, 0 where masked.
 
     inputs: B encoded prompts; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids,
-    right-padded. completion_mask: (N, T), 1 up to and including the first EOS, by position. A study's reports lie in
-    one row behind its image and prompt (vlm/attention.py); the result is that of N forwards of their own.
+    right-padded. completion_mask: (N, T), 1 up to and including the first EOS, by position.
     """
     base, mask = get_base(model), inputs["attention_mask"]  # (B, P)
     group = len(completions) // len(mask)  # G
@@ -231,8 +219,7 @@ def require_finite(logps: Tensor, ids: list[str], advice: str = "lower the learn
 def token_logps(lm_head, hidden: Tensor, tokens: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
     """Log-probs (n,) of tokens (n,) at report positions (n,), predicted from hidden states (n, D).
 
-    Logits are the largest tensor of a loss pass: beyond LOGITS of them they are made in parts, which are made again in
-    the backward pass instead of being kept.
+    Logits are a loss pass's largest tensor: beyond LOGITS they come in parts, made again in the backward pass.
     """
 
     def part(hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:

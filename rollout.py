@@ -78,10 +78,7 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    model, inputs: dict[str, Tensor], rules, u: Tensor | None, max_new_tokens: int, group_size: int = 1,
-    top_p: float = 1.0, top_k: int = 0, together: bool = False,
-) -> Rollout:  # fmt: skip
+def sample(model, inputs, rules, u, max_new_tokens: int, group_size=1, top_p=1.0, top_k=0, together=False) -> Rollout:
     """Write `group_size` reports for each of the B encoded prompts. u: (N, T) uniforms, or None for greedy decoding.
 
     rules: model.SamplingRules. together: go on until every process is done, as a base that is spread over them needs.
@@ -133,5 +130,5 @@ def rollout(model, processor, images: list, ids: list[str], cfg: Config, step: i
 
 
 def generate_reports(model, processor, images: list, cfg: Config, *, ids: list[str], samples: int = 0):
-    """Reports of any number of studies for evaluation: [study][1] greedy (samples = 0) or [study][samples] sampled."""
+    """Reports for evaluation: [study][1] greedy (samples = 0) or [study][samples] sampled."""
     return rollout(model, processor, images, ids, cfg, EVALUATION, samples)[1]

@@ -1,8 +1,7 @@
 """Stage 0: supervised fine-tuning on reference reports (Eq. 2).
 
-The loss is the negative log-likelihood of the report's tokens, EOS included, image and prompt tokens never. The
-paper sums over a report's tokens; here the batch's sum is divided by its number of report tokens, so the scale of the
-gradient does not depend on how long the reports are.
+The loss is the negative log-likelihood of the report's tokens, EOS included, image and prompt tokens never. The paper
+sums over a report's tokens; here the batch's sum is divided by their number: no longer reports, no larger gradient.
 """
 
 from torch import Tensor
@@ -23,8 +22,7 @@ def sft_loss(logps: Tensor, completion_mask: Tensor, total_tokens: int | Tensor 
 
 
 def text_logps(model, processor, inputs: dict[str, Tensor], texts: list[str], cfg: Config):
-    """Log-probs (B, T) and mask (B, T) of `texts` after the encoded prompts (batch B), and how many texts were cut
-    at `cfg.rollout.max_new_tokens`."""
+    """Log-probs (B, T) and mask (B, T) of `texts` after B encoded prompts, and how many were cut (max_new_tokens)."""
     rules = sampling_rules(model, processor, cfg)
     rules.temperature, rules.min_new_tokens = 1.0, 0  # Eq. 2 is about the model itself, not about how it is sampled
     device, length = inputs["input_ids"].device, cfg.rollout.max_new_tokens

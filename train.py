@@ -153,6 +153,8 @@ def load_stage(cfg: Config, stage: int, init: Path | None, reference: Path | Non
 def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
     """Train one stage from adapter `init` and save `folder/adapter`; goes on from a checkpoint where there is one."""
     rank, world, cfg = parallel.rank(), parallel.world(), resolve(cfg, needs=())
+    if reference:
+        print(f"starting from {init}; the KL is taken to {reference}")
     studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
     if cfg.stage != "0" and cfg.rewards.lambda_format:  # also before the Stage 0 of a longer run
         require_format([study.report for study in studies], cfg.rewards.required_sections)
@@ -220,20 +222,13 @@ def train(cfg: Config) -> None:
             continue
         if not asked:
             print(f"stage {last} needs {folder / 'adapter'}, which is missing: training it first")
-        init = run / FOLDERS[stage - 1] / "adapter" if stage > 0 else None
-        init = adapter_folder(cfg.init_from) if cfg.init_from else init
-        run_stage(cfg, stage, folder, init, kl_reference(cfg, init) if stage > 0 else None)
+        init = adapter_folder(cfg.init_from or str(run / FOLDERS[stage - 1])) if cfg.init_from or stage else None
+        reference = adapter_folder(cfg.reference) if cfg.reference else run / FOLDERS[0] / "adapter"
+        if stage > 0 and not reference.exists():
+            raise ValueError(f"no {reference}: name {init}'s SFT policy by --reference, for the KL")
+        run_stage(cfg, stage, folder, init, reference if stage > 0 else None)
         del held
         print(f"{folder.name} is done: {folder / 'adapter'}")
-
-
-def kl_reference(cfg: Config, init: Path) -> Path:
-    """The adapter of Eq. 10's reference policy: `cfg.reference`, else the run's own SFT policy. ValueError for none."""
-    reference = adapter_folder(cfg.reference) if cfg.reference else Path(cfg.run) / FOLDERS[0] / "adapter"
-    if not reference.exists():
-        raise ValueError(f"no {reference}: name the SFT policy that {init} descends from by --reference, for the KL")
-    print(f"starting from {init}; the KL is taken to {reference}")
-    return reference
 
 
 def needed_assets(cfg: Config) -> tuple[str, ...]:

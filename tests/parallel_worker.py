@@ -18,7 +18,7 @@ import train
 from config import Config, GRPOConfig, ModelConfig, RolloutConfig
 from data import Study
 from evidence.generate import generate_split
-from model import add_reference, disable_dropout, load_policy, set_trainable
+from model import add_reference, load_policy, set_trainable
 from running import parallel
 
 
@@ -50,7 +50,6 @@ def main(folder: Path, fsdp: bool, crash: bool) -> None:
                  grpo=settings, device="cpu", fsdp=fsdp)  # fmt: skip
     model, processor = load_policy(cfg, folder / "adapter")
     add_reference(model, folder / "reference")
-    disable_dropout(model)
     set_trainable(model, "language+projector")
     model.get_base_model().generation_config.eos_token_id = list(range(20, 60))  # reports of different lengths
     parameters = [p for p in model.parameters() if p.requires_grad]

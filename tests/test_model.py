@@ -11,7 +11,6 @@ from model import (
     SamplingRules,
     add_reference,
     completion_logps,
-    disable_dropout,
     encode_prompts,
     get_base,
     load_policy,
@@ -280,10 +279,11 @@ def test_set_trainable_picks_exactly_that_part(policy, part):
     assert len(everything) == 2 * (2 * 7 + 2)  # 2 layers x 7 linears + 2 projector linears, A and B each
 
 
-def test_dropout_is_off_in_rl_even_in_train_mode(cfg, images):
+def test_dropout_is_off_in_rl_even_in_train_mode(cfg, images, tmp_path):
     cfg = replace(cfg, model=replace(cfg.model, lora_dropout=0.5))
     model, processor = load_policy(cfg, new_lora=True)
     randomise(model)
+    model.save_pretrained(tmp_path)
     model.train()
     rules = sampling_rules(model, processor, cfg)
     tokens, mask, _ = tokenize_reports(processor, ["The lungs are clear."], 50, "cpu")
@@ -293,7 +293,8 @@ def test_dropout_is_off_in_rl_even_in_train_mode(cfg, images):
         return completion_logps(model, inputs, tokens, mask, rules)
 
     assert not torch.equal(logps(), logps())
-    disable_dropout(model)
+    add_reference(model, tmp_path)
+    model.train()
     assert torch.equal(logps(), logps())
 
 

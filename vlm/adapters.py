@@ -39,9 +39,18 @@ def load_adapter(model, folder: Path, name: str = "default"):
     base = model if name == "default" else model.get_base_model()
     raw, shapes = read_json(folder / "adapter_config.json"), tensor_shapes(folder / "adapter_model.safetensors")
     try:
-        config = read_config(raw, targets(base), {shape[0] for tensor, shape in shapes.items() if "lora_A" in tensor})
-        place = re.compile(rf"base_model\.model\.({targets(base)})\.lora_[AB]\.weight")
+        plain, own = LoraConfig().to_dict(), targets(base)
+        odd = {key: x for key, x in raw.items() if x and key not in USED | IDLE and x != plain.get(key)}
+        if odd not in ({}, {"init_lora_weights": "gaussian"}):  # how it began is no matter
+            raise ValueError(f"this kind is not known here: {str(odd)[:200]}")
+        if raw["target_modules"] != own and not isinstance(raw["target_modules"], list):
+            raise ValueError("target_modules must be a list of names; a regex from elsewhere is not run")
+        ranks, alpha = {shape[0] for tensor, shape in shapes.items() if "lora_A" in tensor}, raw["lora_alpha"]
+        if ranks != {raw["r"]} or not 0 < alpha / raw["r"] < math.inf:  # before memory is taken
+            raise ValueError(f"r = {raw['r']} and lora_alpha = {alpha} with weights of rank {sorted(ranks)}")
+        place = re.compile(rf"base_model\.model\.({own})\.lora_[AB]\.weight")
         require_placed([], [tensor for tensor in shapes if not place.fullmatch(tensor)], "its weights")
+        config = LoraConfig(**{key: raw[key] for key in USED & raw.keys()})
         if name == "default":
             model = get_peft_model(base, config)
         else:
@@ -59,16 +68,3 @@ def load_adapter(model, folder: Path, name: str = "default"):
     if Path(made_on).parts[-2:] != Path(base.name_or_path).parts[-2:] and parallel.rank() == 0:
         print(f"note: {folder} was made on {made_on}, here it stands on {base.name_or_path}", file=sys.stderr)
     return model
-
-
-def read_config(raw: dict, own: str, ranks: set[int]) -> LoraConfig:
-    """The config of an adapter_config.json; own: the one regex that is run; ranks: of the weights. ValueError."""
-    plain = LoraConfig().to_dict()
-    odd = {key: value for key, value in raw.items() if value and key not in USED | IDLE and value != plain.get(key)}
-    if odd not in ({}, {"init_lora_weights": "gaussian"}):  # how it began is no matter
-        raise ValueError(f"this kind is not known here: {str(odd)[:200]}")
-    if raw["target_modules"] != own and not isinstance(raw["target_modules"], list):
-        raise ValueError("target_modules must be a list of names; a regex from elsewhere is not run")
-    if ranks != {raw["r"]} or not 0 < raw["lora_alpha"] / raw["r"] < math.inf:
-        raise ValueError(f"r = {raw['r']} and lora_alpha = {raw['lora_alpha']} with weights of rank {sorted(ranks)}")
-    return LoraConfig(**{key: raw[key] for key in USED & raw.keys()})

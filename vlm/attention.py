@@ -109,10 +109,7 @@ def causal_mask(prompt_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torch.float32) -> Packing:
-    """Plan for prompts (B, P), left-padded, and their reports (B * G, T), right-padded; 1 = real. dtype: the model's.
-
-    A report's last token is no input: nothing is predicted from it. Its first is predicted by the prompt's last.
-    """
+    """Plan for prompts (B, P), left-padded, and their reports (B * G, T), right-padded; 1 = real; the model's dtype."""
     (b, prefix), length = prompt_mask.shape, completion_mask.shape[1]
     is_input = completion_mask[:, 1:].reshape(b, -1).bool()  # (B, G * (T - 1))
     slots = int(is_input.sum(dim=1).max()) if length > 1 else 0

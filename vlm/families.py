@@ -6,8 +6,7 @@ image and which positions the prompt's tokens have. model.py is the same for all
     qwen2_5_vl      Qwen2.5-VL (arXiv 2502.13923): as many image tokens as the image is large, 3-D positions (mRoPE)
 
 LLaVA-Med becomes transformers' LLaVA by renaming its weights. Its tokenizer has no image token, and a new one would
-need a row in two matrices whose sizes the checkpoint fixes. The placeholder is therefore `<unk>`: with byte fallback no
-text ever becomes it, the vision features replace its embedding, and every matrix stays as it was saved.
+need new rows in two matrices. The placeholder is therefore `<unk>`: with byte fallback no text ever becomes it.
 """
 
 import re
@@ -36,7 +35,7 @@ LLAVA_MED = tomllib.loads((Path(__file__).parent / "llava_med.toml").read_text(e
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
           StrictDataclassError)  # fmt: skip
 
-# PEFT asks for the first at every load, the second has a new name from 5.2x on; nothing a user could do about them
+# PEFT asks for the first at every load, the second has a new name from 5.2x on: nothing a user could mend
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
 
 
@@ -82,8 +81,8 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
 
 def read_config(path: str) -> dict:
     """The folder's or hub model's config.json; ValueError when there is none or it is no JSON."""
-    up = Path(path).parent
-    if not Path(path).is_dir() and (Path(path).is_absolute() or (str(up) != "." and up.is_dir())):
+    place, up = Path(path), Path(path).parent
+    if not place.is_dir() and (place.is_absolute() or (str(up) != "." and up.is_dir())):
         raise ValueError(f"{path}: no such folder")  # asking the hub for it would take half a minute
     try:
         config = transformers.PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
@@ -95,16 +94,13 @@ def read_config(path: str) -> dict:
 
 
 def load_llava_med(path: str, raw: dict, **options):
-    """(model, loading info, processor) of a `llava_mistral` folder: transformers' LLaVA over renamed weights.
-
-    raw: its config.json. The processor pads an image to a square with CLIP's mean colour before CLIP's preprocessing.
-    """
+    """(model, loading info, processor) of a `llava_mistral` folder with config.json `raw`, its weights renamed."""
     tokenizer = llava_med_tokenizer(path)
     config = llava_med_config(path, raw, tokenizer)
     side = config.vision_config.image_size
     images = transformers.LlavaImageProcessorPil(  # resizes with PIL, as in training; torchvision's differs a little
-        do_pad=raw.get("image_aspect_ratio") == "pad", size={"shortest_edge": side},
-        crop_size={"height": side, "width": side})  # fmt: skip
+        do_pad=raw.get("image_aspect_ratio") == "pad",  # to a square, with CLIP's mean colour
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side})  # fmt: skip
     processor = transformers.LlavaProcessor(  # the additional token: CLIP's class token, which "default" drops
         images, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
         vision_feature_select_strategy=config.vision_feature_select_strategy, image_token=tokenizer.unk_token,
@@ -118,9 +114,8 @@ def llava_med_config(path: str, raw: dict, tokenizer) -> transformers.LlavaConfi
 
     The tower's sizes: in folder `mm_vision_tower` (inside the checkpoint, or anywhere), else CLIP ViT-L/14-336's.
     """
-    for key in ("mm_vision_tower", "mm_vision_select_layer"):
-        if key not in raw:
-            raise ValueError(f"{path}/config.json: no '{key}' there; is this the original LLaVA-Med v1.5?")
+    for key in {"mm_vision_tower", "mm_vision_select_layer"} - raw.keys():
+        raise ValueError(f"{path}/config.json: no '{key}' there; is this the original LLaVA-Med v1.5?")
     for key, known in LLAVA_MED["known"].items():
         if raw.get(key) is not None and raw[key] not in known:
             raise ValueError(f"{path}/config.json: {key} is {raw[key]!r}; known: {', '.join(map(repr, known))}")
@@ -146,10 +141,7 @@ def llava_med_tokenizer(path: str):
 
 
 def placeholder_ids(config, tokenizer) -> set[int]:
-    """Ids of every token that stands for (the border of) an image or a video, and of rows that only pad the vocabulary.
-
-    A report that held one of the first could not be fed back to the model; one of the others means no text at all.
-    """
+    """Ids of the tokens that stand for (the border of) an image or a video, and of rows that pad the vocabulary."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = {getattr(config, name, None) for name in names} - {None}
     ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if re.search("image|video|vision", token.content)}
@@ -157,10 +149,9 @@ def placeholder_ids(config, tokenizer) -> set[int]:
 
 
 def encode_images(base, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`inputs` and `vision`, what the frozen tower makes of the images.
+    """`inputs` and `vision`, what the frozen tower makes of the images; sampling, reference policy and loss share it.
 
-    Sampling, the reference policy's pass and the loss share it: nothing before the projection is ever trained. LLaVA:
-    (images, tokens, Dv); Qwen: (patches, Dv), in the order of its attention windows.
+    LLaVA: (images, tokens, Dv); Qwen: (patches, Dv), in the order of its attention windows.
     """
     if "vision" in inputs:
         return inputs
@@ -208,7 +199,7 @@ def embed_prompt(base, inputs: dict[str, Tensor]) -> Tensor:
 def prompt_positions(base, inputs: dict[str, Tensor]) -> Tensor:
     """Position ids of left-padded prompts: (B, P); under Qwen's mRoPE (3, B, P) for time, height and width.
 
-    With mRoPE an image takes max(height, width) positions, not one per token, and the text goes on after them.
+    There an image takes max(height, width) positions, not one per token, and the text goes on after them.
     """
     mask = inputs["attention_mask"]  # (B, P)
     if base.config.model_type != "qwen2_5_vl":

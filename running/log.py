@@ -16,10 +16,9 @@ from running.folder import private, write_text, writing
 
 
 class Log:
-    """metrics.jsonl, samples.jsonl and TensorBoard of one stage; does nothing on processes other than the first."""
+    """metrics.jsonl, samples.jsonl and TensorBoard of a stage that began after k0, written by the first process."""
 
     def __init__(self, folder: Path, k0: int, done: int, active: bool = True):
-        """Goes on after `done` updates of a stage that began after update k0."""
         self.folder, self.active = folder, active
         if active:
             lost = done - keep_rows(folder / "metrics.jsonl", k0, k0 + done)

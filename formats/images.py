@@ -87,7 +87,7 @@ def _open_dicom(path: Path) -> Dataset:
         inflater.decompress(path.read_bytes()[144 + meta.FileMetaInformationGroupLength :], 4 * MAX_PIXELS)
         if inflater.unconsumed_tail:
             raise ValueError(f"image too large: over {4 * MAX_PIXELS:,} bytes")
-    dataset = dcmread(path, defer_size=None if syntax.is_deflated else "1 KB")
+    dataset = dcmread(path, defer_size="1 KB")
     if "PixelData" not in dataset:
         raise ValueError("no pixel data")
     runner.set_options(**pixels.as_pixel_options(dataset), pixel_keyword="PixelData")

@@ -84,6 +84,7 @@ def test_what_pydicom_does_not_do_right(tmp_path):
     tables = {
         "8 bits, more than 256 entries": table(byte, bits=8),
         "8 bits, packed two in a word": table(byte, bits=8, data=byte.tobytes() + b"\0"),
+        "2**16 entries": table(np.pad(byte, (0, 2**16 - len(byte)), mode="edge"), bits=8),
         "12 bits called 16": table(np.arange(4001) * 4095 // 4000),
         "numbers instead of bytes": table(np.arange(4001), bits=12, data=list(range(4001)), vr="US"),
         "first items without data": [Dataset(), headless, *table(byte, bits=8)],

@@ -158,6 +158,8 @@ HEADER_FORMS = [
     ("HISTORY: Fever.\n REASON FOR EXAM: Cough.\n FINDINGS: Clear.", ("Clear.", "")),
     ("PA AND LATERAL CHEST: Clear.\n IMPRESSION: Normal.", ("Clear.", "Normal.")),
     ("CHEST, TWO VIEWS: Clear.", ("Clear.", "")),
+    ("INDICATION: Cough.\n PA AND LATERAL CHEST: Clear.\n IMPRESSION: Normal.", ("Clear.", "Normal.")),
+    ("IMPRESSION: Normal.\n PORTABLE CHEST: Clear.", ("Clear.", "Normal.")),
     ("PORTABLE CHEST EXAM: Clear.\n IMPRESSION: Normal.", ("Clear.", "Normal.")),
     ("PORTABLE AP CHEST RADIOGRAPH: Clear.", ("Clear.", "")),
     ("FRONTAL AND LATERAL VIEWS OF THE CHEST: Clear.", ("Clear.", "")),

@@ -4,7 +4,7 @@
 over the default here. The defaults are the phantom's (two CPU cores); `configs/*.toml` hold the others.
 
 Where a default comes from: [paper] VALOR, arXiv 2512.16201v2, which gives only LoRA, batch size 8, learning rate 1e-6,
-3 epochs, lambda_vis 0.5, a "moderate" k_clin; [ours] on the phantom's validation split; [TRL], ...: those codes' habits.
+3 epochs, lambda_vis 0.5, a "moderate" k_clin; [ours] on the phantom's validation split; [TRL], ...: their habits.
 """
 
 import dataclasses

@@ -73,15 +73,15 @@ class Judge:
 
     def report_rows(self, greedy: Outputs, sampled: Outputs | None) -> list[dict]:
         """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
-        rows = []
+        wanted, rows = self.wanted, []
         for i, [output] in enumerate(greedy):
-            row = {"id": self.wanted.ids[i], "reference": self.wanted.references[i], "report": self.text(output),
-                   "tagged": unwrap(output) is not None}  # fmt: skip
+            row = {"id": wanted.ids[i], "reference": wanted.references[i], "report": self.text(output)}
+            row["tagged"] = unwrap(output) is not None
             if sampled is not None:
                 row["samples"] = [self.text(sample) for sample in sampled[i]]
-            if self.wanted.labels is not None:
+            if wanted.labels is not None:
                 stated = reader.read_report(row["report"]).stated
-                row["labels"] = self.wanted.labels[i]
+                row["labels"] = wanted.labels[i]
                 row["stated"] = sorted(f"{name}_{side}" if side else name for name, side in stated)
             rows.append(row)
         return rows

@@ -7,6 +7,7 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from evidence.compare import estimate, load_runs, spread
+from evidence.protocols import NOTES
 from evidence.tables import columns
 from formats.files import read_jsonl
 
@@ -38,15 +39,14 @@ def collect_results(root: Path, seeds: list[int], split: str, about: dict[str, s
         "split": settings["split"],
         "studies": settings["n"],
         "torch": torch.__version__,
+        "protocol": NOTES[settings["eval"].get("protocol", "raw")],
         "assets": {p.parent.name: json.loads(p.read_text()) for p in sorted(assets.glob("*/quality.json"))},
         "about": about,
         "arms": {"fixed_template": measured(template)} | {arm: measured(runs[arm]) for arm in runs},
-        "versus": {
-            baseline: {arm: measured(runs[arm], runs[baseline]) for arm in list(about)[1:] if arm != baseline}
-            for baseline in BASELINES
-        },
+        "versus": {baseline: {arm: measured(runs[arm], runs[baseline]) for arm in list(about)[1:] if arm != baseline}
+                   for baseline in BASELINES},
         "bleu_by_reference": by_reference(assets, runs, settings["ids"]),
-    }
+    }  # fmt: skip
 
 
 def by_reference(assets: Path, runs: dict, ids: list[str]) -> dict:
@@ -57,22 +57,17 @@ def by_reference(assets: Path, runs: dict, ids: list[str]) -> dict:
     """
     truth = {row["id"]: row for row in read_jsonl(assets / "data" / "truth.jsonl")}
     pairs = [(set(truth[i]["stated"]), set(truth[i]["labels"])) for i in ids]
-    kinds = {
-        "reference states exactly what the image shows": [stated == true for stated, true in pairs],
-        "reference hallucinates": [bool(stated - true) for stated, true in pairs],
-    }
-    tables = {}
-    for kind, wanted in kinds.items():
-        if any(wanted):
-            part = {arm: {seed: {"greedy/bleu": stats["greedy/bleu"][wanted]} for seed, stats in found.items()}
-                    for arm, found in runs.items()}  # fmt: skip
-            before = part["stage1_continued"]
-            tables[kind] = {
-                "n": sum(wanted),
-                "arms": {arm: estimate(found, "greedy/bleu_4") for arm, found in part.items()},
-                "versus": {arm: estimate(found, "greedy/bleu_4", before) for arm, found in part.items()},
-            }
-    return tables
+    kinds = {"reference states exactly what the image shows": [stated == true for stated, true in pairs],
+             "reference hallucinates": [bool(stated - true) for stated, true in pairs]}  # fmt: skip
+
+    def table(wanted: list[bool]) -> dict:
+        part = {arm: {seed: {"greedy/bleu": stats["greedy/bleu"][wanted]} for seed, stats in found.items()}
+                for arm, found in runs.items()}  # fmt: skip
+        compared = {"arms": None, "versus": part["stage1_continued"]}
+        return {"n": sum(wanted)} | {name: {arm: estimate(part[arm], "greedy/bleu_4", minus) for arm in part}
+                                     for name, minus in compared.items()}  # fmt: skip
+
+    return {kind: table(wanted) for kind, wanted in kinds.items() if any(wanted)}
 
 
 def markdown(results: dict) -> str:

@@ -100,8 +100,7 @@ def rank_reward(similarities: Tensor, rank: str = "literal", tau: float = 0.03) 
     if group_size < 2:
         raise ValueError("rank_reward needs a group of at least 2 candidates; set rollout.group_size")
     difference = similarities[..., :, None] - similarities[..., None, :]  # (..., G, G)
-    # literal: 1 above, 1/2 tied, 0 below
-    wins = (difference / tau).sigmoid() if rank == "soft" else (difference.sign() + 1) / 2
+    wins = (difference / tau).sigmoid() if rank == "soft" else (difference.sign() + 1) / 2  # literal: 1, 1/2 tied, or 0
     return (wins.sum(dim=-1) - 0.5) / (group_size - 1)  # less the candidate's tie with itself
 
 
@@ -111,8 +110,7 @@ def mix_visual(r_text: Tensor, r_vis: Tensor, lambda_vis: float, mix: str = "raw
     The literal r_vis spans [0, 1] in every group while R_text often spans a few hundredths: raw with lambda_vis = 0.5
     is no even mix.
     """
-    if mix == "ranked":
-        r_text = rank_reward(r_text)
+    r_text = rank_reward(r_text) if mix == "ranked" else r_text
     return (1 - lambda_vis) * r_text + lambda_vis * r_vis
 
 

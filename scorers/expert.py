@@ -1,8 +1,8 @@
 """The frozen image-text expert of Eq. 6: cosine similarity of an image and a text through open_clip.
 
-Native CLIP models and BiomedCLIP's layout (timm vision tower, Hugging Face BERT text tower) load from a local folder
-(`open_clip_config.json`, `open_clip_model.safetensors`, tokenizer files) or from an `hf-hub:` name. A report longer
-than the text context is split into windows of whole sentences whose embeddings are averaged: nothing is cut off.
+Native CLIP models and BiomedCLIP's layout (timm vision tower, Hugging Face BERT text tower) load from a folder
+(`open_clip_config.json`, `open_clip_model.safetensors`, tokenizer files) or an `hf-hub:` name. A report longer than the
+text context is split into windows of whole sentences whose embeddings are averaged: nothing is cut off.
 """
 
 import re

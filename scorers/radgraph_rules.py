@@ -12,17 +12,12 @@ from functools import lru_cache
 from itertools import pairwise, takewhile
 from pathlib import Path
 
-
-def any_of(phrases: list[str]) -> re.Pattern:
-    """A pattern that finds the phrases as whole words."""
-    return re.compile(rf"\b(?:{'|'.join(phrases)})\b")
-
-
+WORDS = r"\b(?:{})\b"  # a pattern of phrases, which stand between two word boundaries
 LEXICON = tomllib.loads(Path(__file__).with_name("radgraph_lexicon.toml").read_text(encoding="utf-8"))
 KINDS = {word: kind for kind, words in LEXICON["words"].items() for word in words.split()}
 IN, GLUE = set(LEXICON["in"]), set(LEXICON["glue"])
-SUGGESTS, LINKS = any_of(LEXICON["suggests"]), any_of(LEXICON["links"])
-CUES = [(cue["label"], cue["stands"], any_of(cue["phrases"])) for cue in LEXICON["cues"]]
+SUGGESTS, LINKS = (re.compile(WORDS.format("|".join(LEXICON[name]))) for name in ("suggests", "links"))
+CUES = [(c["label"], c["stands"], re.compile(WORDS.format("|".join(c["phrases"])))) for c in LEXICON["cues"]]
 CLAUSE_END = re.compile("|".join(LEXICON["clause_ends"]))
 LONGEST = 100  # words of a clause read together, at their square's cost; those of 23,000 reports have at most 34
 

@@ -256,7 +256,8 @@ def test_lost_rows_are_said(tmp_path, capsys):
 
 
 def test_reports_are_for_their_owner_alone(saved):
-    (saved / "old.txt").write_text("readable by all")
+    for name in ("old.txt", "new.txt.tmp"):
+        (saved / name).write_text("readable by all")
     for name in ("old.txt", "new.txt"):
         write_text(saved / name, "a report \ud800")  # half a character, as broken JSON gives it
     append(saved / "samples.jsonl", {"k": 1})

@@ -154,10 +154,14 @@ def test_a_damaged_asset_is_named_in_one_line_and_built_anew_when_deleted(built,
 def test_a_build_meets_a_damaged_image_with_one_line(built, tmp_path):
     cfg = replace(built, assets_dir=str(tmp_path))
     shutil.copytree(cache.asset_dir(built) / "data", cache.asset_dir(cfg) / "data")
-    (cache.asset_dir(cfg) / "data" / "images" / "base00003" / "0.png").write_bytes(b"\x89PNG")
+    image = cache.asset_dir(cfg) / "data" / "images" / "base00003" / "0.png"
+    image.write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"phantom-.*/data \[base\].*\(base00003\)"):
         assets.ensure(cfg, "base")
     assert not (cache.asset_dir(cfg) / "base").exists()
+    shutil.rmtree(image.parent)
+    with pytest.raises(ValueError, match="data is damaged .images: less than 30 folders.: delete it"):
+        assets.ensure(cfg, "base")
 
 
 def test_a_full_disk_ends_a_build_with_one_line_and_the_next_one_is_whole(tmp_path):

@@ -246,7 +246,7 @@ def parse(cls=Config, description: str = "", argv: list[str] | None = None, defa
             default = load_toml(file or (argv.pop(path) if path < len(argv) else ""), default)
         return check(tyro.cli(cls, args=argv, default=default, description=description))
     except ValueError as error:
-        sys.exit(f"config: {error}")
+        sys.exit(f"config: {error!s:.1500}")
 
 
 def load_toml(path: str, default: Config) -> Config:

@@ -179,7 +179,7 @@ def main() -> None:
             print(f"lengths in words only: {error}")
         print(card(cfg.data, tokenizer))
     except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+        sys.exit(f"data.py: {error!s:.1500}")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def main() -> None:
         else:
             (evaluate_predictions if cfg.predictions else evaluate_run)(cfg)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        sys.exit(f"evaluate.py: {error!s:.1500}")
     finally:
         parallel.stop()
 

@@ -252,7 +252,7 @@ def main() -> None:
         parallel.start(cfg.device, cfg.threads)
         train(cfg)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error!s:.1500}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"train.py: {str(error).splitlines()[0]} Lower grpo.micro_batch, grpo.micro_group or sft.micro_batch.")
     except KeyboardInterrupt:

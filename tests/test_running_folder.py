@@ -1,9 +1,11 @@
 """The run folder and its log: damage of every kind is one line, and a full disk costs no bit of a run."""
 
+import contextlib
 import errno
 import json
 import os
 import resource
+import signal
 import stat
 from pathlib import Path
 
@@ -178,43 +180,38 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 # --------------------------------------------------------------------------------------------------------- a full disk
 
 
-@pytest.fixture
-def no_room():
-    """No file may grow beyond 1000 bytes: as on a full disk, a write ends half-way, with an OSError."""
-    import signal
-
+@contextlib.contextmanager
+def no_room(size: int = 1000):
+    """No file may grow beyond `size` bytes: as on a full disk, a write ends half-way, with an OSError."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:  # at once: pytest's own log may be longer
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def limit(size: int = 1000):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_full_disk_leaves_the_last_checkpoint_whole(saved, no_room):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(saved):
     whole = (saved / "checkpoint.pt").read_bytes()
-    no_room()
-    with pytest.raises(OSError, match=r"checkpoint.pt: [\d,]{5,} bytes cannot be written .*free.*: make room"):
+    said = r"checkpoint.pt: [\d,]{5,} bytes cannot be written .*free.*: make room"
+    with no_room(), pytest.raises(OSError, match=said):
         save_checkpoint(saved, *small_policy(), stage=0, k=6, step=6)
     assert (saved / "checkpoint.pt").read_bytes() == whole and [p.name for p in saved.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_full_disk_leaves_no_half_adapter(tmp_path, no_room):
+def test_a_full_disk_leaves_no_half_adapter(tmp_path):
     model, _ = small_policy(width=512)
-    no_room()
-    with pytest.raises(OSError, match=r"adapter: [\d,]{5,} bytes cannot be written .*free.*: make room"):
+    with no_room(), pytest.raises(OSError, match=r"adapter: [\d,]{5,} bytes cannot be written .*free.*: make room"):
         save_adapter(tmp_path, model, {"k": 0})
     assert list(tmp_path.iterdir()) == [] and not is_done(tmp_path)
 
 
-def test_a_full_disk_is_named_by_the_log_and_repaired_at_the_next_start(tmp_path, no_room, capsys):
+def test_a_full_disk_is_named_by_the_log_and_repaired_at_the_next_start(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     for k in range(1, 4):
         append(path, {"k": k, "x": "y" * 200})
-    no_room(800)
-    with pytest.raises(OSError, match=r"metrics.jsonl: 2\d\d bytes cannot be written"):
+    with no_room(800), pytest.raises(OSError, match=r"metrics.jsonl: 2\d\d bytes cannot be written"):
         append(path, {"k": 4, "x": "y" * 200})
     assert keep_rows(path, 0, 3) == 3 and [json.loads(line)["k"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert capsys.readouterr().out == ""

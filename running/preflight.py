@@ -24,11 +24,14 @@ from tabulate import tabulate
 
 from config import Config
 from data import read_split, remarks
-from formats.files import read_json, read_text
+from formats.files import read_text
+from phantom.cache import resolve
 from running import weights
+from running.folder import adapter_folder
 from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimate, read_shape
 from scorers.load import may_judge
-from vlm.families import PARTS, llava_med_tokenizer
+from vlm.adapters import load_adapter
+from vlm.families import load_family
 
 Item = tuple[str, str, str, str]  # status, what, text, command or ""
 MAX_IMAGE_TOKENS = 1280  # of one image; more is a setting that nobody chose [Qwen2.5-VL's recipes use at most that]
@@ -106,19 +109,18 @@ def check_data(cfg: Config) -> Iterator[Item]:
         yield status, "data", f"{path} [{split}]: {said}", ""
 
 
-def check_policy(folder: Path) -> str:
-    """The base model's family and size; ValueError for one that the policy code does not know or that lacks a file."""
-    weights.require(folder, "config.json")
-    family = read_json(folder / "config.json").get("model_type")
-    if family not in PARTS:
-        raise ValueError(f"{folder}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
-    weights.check_model(folder)
-    if family == "llava_mistral":  # its original folder has no processor
-        weights.check_tokenizer(llava_med_tokenizer(str(folder)), folder)
-    else:
-        weights.require(folder, "preprocessor_config.json", "processor_config.json")
-        weights.load_tokenizer(folder)
-    return f"{family}, {weights.count_weights(folder):,} weights, every shard whole"
+def check_policy(folder: Path, max_pixels: int = 0) -> str:
+    """The base model's family and size; ValueError where loading it would fail, which is tried without its weights."""
+    model, _ = load_family(str(folder), torch.float32, max_pixels, device_map="meta")
+    return f"{model.config.model_type}, {weights.count_weights(folder):,} weights, every shard whole"
+
+
+def check_adapter(folder: Path, base: str) -> str:
+    """ValueError unless each of an adapter's weights has its place on the base, of which the names alone are read."""
+    if not Path(base).exists():
+        return "not tried, as its base is not there yet"
+    load_adapter(load_family(base, torch.float32, device_map="meta")[0], folder)
+    return "all its weights have a place on the base"
 
 
 def check_encoder(folder: Path, stem: str = "") -> None:
@@ -194,7 +196,10 @@ def check_room(cfg: Config) -> Iterator[Item]:
 
 def preflight(cfg: Config) -> int:
     """Print the list; returns the exit code, 1 when something is missing."""
-    items = [*check_programs(cfg), *check_data(cfg), look("policy", cfg.model.path, check_policy)]
+    policy = partial(check_policy, max_pixels=cfg.model.max_pixels)
+    on_base = partial(check_adapter, base=str(locate(resolve(cfg).model.path)))
+    items = [*check_programs(cfg), *check_data(cfg), look("policy", cfg.model.path, policy)]
+    items += [look("adapter", str(adapter_folder(path)), on_base) for path in (cfg.init_from, cfg.reference) if path]
     items += [*check_scorers(cfg), *check_room(cfg)]
     for status, what, text, command in items:
         print(f"{status:<8}  {what:<10}{text}" + (f"\n{'':20}$ {command}" if command else ""))

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,13 +107,28 @@ def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):
     assert status == "missing" and "model family 'blip' is not supported; known: llava" in text
     (folder / "config.json").write_text("{")
     status, text = policy()
-    assert status == "missing" and "config.json: not JSON" in text
+    assert status == "missing" and "no readable config.json" in text
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_missing(policy, base_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    policy[0].save_pretrained(tmp_path / "adapter")
+    check = partial(preflight.check_adapter, base=str(base_dir))
+    status, _, text, _ = preflight.look("adapter", str(tmp_path / "adapter"), check)
+    assert status == "ok" and "all its weights have a place" in text
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name.replace("model.language_model.layers", "model.layers"): x for name, x in weights.items()}, path)
+    with pytest.raises(ValueError, match="have no place in the model"):
+        preflight.check_adapter(tmp_path / "adapter", str(base_dir))
+    assert "not there yet" in preflight.check_adapter(tmp_path / "adapter", str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
     ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
-    ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}', "tokenizer"),
+    ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}', "cannot spell"),
     ("config.json", '{"model_type": "llava", "quantization_config": {"bits": 4}}', "quantised"),
     ("processor_config.json", '{"auto_map": {"AutoProcessor": "code.P"}}', "code that comes with the weights"),
 ])  # fmt: skip

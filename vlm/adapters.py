@@ -63,7 +63,8 @@ def load_adapter(model, folder: Path, name: str = "default"):
         require_finite(weights, "its weights")
     except BROKEN as error:  # what odd values end in
         raise ValueError(f"{folder} cannot be used as an adapter: {' '.join(str(error).split())}") from error
-    set_peft_model_state_dict(model, weights, adapter_name=name)
+    if base.device.type != "meta":  # there is nothing to fill
+        set_peft_model_state_dict(model, weights, adapter_name=name)
     made_on = str(raw.get("base_model_name_or_path") or base.name_or_path)
     if Path(made_on).parts[-2:] != Path(base.name_or_path).parts[-2:] and parallel.rank() == 0:
         print(f"note: {folder} was made on {made_on}, here it stands on {base.name_or_path}", file=sys.stderr)

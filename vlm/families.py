@@ -39,8 +39,9 @@ BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeEr
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
 
 
-def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
+def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0, device_map: str | None = None):
     """(base model, processor) of a checkpoint folder or hub name; max_pixels: see `model.max_pixels` in config.py.
+    With device_map "meta" the weights' names and shapes are looked at, in seconds, and the weights stay on the disk.
 
     ValueError naming the first fault: an unknown family, a broken file, code, quantised weights, a made-up tokenizer, a
     weight that is NaN, left over, of another shape or missing (transformers would leave it random and merely warn).
@@ -55,7 +56,8 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
         raise ValueError(f"{path}/config.json: '{key}': {REFUSED[key]}")
     if Path(path).is_dir():  # else a hub name, whose files the hub has checked
         check_model(Path(path))
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False,
+               "device_map": device_map}  # fmt: skip
     try:
         if family == "llava_mistral":
             model, info, processor = load_llava_med(path, config, **options)
@@ -67,7 +69,8 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0):
         raise ValueError(fault if fault.startswith(path) else f"{path}: {fault}") from error
     shapes = [f"{name} {list(got)} (by config.json {list(want)})" for name, got, want in info["mismatched_keys"]]
     require_placed(info["missing_keys"], [*shapes, *info["unexpected_keys"]], path)
-    require_finite(model, path)
+    if device_map != "meta":
+        require_finite(model, path)
     check_tokenizer(processor.tokenizer, path)
     processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
     if family == "llava" and processor.patch_size is None:  # a folder of 2024: these three were the model's alone

@@ -74,9 +74,10 @@ def bleu(sums: np.ndarray) -> np.ndarray:
     """(..., 10) -> (..., 4): corpus BLEU-1..4 as pycocoevalcap computes it, its `tiny` and `small` included."""
     tiny, small = 1e-15, 1e-9
     precisions = (sums[..., :4] + tiny) / (sums[..., 4:8] + small)
-    scores = np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, 5))
+    # Python's own pow and exp, as there: numpy's have another last bit on some CPUs
+    scores = np.vectorize(math.pow)(np.cumprod(precisions, axis=-1), 1 / np.arange(1, 5))
     ratio = (sums[..., 8] + tiny) / (sums[..., 9] + small)
-    return scores * np.exp(np.minimum(0, 1 - 1 / ratio))[..., None]
+    return scores * np.vectorize(math.exp)(np.minimum(0, 1 - 1 / ratio))[..., None]
 
 
 def label_scores(sums: np.ndarray) -> np.ndarray:

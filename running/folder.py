@@ -3,7 +3,8 @@
     <run>/<stage>/config.json     the resolved config; a later start with other settings is refused
                   metrics.jsonl   one row per policy update k, also as TensorBoard events in tb/
                   samples.jsonl   groups of candidates with every reward (both: running/log.py)
-                  checkpoint.pt   adapter, optimizer, RNG state, number of updates done: one file, replaced atomically
+                  checkpoint.pt   adapter, optimizer, RNG state, number of updates done: one file, replaced atomically;
+                                  the one before it stays, as checkpoint.previous.pt
                   adapter/        the finished policy, for `peft.PeftModel.from_pretrained`; its presence = stage done
 
 A second start with the same command goes on from the checkpoint and ends with the same weights, bit by bit; with
@@ -126,17 +127,22 @@ def save_checkpoint(folder: Path, model, optimizer, stage: int, k: int, step: in
     state = {"stage": stage, "k": k, "step": step, "adapter": adapter, "optimizer": optimizer.state_dict(),
              "rng": torch.get_rng_state()}  # fmt: skip
     torch.save(state, buffer := io.BytesIO())  # not to the disk: torch has no words for a full one
-    write_bytes(folder / "checkpoint.pt", buffer.getbuffer())
+    path = folder / "checkpoint.pt"
+    write_bytes(new := folder / "checkpoint.new.pt", buffer.getbuffer())
+    if path.exists():
+        os.replace(path, folder / "checkpoint.previous.pt")
+    os.replace(new, path)
 
 
 def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init: Path | None) -> tuple[int, int]:
-    """Restore the last checkpoint of a stage of `steps` updates that began from adapter `init`.
+    """Restore the last checkpoint that is there, of a stage of `steps` updates that began from adapter `init`.
 
     Returns (k of the last policy update before the stage, updates of the stage done: 0 without a checkpoint).
     ValueError, one line, for a damaged file or one that is not this stage's.
     """
-    path, k0 = folder / "checkpoint.pt", last_k(init) if stage > 0 else 0
-    if not path.exists():
+    k0, paths = last_k(init) if stage > 0 else 0, [folder / f"checkpoint{which}.pt" for which in ("", ".previous")]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
         return k0, 0
     try:
         with zipfile.ZipFile(path) as file:
@@ -163,7 +169,8 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init
         raise
     except BAD_STATE as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path}: damaged or not this stage's ({why}): delete it to train the stage anew") from error
+        raise ValueError(f"{path}: damaged or not this stage's ({why}): delete it, and the stage goes on from the "
+                         "checkpoint before it, save_every updates earlier, or begins anew") from error  # fmt: skip
     return k0, step
 
 

@@ -144,7 +144,7 @@ def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, f
 
 
 def checkpoint_bytes(shape: Shape, cfg: Config) -> int:
-    """Disk that the three stages write: adapter/ and checkpoint.pt, which is written beside the one it replaces."""
+    """Disk that the three stages write: adapter/ and checkpoints: the last, the one before, the one being written."""
     r, stages = cfg.model.lora_r, (cfg.sft, cfg.stage1, cfg.stage2)
     adapter = 4 * lora_parameters(shape, r)
-    return sum(adapter + 2 * (adapter + 8 * lora_parameters(shape, r, stage.trainable)) for stage in stages)
+    return sum(adapter + 3 * (adapter + 8 * lora_parameters(shape, r, stage.trainable)) for stage in stages)

@@ -121,6 +121,16 @@ def test_a_damaged_checkpoint_is_one_line(saved, damage):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+def test_without_a_damaged_checkpoint_the_one_before_it_is_taken(saved):
+    save_checkpoint(saved, *small_policy(seed=2), stage=0, k=7, step=7)
+    assert load(saved) == (0, 7) and sorted(path.name for path in saved.iterdir()) == [
+        "checkpoint.previous.pt", "checkpoint.pt"]  # fmt: skip
+    (saved / "checkpoint.pt").unlink()
+    theirs, ours = small_policy(), small_policy(seed=1)
+    assert load_checkpoint(saved, *ours, 0, 9, None) == (0, 5)
+    assert all(map(torch.equal, weights(theirs[0]), weights(ours[0])))
+
+
 def test_another_base_or_another_stages_steps_do_not_fit(saved):
     for settings in ({"width": 4}, {"steps": 4}):
         with pytest.raises(ValueError, match="not this stage's"):
@@ -194,7 +204,7 @@ def no_room(size: int = 1000):
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(saved):
     whole = (saved / "checkpoint.pt").read_bytes()
-    said = r"checkpoint.pt: [\d,]{5,} bytes cannot be written .*free.*: make room"
+    said = r"checkpoint.new.pt: [\d,]{5,} bytes cannot be written .*free.*: make room"
     with no_room(), pytest.raises(OSError, match=said):
         save_checkpoint(saved, *small_policy(), stage=0, k=6, step=6)
     assert (saved / "checkpoint.pt").read_bytes() == whole and [p.name for p in saved.iterdir()] == ["checkpoint.pt"]

@@ -79,7 +79,7 @@ def test_what_changes_with_the_stage_and_with_checkpointing():
 
 def test_checkpoints_by_hand():
     adapter, both, language, projector = 4 * 568, 8 * 568, 8 * 512, 8 * 56
-    assert checkpoint_bytes(TINY, tiny_config()) == 9 * adapter + 2 * (both + language + projector)
+    assert checkpoint_bytes(TINY, tiny_config()) == 12 * adapter + 3 * (both + language + projector)
 
 
 def meta_shape(config) -> tuple[int, list[list[int]]]:

@@ -21,7 +21,7 @@ from running.weights import load_tokenizer
 
 # A header stands in capitals at the start of any word, with one capital at the start of a line, else only where a
 # sentence begins: "no acute findings: ..." is none.
-HEADER = re.compile(r"(?m:(?<!\w)(?=[A-Z]{8})|^\s*(?=[A-Z])|(?:\A|(?<=[.!?:]))\s*)(?i:(findings|impression)):")
+HEADER = r"(?m:(?<!\w)(?=[A-Z]{8})|^\s*(?=[A-Z])|(?:\A|(?<=[.!?:;]))\s*)(?i:(findings|impression))\s*[:\uff1a]"
 ROWS = {"r2gen": r2gen_rows, "openi": openi_rows, "kaggle": kaggle_rows, "mimic": mimic_rows}
 
 
@@ -50,7 +50,8 @@ def split_sections(text: str) -> dict[str, str]:
 
     A repeated header's texts are joined, text before the first belongs to neither. Without any: {"findings": text}.
     """
-    before, *parts = HEADER.split(text.replace("\ufeff", ""))  # a byte-order mark that was pasted along
+    # a byte-order mark that was pasted along, this project's own tags, Markdown's bold titles
+    before, *parts = re.split(HEADER, re.sub(r"\ufeff|</?report>|\*\*", "", text))
     if not parts:
         return {"findings": " ".join(before.split())}
     found = {"findings": "", "impression": ""}
@@ -64,10 +65,12 @@ def target_text(report: str | dict[str, str], target: str) -> tuple[str, str]:
 
     target "both" gives "FINDINGS: f IMPRESSION: i" and needs both, except that a text without headers stays as it is.
     """
-    sections = split_sections(report) if isinstance(report, str) else {
-        # what follows a header inside a section is a second report
-        name: " ".join(next(filter(str.strip, HEADER.split(text)[::2]), "").split()) for name, text in report.items()
-    }  # fmt: skip
+    if isinstance(report, str):
+        sections = split_sections(report)
+    else:  # what follows a header inside a section is a second report
+        firsts = {name: next(filter(str.strip, re.split(HEADER, text)[::2]), "") for name, text in report.items()}
+        sections = {name: " ".join(text.split()) for name, text in firsts.items()}
+    sections = {name: text if any(map(str.isalnum, text)) else "" for name, text in sections.items()}
     if not any(sections.values()):
         return "", "empty report" if sections else "no FINDINGS or IMPRESSION header"
     wanted = list(sections) if target == "both" else [target]
@@ -112,6 +115,7 @@ def read_split(cfg, split: str) -> tuple[list[Study], dict[str, list[str]]]:
             studies.append(Study(row.id, views, text, split, row.labels, row.view_known))
     if not studies or skips and cfg.strict:
         why = "data.strict forbids skips" if studies else f"no usable study among {len(seen)}"
+        why = why if seen else "the split holds no study"
         raise ValueError(f"data: {folder} [{split}]: {why}: {describe_skips(skips)}")
     return studies, skips
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from config import Config, from_recorded, parse
 from evidence.judge import Wanted
 from formats.files import exact_labels, read_jsonl
+from rewards import strip_tags
 
 NO_RUN = {"--config", "--predictions", "--compare", "--help", "-h"}  # with one of these, no run's settings matter
 
@@ -57,11 +58,11 @@ def read_reports(path: str) -> dict[str, dict]:
     for number, row in enumerate(read_jsonl(Path(path)), 1):
         where = f"{path}: row {number}"
         if row.get("id") in (None, "") or not isinstance(row.get("report", 0), str | None):
-            raise ValueError(f"{where} needs an 'id' and a text 'report'")
+            raise ValueError(f"{where} needs an 'id' and a text 'report'; it has {', '.join(row)[:200] or 'nothing'}")
         name = str(row["id"])
         if name in rows:
             raise ValueError(f"{where}: id {name} occurs twice")
-        report = row["report"] if (row["report"] or "").strip() else ""
+        report = row["report"] if (row["report"] or "").strip() else ""  # None, or blanks alone
         rows[name] = {"report": report, "labels": exact_labels(row.get("labels"), where)}
     if not rows:
         raise ValueError(f"{path}: no rows")
@@ -87,10 +88,15 @@ def read_pairs(predictions: str, references: str) -> tuple[Wanted, list[str], li
     wanted = {name: row for name, row in wanted.items() if row["report"]}
     if not wanted:
         raise ValueError(f"{references}: every report is empty")
-    reports, labels = [given[name]["report"] for name in wanted], [row["labels"] for row in wanted.values()]
+    reports = [given[name]["report"] for name in wanted]
     note("empty reports, scored as they are", [name for name in wanted if not given[name]["report"]], predictions)
+    labels = [row["labels"] for row in wanted.values()]
     unknown = [name for name, row in wanted.items() if row["labels"] is None]
-    if unknown and len(unknown) < len(wanted):
-        note("rows without labels, so no report is held against the exact truth", unknown, references)
+    if not any(labels):  # no finding anywhere is no phantom's truth
+        unknown, of = list(wanted) if [] in labels else [], "with empty labels alone"
+    else:
+        of = "without labels"
+    note(f"rows {of}, so no report is held against the exact truth", unknown, references)
     texts = [row["report"] for row in wanted.values()]
-    return Wanted(references, list(wanted), texts, None if unknown else labels), reports, notes
+    texts = [strip_tags(text) if "report>" in text else text for text in texts]
+    return Wanted(references, list(wanted), texts, None if unknown or not any(labels) else labels), reports, notes

@@ -138,9 +138,9 @@ def _render(stored: np.ndarray, dataset: Dataset) -> Image.Image:
 
 
 def _number(dataset: Dataset, keyword: str) -> float:
-    """An element's first value, NaN where it is absent or empty."""
-    first = np.atleast_1d(dataset.get(keyword))[0]
-    return float("nan" if first in (None, "") else first)
+    """An element's first value, NaN where it is absent, empty or no number; a decimal comma is read as a point."""
+    first = str(np.atleast_1d(dataset.get(keyword))[0]).replace(",", ".")
+    return float(first) if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", first) else float("nan")
 
 
 def _look_up(values: np.ndarray, dataset: Dataset, keyword: str) -> tuple[np.ndarray, int] | None:
@@ -148,7 +148,8 @@ def _look_up(values: np.ndarray, dataset: Dataset, keyword: str) -> tuple[np.nda
 
     pydicom's own functions index 8-bit tables modulo 256 and refuse 12 bits; these are counted, as files miscall them.
     """
-    items = [item for item in dataset.get(keyword) or () if item.get("LUTDescriptor") and item.get("LUTData")]
+    items = [item for item in dataset.get(keyword) or () if item.get("LUTData")]
+    items = [item for item in items if len(np.atleast_1d(item.get("LUTDescriptor"))) == 3]
     if not items:
         return None
     (count, first, _), data = items[0].LUTDescriptor, items[0].LUTData

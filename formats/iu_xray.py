@@ -25,7 +25,7 @@ def read_annotation(path: Path) -> dict[str, list[dict]]:
     for split, rows in annotation.items():
         if not isinstance(rows, list):
             raise ValueError(f"{path}: split {split!r} must be a list of records")
-        known = [isinstance(row, dict) and isinstance(row.get("id"), str | int) for row in rows]
+        known = [isinstance(row, dict) and type(row.get("id")) in (str, int) for row in rows]
         annotation[split] = [r | {"id": str(r["id"])} if ok else {"id": ""} for r, ok in zip(rows, known, strict=True)]
     return annotation
 
@@ -37,6 +37,8 @@ def r2gen_rows(folder: Path, split: str) -> Iterator[Row]:
     name = pick_split(path, annotation, split)
     for number, row in enumerate(read_jsonl(truth) if truth.exists() else (), 1):
         labels[str(row.get("id"))] = exact_labels(row.get("labels"), f"{truth}: row {number}")
+    if labels and not any(labels.values()):
+        raise ValueError(f"{truth}: no study shows a finding: is this the exact truth of images? else take it away")
     for number, row in enumerate(annotation[name]):
         study_id, report, images = row["id"] or f"{name}[{number}]", row.get("report"), row.get("image_path")
         if not row["id"] or not isinstance(report, str):
@@ -79,11 +81,11 @@ def kaggle_rows(folder: Path, split: str) -> Iterator[Row]:
     split = pick_split(annotation, splits, split)
     home = {_image_key(row["id"])[0]: name for name, rows in splits.items() for row in rows}
     for row in read_csv(folder / "indiana_reports.csv", ("uid", "findings", "impression"), damaged):
-        chosen, fault, view_known = frontal_first(images.get(row["uid"], {}).values())
         if home and row["uid"] not in home:
-            fault = "in no split of annotation.json"
-        if home.get(row["uid"], split) == split:
-            yield Row(row["uid"], {name: row[name] for name in ("findings", "impression")}, chosen, fault, view_known)
+            yield Row(row["uid"], None, fault="in no split of annotation.json")
+        elif home.get(row["uid"], split) == split:
+            sections = {name: row[name] for name in ("findings", "impression")}
+            yield Row(row["uid"], sections, *frontal_first(images.get(row["uid"], {}).values()))
     yield from (Row(f"line {line}", None, fault="row of another length") for line in damaged)
 
 

@@ -72,7 +72,8 @@ def report_sections(text: str) -> dict[str, str]:
     for header, body in zip(parts[1::2], parts[2::2], strict=True):
         name, (section, pieces) = section_name(header), runs[-1]
         if not name or name == "view" and section in ("findings", "view") and any(map(str.strip, pieces)):
-            pieces += [f"{header}:", body]
+            # ADDITIONAL FINDINGS becomes "Additional findings", as in capitals it would begin a second report
+            pieces += [f"{header.capitalize() if re.search('FINDINGS|IMPRESSION', header) else header}:", body]
         else:
             runs.append((name, [body]))
     found = {name: " ".join(" ".join(pieces).split()) for name, pieces in runs if any(map(str.strip, pieces))}

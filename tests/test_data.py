@@ -95,6 +95,18 @@ def test_a_target_has_each_header_once_whatever_its_sections_hold(report):
     assert rewards.format_reward([rewards.wrap(text)], ("FINDINGS", "IMPRESSION")) == [1.0]
 
 
+@pytest.mark.parametrize("text", [
+    "Findings : The heart is large. Impression : Cardiomegaly.",
+    "**Findings:** The heart is large. **Impression:** Cardiomegaly.",
+    "FINDINGS\uff1a The heart is large. IMPRESSION\uff1a Cardiomegaly.",
+    "Findings:The heart is large.;Impression:Cardiomegaly.",
+    "<report> FINDINGS: The heart is large. IMPRESSION: Cardiomegaly. </report>",
+])  # fmt: skip
+def test_titles_as_people_write_them(text):
+    assert data.target_text(text, "both")[0].replace(".;", ".") == REPORT
+    assert data.target_text("FINDINGS: . IMPRESSION: -", "both") == ("", "empty report")
+
+
 def test_target_text():
     assert data.target_text(REPORT, "both") == (REPORT, "")
     assert data.target_text(REPORT, "findings") == ("The heart is large.", "")
@@ -152,7 +164,7 @@ def test_r2gen_skips_are_counted_with_three_examples(tmp_path, capsys):
         ({"train": [row("a")]}, "no split 'test'; it has 'train'"),
         ({"test": [row("a"), row("a")]}, "id a occurs twice"),
         ({"test": [row("a", "")]}, "no usable study among 1: 1: empty report 1"),
-        ({"test": []}, "no usable study among 0"),
+        ({"test": []}, "the split holds no study"),
         ({"    ": [row("a")]}, "no split 'test'; it has '    '"),
         ({"test": {"a": 1}}, "split 'test' must be a list of records"),
     ],
@@ -176,6 +188,9 @@ def test_files_that_are_no_data_set(tmp_path):
     with pytest.raises(ValueError, match="annotation.json: cannot be read .*in position 10"):
         data.load_studies(config(tmp_path), "test")
     folder = r2gen(tmp_path, {"test": [row("a")]}, [{"id": "b", "labels": []}])
+    with pytest.raises(ValueError, match="no study shows a finding"):
+        data.load_studies(config(folder), "test")
+    folder = r2gen(tmp_path, {"test": [row("a")]}, [{"id": "b", "labels": ["cardiomegaly"]}])
     with pytest.raises(ValueError, match="no labels for study a"):
         data.load_studies(config(folder), "test")
 

@@ -351,7 +351,7 @@ def test_rows_that_are_less_than_whole_are_counted_and_named(tmp_path, monkeypat
     said = {"a": "Clear.", "b": None, "c": "Clear.", "d": " "}
     wanted = {"a": "Clear.", "b": "Clear.", "c": None, "d": "Clear."}
     predictions = jsonl(tmp_path / "P.jsonl", [{"id": k, "report": text} for k, text in said.items()])
-    rows = [{"id": k, "report": text} | ({"labels": []} if k != "d" else {}) for k, text in wanted.items()]
+    rows = [{"id": k, "report": text, "labels": None if k == "d" else ["cardiomegaly"]} for k, text in wanted.items()]
     references = jsonl(tmp_path / "R.jsonl", rows)
     message, out = call(monkeypatch, capsys, "--predictions", predictions, "--references", references)
     assert message is None and "3 studies" in out
@@ -359,7 +359,18 @@ def test_rows_that_are_less_than_whole_are_counted_and_named(tmp_path, monkeypat
     assert "R.jsonl: 1 empty references, left out (first: id c)" in out
     assert "R.jsonl: 1 rows without labels, so no report is held against the exact truth (first: id d)" in out
     greedy = read(tmp_path / "P_eval/results.json")["rows"]["P"]["greedy"]
+    assert "sided_f1" not in greedy
     assert greedy["rouge_l"]["value"] == pytest.approx(1 / 3) and greedy["length"]["value"] == pytest.approx(1 / 3)
+
+
+def test_empty_labels_are_no_exact_truth_and_tags_of_references_no_words(tmp_path, monkeypatch, capsys):
+    predictions = jsonl(tmp_path / "P.jsonl", [{"id": i, "report": "Clear lungs."} for i in range(2)])
+    rows = [{"id": i, "report": "<report> Clear lungs. </report>", "labels": []} for i in range(2)]
+    message, out = call(monkeypatch, capsys, "--predictions", predictions,
+                        "--references", jsonl(tmp_path / "R.jsonl", rows))  # fmt: skip
+    assert message is None and "R.jsonl: 2 rows with empty labels alone, so no report is held" in out
+    greedy = read(tmp_path / "P_eval/results.json")["rows"]["P"]["greedy"]
+    assert greedy["rouge_l"]["value"] == 1 and "hallucination_rate" not in greedy and "f1_micro" not in greedy
 
 
 def test_the_protocol_stands_on_every_table_and_keeps_others_out(tmp_path, monkeypatch, capsys):

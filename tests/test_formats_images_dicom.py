@@ -174,3 +174,14 @@ def test_bits_beside_those_stored(tmp_path):
     assert np.array_equal(grey(write_dicom(tmp_path / "b.dcm", pixels | 0xF000)), plain)  # an overlay in the upper bits
     assert "'17' is invalid" in refusal(write_dicom(tmp_path / "c.dcm", pixels, BitsStored=17, HighBit=16))
     assert "high bit 15 with 12" in refusal(write_dicom(tmp_path / "c.dcm", pixels << 4, HighBit=15))
+
+
+@pytest.mark.parametrize(("width", "same"), [(b"4000,0", b"4000.0"), (b"abcdef", None), (b"4 0 00", None)])
+def test_a_number_that_is_none_counts_as_absent_and_a_decimal_comma_as_a_point(tmp_path, width, same):
+    def film(value: bytes | None) -> np.ndarray:
+        tags = {"WindowCenter": "2048", "WindowWidth": "4000.0"} if value else {}
+        path = write_dicom(tmp_path / "d.dcm", RAMP, **tags)
+        path.write_bytes(path.read_bytes().replace(b"4000.0", value or b""))
+        return grey(path)
+
+    assert (film(width) == film(same)).all()

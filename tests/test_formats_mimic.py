@@ -207,7 +207,7 @@ HEADER_FORMS = [
     ("FINDINGS: Clear.\n Bones: intact.\n Heart: normal.\n IMPRESSION: Normal.",
      ("Clear. Bones: intact. Heart: normal.", "Normal.")),
     ("FINDINGS: Clear.\n INCIDENTAL FINDINGS: Gallstone.\n IMPRESSION: Normal.",
-     ("Clear. INCIDENTAL FINDINGS: Gallstone.", "Normal."), ("Gallstone.", "Normal."),
+     ("Clear. Incidental findings: Gallstone.", "Normal."), ("Gallstone.", "Normal."),
      "findings with an adjective are a sub-heading"),
     ("RADIOGRAPHIC FINDINGS: Clear.", ("Clear.", "")),
     ("REFERENCE FINDINGS: Clear.", ("Clear.", "")),
@@ -433,3 +433,15 @@ def test_torchxrayvisions_random_mimic(tmp_path):
     assert {study.id for study in studies} == frontal and sum(map(len, skips.values())) == len(rows) - len(frontal)
     assert data.read_views(studies[0])[0].size == (224, 224)
     assert f"({len(studies)} of {len(studies)} studies labelled)" in mimic.chexpert_lines(folder, frontal)[0]
+
+
+@pytest.mark.parametrize("header", [
+    "ADDITIONAL FINDINGS", "SKELETAL FINDINGS", "SINCE PRIOR", "COMPARED WITH PREVIOUS", "HISTORY OF CABG",
+    "PROCEDURE LINES", "CLINICAL CORRELATION", "EXAMINATION LIMITED BY ROTATION",
+])  # fmt: skip
+def test_a_sub_heading_inside_the_findings_keeps_its_text(header):
+    text = f" FINAL REPORT\n FINDINGS: Clear.\n {header}: Large effusion.\n IMPRESSION: New.\n"
+    sections = mimic.report_sections(text)
+    target, fault = data.target_text(sections, "both")
+    assert "Large effusion." in target and target.endswith("IMPRESSION: New.") and not fault
+    assert target.count("FINDINGS:") == target.count("IMPRESSION:") == 1

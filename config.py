@@ -223,12 +223,20 @@ def from_recorded(path: Path, default: Config) -> tuple[Config, list[str]]:
     ValueError, one line with the path, for a file that is no config or has a value that cannot be.
     """
     try:
-        recorded, known = flatten(json.loads(path.read_text(encoding="utf-8"))), flatten(dataclasses.asdict(default))
+        recorded, known = flatten(json.loads(read_regular(path))), flatten(dataclasses.asdict(default))
         taken = known.keys() - {"eval.ratescore"}
         cfg = merge(default, {name: value for name, value in recorded.items() if name in taken})
     except (ValueError, AttributeError, RecursionError) as error:  # JSON, but no object, or nested without end
-        raise ValueError(f"{path}: {error}") from None
+        said = "not a JSON object" if isinstance(error, AttributeError) else error
+        raise ValueError(f"{path}: {said}") from None
     return cfg, [name for name in recorded if name not in known]
+
+
+def read_regular(path: Path) -> str:
+    """A UTF-8 file's text; ValueError for what is no regular file: a pipe would be waited for without end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def parse(cls=Config, description: str = "", argv: list[str] | None = None, default: Config | None = None):
@@ -252,7 +260,7 @@ def parse(cls=Config, description: str = "", argv: list[str] | None = None, defa
 def load_toml(path: str, default: Config) -> Config:
     """`default` overlaid with a TOML file; ValueError with one line when the file is not usable."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = tomllib.loads(read_regular(Path(path)))
         if type(values.get("stage")) is int:
             values["stage"] = str(values["stage"])  # `stage = 2` means "2"
         return merge(default, flatten(values))
@@ -266,6 +274,8 @@ def check(config: Config) -> Config:
     lex_and_sem = config.rewards.lambda_lex + config.rewards.lambda_sem
     if abs(lex_and_sem - 1) > 1e-6:
         raise ValueError(f"rewards.lambda_lex + rewards.lambda_sem must be 1, got {lex_and_sem:g}")
+    if not config.run.strip():
+        raise ValueError("run is empty: name a folder")
     if config.rollout.min_new_tokens >= config.rollout.max_new_tokens:
         raise ValueError("rollout.min_new_tokens must be below rollout.max_new_tokens")
     if 0 < config.model.max_pixels < 16 * 784:

@@ -50,6 +50,9 @@ def sampling_rules(model, processor, cfg: Config) -> SamplingRules:
     base, tokenizer = get_base(model), processor.tokenizer
     eos = base.generation_config.eos_token_id  # one, several or none
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    size = base.config.get_text_config().vocab_size
+    if not all(type(i) is int and 0 <= i < size for i in eos_ids):
+        raise ValueError(f"{base.name_or_path}: eos_token_id {eos} of generation_config.json is none of {size} tokens")
     banned = (placeholder_ids(base.config, tokenizer) | {tokenizer.pad_token_id}) - {None} - eos_ids
     return SamplingRules(cfg.rollout.temperature, cfg.rollout.min_new_tokens, sorted(eos_ids), sorted(banned))
 
@@ -92,6 +95,7 @@ def load_policy(cfg: Config, adapter: Path | None = None, *, new_lora=False, tra
             embed_prompt(base, encode_prompts(processor, [image], cfg.data.prompt, base.device))
     except (TemplateError, *BROKEN) as error:
         raise ValueError(f"{m.path}: no prompt can be made: {' '.join(str(error).split())[:300]}") from error
+    sampling_rules(model, processor, cfg)  # likewise
     if reference is not None:
         add_reference(model, reference)
     if trainable:

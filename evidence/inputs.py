@@ -7,6 +7,7 @@ from config import Config, from_recorded, parse
 from evidence.judge import Wanted
 from formats.files import exact_labels, read_jsonl
 from rewards import strip_tags
+from running.weights import require, tensor_shapes
 
 NO_RUN = {"--config", "--predictions", "--compare", "--help", "-h"}  # with one of these, no run's settings matter
 
@@ -49,6 +50,9 @@ def find_policies(run: Path, chosen: str) -> dict[str, Path | None]:
         if name in policies or not same:
             raise ValueError(f"--policy: two adapters are called '{name}'; evaluate the other with a --run of its own")
         policies[name] = folder
+    for folder in filter(None, policies.values()):  # before the first of them writes its reports
+        require(folder, "adapter_config.json")
+        tensor_shapes(folder / "adapter_model.safetensors")
     return policies
 
 

@@ -38,13 +38,18 @@ def exact_labels(value, where: str) -> list[str] | None:
     raise ValueError(f"{where}: labels {str(value)[:60]!r} are not a list of the phantom's, such as {LABELS[-1]!r}")
 
 
+def require_regular(path: Path) -> None:
+    """OSError for what is there and is no regular file: a pipe would be waited for without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: not a regular file")
+
+
 @contextmanager
 def open_text(path: Path):
     """A text file, .gz unpacked, UTF-8 or what its byte-order mark says; ValueError when it cannot be read."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a regular file")  # a pipe would be waited for without end
+        require_regular(path)
         with opener(path, "rb") as file:
             encoding = json.detect_encoding(file.read(4))
         with opener(path, "rt", encoding=encoding) as file:

@@ -27,8 +27,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
 from config import Config, flatten, from_recorded, to_dict
-from formats.files import read_json
-from running.weights import require_finite
+from formats.files import read_json, require_regular
+from running.weights import require_finite, tensor_shapes
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = (
@@ -71,6 +71,7 @@ def lock(path: Path, wait: bool):
     Where another process holds it: wait, or raise ValueError. A file system without locks is said on a line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_regular(path)
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,6 +110,8 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt", "adapter"))
+    if begun and not path.exists() and not (folder / "adapter").exists():
+        raise ValueError(f"{path} is gone, which says how this stage began: put it back, or delete the folder")
     if not path.exists() or not begun:  # a start that failed before its first update binds nobody
         return write_text(path, json.dumps(to_dict(cfg), indent=2) + "\n")
     recorded, ignored = from_recorded(path, Config())
@@ -145,6 +148,7 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init
     if path is None:
         return k0, 0
     try:
+        require_regular(path)
         with zipfile.ZipFile(path) as file:
             if broken := file.testzip():  # torch does not look at the checksums
                 raise ValueError(f"wrong checksum of {broken}")
@@ -155,12 +159,13 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init
                              f"{steps} updates from k = {k0 + 1} on")  # fmt: skip
         moments = state["optimizer"]["state"]
         tensors = state["adapter"] | {f"{i}.{name}": x for i, row in moments.items() for name, x in row.items()}
-        wanted = {name: x.shape for name, x in own.items()}
+        wanted = {name: (x.shape, x.dtype) for name, x in own.items()}
         for i, x in enumerate(optimizer.param_groups[0]["params"]):
-            wanted |= {f"{i}.step": torch.Size(), f"{i}.exp_avg": x.shape, f"{i}.exp_avg_sq": x.shape}
-        odd = dict(wanted.items() ^ {name: x.shape for name, x in tensors.items()}.items())
+            kind = (x.shape, x.dtype)
+            wanted |= {f"{i}.step": (torch.Size(), torch.float32), f"{i}.exp_avg": kind, f"{i}.exp_avg_sq": kind}
+        odd = dict(wanted.items() ^ {name: (x.shape, x.dtype) for name, x in tensors.items()}.items())
         if odd:
-            raise ValueError(f"{min(odd)} is missing, left over, or of another shape")
+            raise ValueError(f"{min(odd)} is missing, left over, or of another shape or type")
         require_finite(tensors, "weights")
         set_peft_model_state_dict(model, state["adapter"], adapter_name="default")
         optimizer.load_state_dict(state["optimizer"])
@@ -188,6 +193,8 @@ def is_done(folder: Path) -> bool:
     lacking = [name for name in FINISHED if not (adapter / name).is_file()]
     if lacking and os.path.lexists(adapter):
         raise ValueError(f"{adapter}: no {lacking[0]}: delete it, and the stage goes on from its checkpoint")
+    if not lacking:
+        tensor_shapes(adapter / "adapter_model.safetensors")  # is it whole?
     return not lacking
 
 
@@ -198,7 +205,7 @@ def last_k(adapter: Path) -> int:
         print(f"{adapter}: no trainer_state.json, as of a policy made elsewhere: k counts from 0")
         return 0
     k = read_json(path).get("k")
-    if type(k) is not int or k < 0:
+    if type(k) is not int or not 0 <= k < 2**53:
         raise ValueError(f"{path}: k is {k!r}, no number of policy updates: put the file back as it was")
     return k
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from data import Study
+from formats.files import require_regular
 from rollout import Rollout
 from running.folder import private, write_text, writing
 
@@ -57,6 +58,7 @@ def keep_rows(path: Path, k0: int, last_k: int) -> int:
     Those after it, and a last line that a kill cut short, will be written again; a line says which others are dropped.
     """
     rows, bad = {}, []
+    require_regular(path)
     for number, line in enumerate(path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else (), 1):
         try:
             k = json.loads(line)["k"]

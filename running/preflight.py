@@ -31,7 +31,7 @@ from running.folder import adapter_folder
 from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimate, read_shape
 from scorers.load import may_judge
 from vlm.adapters import load_adapter
-from vlm.families import load_family
+from vlm.families import BROKEN, load_family
 
 Item = tuple[str, str, str, str]  # status, what, text, command or ""
 MAX_IMAGE_TOKENS = 1280  # of one image; more is a setting that nobody chose [Qwen2.5-VL's recipes use at most that]
@@ -66,8 +66,9 @@ def look(what: str, path: str, test: Callable[[Path], str | None], command: str 
     try:
         place = locate(path)
         return "ok", what, ": ".join(filter(None, (str(place), test(place)))), ""
-    except (OSError, ValueError) as error:
-        return "missing", what, str(error), command or fetch(path)
+    except BROKEN as error:
+        said = str(error) if isinstance(error, OSError | ValueError) else f"{path}: {type(error).__name__}: {error}"
+        return "missing", what, said, command or fetch(path)
 
 
 def version(package: str) -> str:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, flatten, from_recorded, merge, parse, to_dict
+from config import Config, flatten, from_recorded, load_toml, merge, parse, to_dict
 from evidence import demo
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +123,7 @@ def test_a_recorded_config_of_another_version_is_read(tmp_path):
     cfg, ignored = from_recorded(tmp_path / "config.json", Config())
     assert (cfg.seed, cfg.grpo.lr, cfg.rollout) == (7, 0.5, Config().rollout)
     assert ignored == ["grpo.old", "gone", "lost.a"]
-    for text, message in (("[1]", "has no attribute"), ("{", "Expecting"), ('{"seed": "x"}', "seed: Input should be")):
+    for text, message in (("[1]", "not a JSON object"), ("{", "Expecting"), ('{"seed": "x"}', "seed: Input should be")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f"config.json: .*{message}"):
             from_recorded(tmp_path / "config.json", Config())
@@ -173,3 +174,13 @@ def test_run_has_a_name_that_torchrun_leaves_alone():
 def test_a_config_that_is_no_file_is_one_line(argv):
     with pytest.raises(SystemExit, match="^config: "):
         parse(Config, argv=argv)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "c.toml")
+    with pytest.raises(ValueError, match="c.toml: not a regular file"):
+        load_toml(str(tmp_path / "c.toml"), Config())
+    with pytest.raises(ValueError, match="c.toml: not a regular file"):
+        from_recorded(tmp_path / "c.toml", Config())
+    with pytest.raises(SystemExit, match="run is empty"):
+        parse(argv=["--run", ""])

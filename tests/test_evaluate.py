@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import evaluate
 from config import to_dict
@@ -31,6 +33,13 @@ STUDIES = {
 
 def sections(text):
     return f"FINDINGS: {text} IMPRESSION: {text}"
+
+
+def make_adapter(folder: Path) -> None:
+    """A folder that looks like an adapter; the stand-in policy loads none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"lora_A": torch.zeros(1)}, folder / "adapter_model.safetensors")
 
 
 @pytest.fixture
@@ -65,8 +74,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "load_scorers", lambda cfg, device, with_expert, without: scorers)
     cfg = EvalRun(run=str(tmp_path / "run"))
     cfg.data.path, cfg.eval.batch_size, cfg.eval.samples, cfg.eval.bootstrap = str(folder), 3, 2, 30
-    (tmp_path / "run/sft/adapter").mkdir(parents=True)
-    (tmp_path / "run/sft/adapter/adapter_config.json").write_text("{}")
+    make_adapter(tmp_path / "run/sft/adapter")
     return cfg
 
 
@@ -172,7 +180,7 @@ def test_two_processes_may_finish_at_once(world, tmp_path):
 def test_policies_by_name_and_folder(world, tmp_path):
     other = tmp_path / "elsewhere/best/adapter"
     other.mkdir(parents=True)
-    (other / "adapter_config.json").write_text("{}")
+    make_adapter(other)
     world.policy = f"sft, {other}"
     assert policies(world) == {"sft": tmp_path / "run/sft/adapter", "best": other}
     world.policy = "stage9"
@@ -505,7 +513,7 @@ def test_two_policies_of_one_name_are_refused(world, tmp_path):
     for name in ("sft", "base"):
         other = tmp_path / "elsewhere" / name / "adapter"
         other.mkdir(parents=True)
-        (other / "adapter_config.json").write_text("{}")
+        make_adapter(other)
         for policy in (f"{name},{other}", str(other)):
             with pytest.raises(ValueError, match=f"two adapters are called '{name}'"):
                 policies(dataclasses.replace(world, policy=policy))
@@ -568,3 +576,9 @@ def test_every_column_shows_a_metric_there_is():
     every = [column for table in where for column in tables.columns(table)]
     assert {column.key.split("/")[1] for column in every} <= METRICS.keys()
     assert len({(column.title, column.key) for column in every}) == len(tables.SHOWN["columns"])
+
+
+def test_a_cut_off_adapter_is_named_before_any_policy_writes(world, monkeypatch, capsys, tmp_path):
+    (tmp_path / "run/sft/adapter/adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="sft/adapter/adapter_model.safetensors: broken or cut off"):
+        policies(world)

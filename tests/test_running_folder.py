@@ -102,6 +102,8 @@ DAMAGE = {
     "no moments": lambda path: change(path, lambda state: state["optimizer"]["state"].clear()),
     "a moment's shape": lambda path: change(path, lambda state: state["optimizer"]["state"][0].update(
         exp_avg=torch.ones(1))),
+    "another type": lambda path: change(path, lambda state: state["adapter"].update(
+        {name: x.to(torch.int32) for name, x in state["adapter"].items()})),
     "no group": lambda path: change(path, lambda state: state["optimizer"]["param_groups"].clear()),
     "rng": lambda path: change(path, lambda state: state.update(rng=torch.zeros(3))),
 }  # fmt: skip
@@ -185,6 +187,28 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(running_folder.fcntl, "flock", flock)
     lock(tmp_path / ".lock", wait=False).close()
     assert f"{tmp_path}/.lock: not locked ({os.strerror(code)})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", ".lock"])
+def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    read = {"checkpoint.pt": lambda: load(tmp_path), "metrics.jsonl": lambda: keep_rows(tmp_path / name, 0, 3),
+            ".lock": lambda: lock(tmp_path / name, wait=False)}[name]  # fmt: skip
+    with pytest.raises((OSError, ValueError), match=f"{name}: .*not a regular file"):
+        read()
+
+
+def test_a_stage_without_the_settings_it_began_with_does_not_go_on(saved):
+    with pytest.raises(ValueError, match="config.json is gone"):
+        claim_folder(saved, Config())
+
+
+def test_a_finished_adapter_has_whole_weights(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json"):
+        (tmp_path / "adapter" / name).touch()
+    with pytest.raises(ValueError, match="adapter_model.safetensors: broken or cut off"):
+        is_done(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- a full disk

@@ -110,6 +110,20 @@ def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):
     assert status == "missing" and "no readable config.json" in text
 
 
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("config.json", '{"model_type": ["llava"]}', "model family"),
+    ("generation_config.json", '{"eos_token_id": [2, 99999]}', "eos_token_id"),
+    ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id"),
+])  # fmt: skip
+def test_odd_values_of_a_base_are_one_line(base_dir, tmp_path, name, content, said):
+    from model import load_policy
+
+    folder = shutil.copytree(base_dir, tmp_path / "base")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{folder}.*{said}"):
+        load_policy(Config(device="cpu", model=ModelConfig(path=str(folder))))
+
+
 def test_an_adapter_that_does_not_fit_its_base_is_missing(policy, base_dir, tmp_path):
     from safetensors.torch import load_file, save_file
 

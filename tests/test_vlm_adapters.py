@@ -86,18 +86,18 @@ def test_weights_that_do_not_fit_are_refused(match, change, base, folder):
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
     ({"alpha_pattern": {"(a+)+$": 8}}, "alpha_pattern"),
-    ({"layers_pattern": "(a+)+$"}, "layers_pattern"),
     ({"init_lora_weights": "pissa"}, "pissa"),  # it changes the base, too
     ({"peft_type": "IA3"}, "peft_type.*IA3"),
     ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "PROMPT_TUNING"),
     ({"something_new": 1}, "something_new"),
-    ({"target_modules": "(.*a)*b"}, "a regex from elsewhere"),  # takes hours on a long name
+    ({"use_rslora": "false"}, "r = 4"),
+    ({"lora_alpha": True}, "lora_alpha = True"),
     ({"target_modules": [3]}, "cannot be used"),
     ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
     ({"r": 10**12}, "weights of rank"),
     ({"r": "4"}, "weights of rank"),
     ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
-    ({"lora_alpha": "16"}, "cannot be used as an adapter"),
+    ({"lora_alpha": "16"}, "lora_alpha = 16"),
     ({"lora_dropout": 7}, "dropout probability"),
 ])  # fmt: skip
 def test_kinds_that_the_fast_layers_do_not_know_are_refused_by_name(changes, match, base, folder):
@@ -112,7 +112,7 @@ def test_kinds_that_the_fast_layers_do_not_know_are_refused_by_name(changes, mat
     (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS}"),
     (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), f"no {WEIGHTS}"),  # a pickle is not read
     (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json"),
-    (lambda f: (f / "adapter_config.json").write_text("{}"), "target_modules"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), "r = None"),
     (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
 ])  # fmt: skip
 def test_half_a_folder_is_refused(damage, match, base, folder):
@@ -146,6 +146,25 @@ def test_other_adapters_are_what_peft_makes_of_them(settings, cfg, base, tmp_pat
     alike(logps(cfg, model, processor, [peft]))
     with use_reference(model):
         alike(logps(cfg, model, processor, [peft]))
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*vision_tower.*"},  # CLIP has the same names
+    {"target_modules": ["q_proj"], "exclude_modules": ".*vision_tower.*", "layers_to_transform": [1]},
+    {"target_modules": r".*language_model.*\.(k_proj|down_proj)", "init_lora_weights": "orthogonal"},
+])  # fmt: skip
+def test_where_an_adapter_stands_is_told_by_its_weights_and_no_pattern_is_run(settings, cfg, base, tmp_path):
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=8, **settings))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    peft = PeftModel.from_pretrained(load_policy(cfg)[0], tmp_path).eval()
+    set_config(tmp_path, target_modules="(.*a)*b")  # would take hours on a long name
+    alike(logps(cfg, *load_policy(cfg, tmp_path), [peft]))
+    weights = load_file(tmp_path / WEIGHTS)
+    kept = {name: x for name, x in weights.items() if "layers.1." not in name}
+    save_file(kept, tmp_path / WEIGHTS)
+    if kept and "layers_to_transform" not in settings:
+        refused(base, tmp_path, "weights are not in it.*layers.1")
 
 
 def test_a_reference_that_does_not_fit_is_refused(cfg, folder):

@@ -5,7 +5,6 @@ linear layers of the language model and the vision projection. All else is refus
 folder is run: a regex can be made to take hours.
 """
 
-import math
 import re
 import sys
 from pathlib import Path
@@ -19,13 +18,46 @@ from running.weights import require, require_finite, require_placed, tensor_shap
 from vlm.families import BROKEN, PARTS
 
 # fields of adapter_config.json that are used, and those that change nothing; any other must have PEFT's default
-USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
-IDLE = {"base_model_name_or_path", "task_type", "auto_mapping", "revision", "inference_mode", "peft_version"}
+USED = {"r", "lora_alpha", "lora_dropout", "use_rslora"}
+PLACES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}  # the weights' names tell them
+IDLE = PLACES | {"base_model_name_or_path", "task_type", "auto_mapping", "revision", "inference_mode", "peft_version"}
 
 
 def targets(base) -> str:
     """The regex of the linear layers that an adapter may stand on."""
     return "|".join(PARTS[base.config.model_type].values())
+
+
+def check_kind(raw: dict, shapes: dict[str, list[int]], own: str) -> None:
+    """ValueError unless adapter_config.json `raw` and the weights' names and shapes are LoRA's on the layers `own`."""
+    plain, fresh = LoraConfig().to_dict(), [{}, *({"init_lora_weights": how} for how in ("gaussian", "orthogonal"))]
+    odd = {key: x for key, x in raw.items() if x and key not in USED | IDLE and x != plain.get(key)}
+    if odd not in fresh:  # how it began is no matter, where it left the base as it was
+        raise ValueError(f"this kind is not known here: {str(odd)[:200]}")
+    ranks = {shape[0] for tensor, shape in shapes.items() if "lora_A" in tensor}
+    r, alpha = raw.get("r"), raw.get("lora_alpha")
+    known = type(r) is int and type(alpha) in (int, float) and type(raw.get("use_rslora", False)) is bool
+    if not known or ranks != {r} or not 0 < alpha / r < 1e6:  # before memory is taken
+        raise ValueError(f"r = {r} and lora_alpha = {alpha} with weights of rank {sorted(ranks)}")
+    place = re.compile(rf"base_model\.model\.({own})\.lora_[AB]\.weight")
+    require_placed([], [tensor for tensor in shapes if not place.fullmatch(tensor)], "its weights")
+
+
+def places_of(shapes: dict[str, list[int]], raw: dict, base) -> list[str]:
+    """The layers' full names, read off the weights' names, so that no pattern of the folder `raw` is ever run.
+
+    ValueError for half an adapter: a name of a list `target_modules` without weights, or a layer that lacks a kind that
+    others have (unless `layers_to_transform` or a list of full names leave some out).
+    """
+    names = {tensor.removeprefix("base_model.model.").rpartition(".lora_")[0] for tensor in shapes}
+    listed = raw["target_modules"] if isinstance(raw.get("target_modules"), list) else []
+    absent = [name for name in listed if not any(f".{place}".endswith(f".{name}") for place in names)]
+    if not raw.get("layers_to_transform") and {*listed} != names:
+        inside = [found.groups() for name in names if (found := re.fullmatch(r"(.*\.layers\.)\d+\.(.*)", name))]
+        numbers = range(base.config.get_text_config().num_hidden_layers)
+        absent += [f"{up}{i}.{kind}" for up, kind in inside for i in numbers if f"{up}{i}.{kind}" not in names]
+    require_placed(absent, [], "its weights")
+    return sorted(names)
 
 
 def load_adapter(model, folder: Path, name: str = "default"):
@@ -39,18 +71,10 @@ def load_adapter(model, folder: Path, name: str = "default"):
     base = model if name == "default" else model.get_base_model()
     raw, shapes = read_json(folder / "adapter_config.json"), tensor_shapes(folder / "adapter_model.safetensors")
     try:
-        plain, own = LoraConfig().to_dict(), targets(base)
-        odd = {key: x for key, x in raw.items() if x and key not in USED | IDLE and x != plain.get(key)}
-        if odd not in ({}, {"init_lora_weights": "gaussian"}):  # how it began is no matter
-            raise ValueError(f"this kind is not known here: {str(odd)[:200]}")
-        if raw["target_modules"] != own and not isinstance(raw["target_modules"], list):
-            raise ValueError("target_modules must be a list of names; a regex from elsewhere is not run")
-        ranks, alpha = {shape[0] for tensor, shape in shapes.items() if "lora_A" in tensor}, raw["lora_alpha"]
-        if ranks != {raw["r"]} or not 0 < alpha / raw["r"] < math.inf:  # before memory is taken
-            raise ValueError(f"r = {raw['r']} and lora_alpha = {alpha} with weights of rank {sorted(ranks)}")
-        place = re.compile(rf"base_model\.model\.({own})\.lora_[AB]\.weight")
-        require_placed([], [tensor for tensor in shapes if not place.fullmatch(tensor)], "its weights")
-        config = LoraConfig(**{key: raw[key] for key in USED & raw.keys()})
+        own = targets(base)
+        check_kind(raw, shapes, own)
+        places = own if raw.get("target_modules") == own else places_of(shapes, raw, base)
+        config = LoraConfig(target_modules=places, **{key: raw[key] for key in USED & raw.keys()})
         if name == "default":
             model = get_peft_model(base, config)
         else:
@@ -61,6 +85,8 @@ def load_adapter(model, folder: Path, name: str = "default"):
         require_placed(wanted - found, found - wanted, "its weights")
         weights = load_file(folder / "adapter_model.safetensors")
         require_finite(weights, "its weights")
+        if not all(x.is_floating_point() for x in weights.values()):
+            raise ValueError("its weights are no floating-point numbers")
     except BROKEN as error:  # what odd values end in
         raise ValueError(f"{folder} cannot be used as an adapter: {' '.join(str(error).split())}") from error
     if base.device.type != "meta":  # there is nothing to fill

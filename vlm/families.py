@@ -13,6 +13,7 @@ import re
 import tomllib
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import transformers
@@ -33,7 +34,7 @@ LLAVA_MED = tomllib.loads((Path(__file__).parent / "llava_med.toml").read_text(e
 
 # what transformers makes of damaged files, beside its own one-line errors
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
-          StrictDataclassError)  # fmt: skip
+          StrictDataclassError, UnpicklingError)  # fmt: skip
 
 # PEFT asks for the first at every load, the second has a new name from 5.2x on: nothing a user could mend
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
@@ -48,7 +49,7 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0, device_map: 
     """
     config = read_config(path)
     family = config.get("model_type")
-    if family not in PARTS:
+    if not isinstance(family, str) or family not in PARTS:
         raise ValueError(f"{path}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
     if max_pixels and family != "qwen2_5_vl":
         raise ValueError(f"model.max_pixels is for qwen2_5_vl; {path} is a {family}, which has one image size")

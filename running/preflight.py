@@ -19,12 +19,15 @@ from textwrap import indent
 import torch
 from appdirs import user_cache_dir
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
 from packaging.requirements import Requirement
+from PIL import Image
 from tabulate import tabulate
 
 from config import Config
 from data import read_split, remarks
 from formats.files import read_text
+from model import encode_prompts
 from phantom.cache import resolve
 from running import weights
 from running.folder import adapter_folder
@@ -112,7 +115,11 @@ def check_data(cfg: Config) -> Iterator[Item]:
 
 def check_policy(folder: Path, max_pixels: int = 0) -> str:
     """The base model's family and size; ValueError where loading it would fail, which is tried without its weights."""
-    model, _ = load_family(str(folder), torch.float32, max_pixels, device_map="meta")
+    model, processor = load_family(str(folder), torch.float32, max_pixels, device_map="meta")
+    try:
+        encode_prompts(processor, [Image.new("RGB", (64, 64))], "Write the report.", "cpu")
+    except (TemplateError, *BROKEN) as error:
+        raise ValueError(f"{folder}: no prompt can be made: {' '.join(str(error).split())[:300]}") from error
     return f"{model.config.model_type}, {weights.count_weights(folder):,} weights, every shard whole"
 
 

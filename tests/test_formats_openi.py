@@ -48,7 +48,7 @@ def test_one_image_becomes_one_report(micro, tmp_path):
     flags = ["--run", str(tmp_path), "--model.path", str(base), "--device", "cpu"]
     dicom = next(p for p in X_RAYS if p.suffix == ".dcm")
     run(str(ROOT / "evaluate.py"), "--image", str(dicom), "--policy", "base", *flags, cwd=tmp_path)
-    assert (tmp_path / "images" / f"{dicom.stem}.txt").exists()
+    assert Path(f"{tmp_path}/images/{dicom.resolve()}.txt").exists()
 
 
 @pytest.mark.parametrize("path", X_RAYS, ids=lambda p: p.name)

@@ -144,6 +144,7 @@ def test_an_adapter_that_does_not_fit_its_base_is_missing(policy, base_dir, tmp_
     ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
     ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}', "cannot spell"),
     ("config.json", '{"model_type": "llava", "quantization_config": {"bits": 4}}', "quantised"),
+    ("chat_template.jinja", "{{ messages[7].content }}", "no prompt can be made"),
     ("processor_config.json", '{"auto_map": {"AutoProcessor": "code.P"}}', "code that comes with the weights"),
 ])  # fmt: skip
 def test_a_policy_that_could_not_be_loaded_is_missing(base_dir, tmp_path, name, content, said):

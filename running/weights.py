@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -14,7 +15,8 @@ from formats.files import read_json
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before version 1.6
 POINTER = b"version https://git-lfs"  # what git leaves where a large file was not fetched
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spm.model", "spiece.model",
+              "sentencepiece.bpe.model")  # the last three: DeBERTa-v3's, T5's, XLM-RoBERTa's
 KNOWN_TEXTS = ("no effusion", "the heart is normal")  # what any model of English reports can spell
 BAD_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
 REFUSED = {**dict.fromkeys(("auto_map", "trust_remote_code"), "asks for code that comes with the weights: never run"),
@@ -76,6 +78,13 @@ def check_tokenizer(tokenizer, folder: str | Path) -> None:
     raise ValueError(f"{folder}: with {len(tokenizer)} tokens it cannot spell '{text}': are the files this model's?")
 
 
+def require_rows(tokenizer, rows: int, where: str | Path) -> None:
+    """ValueError unless a table of `rows` embeddings has one for each id of the tokenizer."""
+    most = max(tokenizer.get_vocab().values())
+    if most >= rows:
+        raise ValueError(f"{where}: the tokenizer's ids reach {most}, the model has {rows} embeddings: one model's?")
+
+
 def require_placed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path) -> None:
     """ValueError unless both lists of tensor names, as a loader reports them, are empty."""
     for names, fault in ((sorted(missing), "are not in it"), (sorted(unexpected), "have no place in the model")):
@@ -100,12 +109,21 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def check_torch_file(path: Path) -> None:
-    """ValueError for a file that is cut off or not torch's; torch's layout before 1.6 does not tell its length."""
+    """ValueError for a file that is cut off, changed or not torch's: all of it is read, as torch checks no sums.
+
+    torch's layout before 1.6 tells neither its length nor sums.
+    """
     require(path.parent, path.name)
     with path.open("rb") as file:
-        legacy = file.read(len(LEGACY)) == LEGACY
-    if not legacy and not zipfile.is_zipfile(path):  # a zip's table of contents is at its end
-        raise ValueError(f"{path}: broken or cut off ({path.stat().st_size:,} bytes, no zip archive): fetch it again")
+        if file.read(len(LEGACY)) == LEGACY:
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = any(part.CRC for part in archive.infolist()) and archive.testzip()  # torch can leave them out: 0
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        broken = error
+    if broken:
+        raise ValueError(f"{path}: broken or cut off ({path.stat().st_size:,} bytes; {broken!r:.300}): fetch it again")
 
 
 def count_weights(folder: Path, stem: str = "model") -> int:
@@ -119,7 +137,9 @@ def count_weights(folder: Path, stem: str = "model") -> int:
     first = next((name for name in names if (folder / name).is_file()), None)
     if first is None:
         raise ValueError(f"{folder}: no weights ({stem}.safetensors, {bins}.bin or an index of shards)")
-    places = read_json(folder / first).get("weight_map", {}) if first.endswith(".json") else {"": first}
+    places = read_json(folder / first).get("weight_map") if first.endswith(".json") else {"": first}
+    if not (places and isinstance(places, dict) and all(isinstance(name, str) for name in places.values())):
+        raise ValueError(f"{folder / first}: its weight_map does not name a file for each tensor")
     for name in sorted(set(places.values())):
         require(folder, name)
         if not name.endswith(".safetensors"):
@@ -148,7 +168,10 @@ def check_open_clip(folder: Path) -> None:
     require(folder, "open_clip_config.json")
     refuse(folder)
     count_weights(folder, "open_clip_model")
-    text = read_json(folder / "open_clip_config.json").get("model_cfg", {}).get("text_cfg", {})
+    model = read_json(folder / "open_clip_config.json").get("model_cfg")
+    text = model.get("text_cfg") if isinstance(model, dict) else None
+    if not isinstance(text, dict):
+        raise ValueError(f"{folder / 'open_clip_config.json'}: has no table model_cfg.text_cfg")
     if "hf_tokenizer_name" in text:
         load_tokenizer(folder)
     if "hf_model_name" in text and not (folder / "config.json").is_file():

@@ -1,6 +1,7 @@
 """BERTScore (Eq. 3's s_sem): the `bert-score` package's encoder and matching, repeatable to the last bit."""
 
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
-from running.weights import load_tokenizer, require_finite
+from running.weights import KNOWN_TEXTS, load_tokenizer, require_finite, require_rows
 from scorers.frozen import load_whole, loading, of_like_length, plain
 
 BATCH = 32  # pairs matched at a time
@@ -32,10 +33,12 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
         load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
         model = get_model(str(folder), layer).to(device)
         require_finite(model, folder)
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions
-    behind = getattr(table, "padding_idx", None)  # RoBERTa's numbering starts behind the padding's: 512 of 514
-    positions = getattr(model.config, "max_position_embeddings", 512) - (0 if behind is None else behind + 1)
-    limit = tokenizer.model_max_length = min(tokenizer.model_max_length, positions)  # 1e30 where unset, which overflows
+        require_rows(tokenizer, model.get_input_embeddings().num_embeddings, folder)
+        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions
+        behind = getattr(table, "padding_idx", None)  # RoBERTa's numbering starts behind the padding's: 512 of 514
+        positions = getattr(model.config, "max_position_embeddings", 512) - (0 if behind is None else behind + 1)
+        limit = tokenizer.model_max_length = min(tokenizer.model_max_length, positions)  # unset: 1e30, which overflows
+        token_states(model, tokenizer, list(KNOWN_TEXTS), device)
 
     def score(candidates: list[str], references: list[str]) -> list[float]:
         pairs = [(plain(c).strip(), plain(r).strip()) for c, r in zip(candidates, references, strict=True)]
@@ -58,12 +61,16 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
 
 
 def token_states(model, tokenizer, texts: list[str], device) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Of each text the encoder's states (T, D), a mask of ones (T,), and weights (T,): 0 for the special tokens."""
+    """Of each text the encoder's states (T, D), a mask of ones (T,), and weights (T,): 0 for the special tokens.
+
+    ValueError for states that are not finite, as finite weights may give where a file was changed.
+    """
     from bert_score.utils import get_bert_embedding
 
     states, weight = {}, defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
     for chunk in of_like_length(texts, lambda text: len(text) // 4, device):  # letters of a token, about
         hidden, mask, weights = get_bert_embedding(chunk, model, tokenizer, weight, device=device)
+        require_finite({"a token's state": hidden[mask.bool()]}, "bertscore's encoder")
         for text, n, *rows in zip(chunk, mask.sum(dim=1), hidden, mask, weights, strict=True):
             states[text] = tuple(row[:n] for row in rows)
     return states
@@ -85,8 +92,8 @@ def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
     shipped = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{folder}.tsv"
     path = shipped if baseline == "package" else Path(baseline)
     with loading("bertscore", f"layer {layer} of baseline file {path}", "set scorers.bertscore_baseline or empty it"):
-        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        rows = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
         value = {int(row["LAYER"]): float(row["F"]) for row in rows}[layer]
-        if not value < 1:
-            raise ValueError(f"F must be below 1, got {value:g}")
+        if not -math.inf < value < 1:
+            raise ValueError(f"F must be a number below 1, got {value:g}")
         return value

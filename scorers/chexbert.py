@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, BertModel
 
-from running.weights import load_tokenizer, require_finite
+from running.weights import check_torch_file, load_tokenizer, require_finite, require_rows
 from scorers.frozen import cached, loading, local_file, of_like_length, plain
 
 CHEXPERT_LABELS = (
@@ -43,8 +43,11 @@ def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str |
     with loading("chexbert", bert_folder, "give the BERT (config, tokenizer) that the checkpoint sits on"):
         model = CheXbert(BertModel(AutoConfig.from_pretrained(bert_folder, trust_remote_code=False)))
         tokenizer = load_tokenizer(bert_folder)
+        require_rows(tokenizer, model.bert.config.vocab_size, bert_folder)
     with loading("chexbert", checkpoint, "give the path of chexbert.pth or hf-hub:OWNER/REPO/chexbert.pth"):
-        state = torch.load(local_file(checkpoint), map_location="cpu", weights_only=True)["model_state_dict"]
+        path = local_file(checkpoint)
+        check_torch_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
         state = {name.removeprefix("module."): value for name, value in state.items()}
         state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
         model.load_state_dict(state, strict=True)

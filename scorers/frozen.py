@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 
-from running.weights import require_finite, require_placed
+from running.weights import count_weights, require_finite, require_placed
 
 CACHED = 65_536  # answers kept per scorer
 # what the loaders of torch, transformers, open_clip and the metrics' packages raise on files that are absent or broken
 BAD_FILES = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
-             SafetensorError, pickle.UnpicklingError, tarfile.TarError)  # fmt: skip
+             ArithmeticError, SafetensorError, pickle.UnpicklingError, tarfile.TarError)  # fmt: skip
 
 
 @contextmanager
@@ -40,7 +40,9 @@ def local_file(name: str | Path) -> Path:
 
 def load_whole(kind, folder: str | Path, **settings) -> torch.nn.Module:
     """kind.from_pretrained, frozen; ValueError unless all weights but an unused pooler's are in the files, and finite.
-    With device_map="meta" their names alone are looked at."""
+    A folder's files must be whole. With device_map="meta" the weights' names alone are looked at."""
+    if Path(folder).is_dir():
+        count_weights(Path(folder))
     model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **settings)
     require_placed([name for name in info["missing_keys"] if "pooler" not in name], (), folder)
     if model.device.type != "meta":

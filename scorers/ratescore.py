@@ -19,24 +19,30 @@ def load_ratescore(python: str):
 
     ValueError (one line) when it does not run or has no RaTEScore, or when the scoring fails.
     """
-    ask(python, "-c", "import RaTEScore")
+    ask(python, "-c", "import RaTEScore; print(1)")
 
     def score(candidates: list[str], references: list[str]) -> list[float]:
         from scorers.frozen import plain  # not on top: the other environment reads this file too
 
         pairs = [(plain(c), plain(r)) for c, r in zip(candidates, references, strict=True)]
-        return json.loads(ask(python, __file__, given=json.dumps(pairs)).splitlines()[-1])
+        return ask(python, __file__, given=json.dumps(pairs))
 
     return score
 
 
-def ask(python: str, *words: str, given: str = "") -> str:
-    """What the other environment's interpreter prints; ValueError with the last line of its complaint if it fails."""
+def ask(python: str, *words: str, given: str = ""):
+    """The JSON on the last line that the other environment's interpreter prints.
+
+    ValueError with the last line of its complaint if it fails or prints none.
+    """
     try:  # -I: neither this folder (whose expert.py a package might mean) nor PYTHONPATH is searched for modules
-        return subprocess.run([python, "-I", *words], input=given, capture_output=True, text=True, check=True).stdout
+        ran = subprocess.run([python, "-I", *words], input=given, capture_output=True, text=True, check=True)
+        return json.loads(ran.stdout.splitlines()[-1])
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", "").strip() or str(error)).splitlines()[-1]
-        raise ValueError(f"eval.ratescore: no RaTEScore from {python} ({why}); set it up as {__file__} says") from None
+    except (IndexError, ValueError):
+        why = "its answer cannot be read"
+    raise ValueError(f"eval.ratescore: no RaTEScore from {python} ({why}); set it up as {__file__} says")
 
 
 def main() -> None:

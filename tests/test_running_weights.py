@@ -2,12 +2,14 @@
 
 import json
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils import serialization
 from transformers import PreTrainedTokenizerFast
 
 from running.weights import (
@@ -20,6 +22,7 @@ from running.weights import (
     load_tokenizer,
     require_finite,
     require_placed,
+    require_rows,
 )
 
 
@@ -69,6 +72,69 @@ def test_torch_files_whole_cut_and_of_the_old_layout(tmp_path):
     check_torch_file(tmp_path / "old.pth")
     with pytest.raises(ValueError, match=f"{tmp_path}: no none.pth"):
         check_torch_file(tmp_path / "none.pth")
+
+
+def flip_a_weight(path: Path) -> None:
+    """Change one bit in the middle of a torch file's largest tensor, which torch loads in silence."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max((p for p in archive.infolist() if "/data/" in p.filename), key=lambda part: part.file_size)
+        value = archive.read(largest)
+    content = bytearray(path.read_bytes())
+    content[content.index(value) + len(value) // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+
+
+def test_changed_bytes_of_a_torch_file_are_found(tmp_path):
+    folder = write_shards(tmp_path, "bin")
+    flip_a_weight(folder / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(ValueError, match="00002-of-00002.bin: broken or cut off .*/data/.*: fetch it again"):
+        count_weights(folder)
+    whole = (folder / "pytorch_model-00001-of-00002.bin").read_bytes()
+    for at in range(len(whole)):  # in headers too, what is found is one line
+        (tmp_path / "x.pth").write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            check_torch_file(tmp_path / "x.pth")
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+def test_a_torch_file_saved_without_sums_is_whole(tmp_path):
+    with serialization.config.patch("save.compute_crc32", False):
+        torch.save({"a": torch.ones(3)}, tmp_path / "x.pth")
+    check_torch_file(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("index", [
+    {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": {"a": 1}},
+    {"weight_map": {"a": ["x"]}}])  # fmt: skip
+def test_an_index_that_names_no_files_is_one_line(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index.json: its weight_map does not name a file for each tensor"):
+        count_weights(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_cfg": []}, {"model_cfg": None}, {"model_cfg": {"text_cfg": [1]}}])
+def test_an_open_clip_config_without_its_tables_is_one_line(tmp_path, config):
+    torch.save({"a": torch.ones(3)}, tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="open_clip_config.json: has no table model_cfg.text_cfg"):
+        check_open_clip(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["spm.model", "spiece.model", "sentencepiece.bpe.model"])
+def test_sentencepiece_files_of_other_names_are_tokenizers(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("x")
+    check_model(tmp_path, stem="")
+
+
+def test_a_tokenizer_with_more_tokens_than_rows(tmp_path):
+    folder = tokenizer_of(tmp_path / "bert", "bert", vocab_txt="[UNK]\n[SEP]\n[PAD]\n[CLS]\n[MASK]\nno\neffusion")
+    tokenizer = load_tokenizer(folder)
+    require_rows(tokenizer, 7, folder)
+    with pytest.raises(ValueError, match="bert: the tokenizer's ids reach 6, the model has 6 embeddings"):
+        require_rows(tokenizer, 6, folder)
 
 
 def test_a_model_needs_configuration_tokenizer_and_where_asked_for_weights(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_running_weights import flip_a_weight
+from test_scorers_chexbert import enlarge
 from tiny_bert import sentences, write_bert
 
 from scorers import bertscore
@@ -77,11 +79,14 @@ def test_bertscore_baselines_of_the_package(folder, tmp_path):
     assert bertscore.baseline_f1("microsoft/deberta-base", 9, "package") == pytest.approx(0.62694, abs=1e-5)
     (tmp_path / "text.tsv").write_text("LAYER,P,R,F\n2,a,b,c\n")
     (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
+    (tmp_path / "bom.tsv").write_text("LAYER,P,R,F\n2,.1,.2,.3\n", encoding="utf-8-sig")
+    assert bertscore.baseline_f1(folder, 2, str(tmp_path / "bom.tsv")) == 0.3
     cases = [("package", "No such file"), (str(tmp_path / "absent.tsv"), "No such file"),
              (baseline_file(tmp_path / "short.tsv", [0, 0.5]), "layer 2 of .*KeyError: 2"),
              (str(tmp_path / "text.tsv"), "could not convert string to float"),
              (str(tmp_path / "other.tsv"), "KeyError: 'LAYER'"),
-             (baseline_file(tmp_path / "one.tsv", [0, 0, 1]), "must be below 1")]  # fmt: skip
+             *[(baseline_file(tmp_path / f"{b}.tsv", [0, 0, b]), "number below 1") for b in (1, "-inf", "nan")],
+             ]  # fmt: skip
     for baseline, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
             bertscore.load_bertscore(folder, 2, baseline=baseline)
@@ -114,6 +119,29 @@ def test_an_encoder_that_is_not_whole_is_refused(folder, tmp_path):
     save_file(bare, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
     ours, theirs = (bertscore.load_bertscore(place, 2) for place in (tmp_path / "bert", folder))
     assert ours(sentences(6), sentences(6, seed=1)) == theirs(sentences(6), sentences(6, seed=1))
+
+
+def test_finite_weights_that_give_no_finite_state_are_refused(folder, tmp_path):
+    """Else each score would be 0: nothing in a safetensors file tells that it was changed."""
+    shutil.copytree(folder, tmp_path / "bert")
+    state = load_file(folder / "model.safetensors")
+    state["encoder.layer.1.output.LayerNorm.weight"].fill_(3e38)
+    save_file(state, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="^bertscore: cannot load .*a token's state holds NaN or infinity"):
+        bertscore.load_bertscore(tmp_path / "bert", 2)
+
+
+def test_a_tokenizer_of_a_larger_model_and_changed_bytes_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bert")
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "bert" / "pytorch_model.bin")
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    bertscore.load_bertscore(tmp_path / "bert", 2)
+    flip_a_weight(tmp_path / "bert" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="^bertscore: cannot load .*pytorch_model.bin: broken or cut off"):
+        bertscore.load_bertscore(tmp_path / "bert", 2)
+    enlarge(folder, tmp_path / "large")
+    with pytest.raises(ValueError, match="^bertscore: .*the tokenizer's ids reach .*, the model has 40 embeddings"):
+        bertscore.load_bertscore(tmp_path / "large", 2)
 
 
 @pytest.mark.parametrize("files", [

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from test_running_weights import POINTER, flip_a_weight
 from tiny_bert import sentences, write_bert
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -33,6 +34,14 @@ def edit(folder, tmp_path, change):
     data = torch.load(folder / "chexbert.pth", weights_only=True)
     torch.save(change(data), tmp_path / "changed.pth")
     return tmp_path / "changed.pth"
+
+
+def enlarge(folder, copy):
+    """A copy of a BERT's folder whose tokenizer knows more words than the model."""
+    shutil.copytree(folder, copy)
+    (copy / "tokenizer.json").unlink()
+    with (copy / "vocab.txt").open("a") as file:
+        file.write("".join(f"\nword{i}" for i in range(50)))
 
 
 def test_label_f1_by_hand():
@@ -95,6 +104,12 @@ def test_bad_checkpoints_are_one_line(folder, tmp_path):
         with pytest.raises(ValueError, match=name) as caught:
             chexbert.load_chexbert(tmp_path / name, folder)
         assert "\n" not in str(caught.value)
+    (tmp_path / "pointer.pth").write_text(POINTER)
+    shutil.copy(folder / "chexbert.pth", tmp_path / "flipped.pth")
+    flip_a_weight(tmp_path / "flipped.pth")
+    for name, message in (("pointer", "a git-lfs pointer"), ("empty", "empty"), ("flipped", "broken or cut off")):
+        with pytest.raises(ValueError, match=f"chexbert: cannot load .*{name}.pth: {message}.*fetch it again"):
+            chexbert.load_chexbert(tmp_path / f"{name}.pth", folder)
     with pytest.raises(ValueError, match=f"chexbert: cannot load {tmp_path}"):
         chexbert.load_chexbert(folder / "chexbert.pth", tmp_path)
 
@@ -171,6 +186,16 @@ def test_a_made_up_tokenizer_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="chexbert: cannot load .*tokenizer.json: empty") as caught:
         chexbert.load_chexbert(folder / "chexbert.pth", tmp_path / "bert")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_a_larger_model_and_a_model_of_no_width_are_refused(folder, tmp_path):
+    enlarge(folder, tmp_path / "large")
+    with pytest.raises(ValueError, match="^chexbert: .*the tokenizer's ids reach .*, the model has 40 embeddings"):
+        chexbert.load_chexbert(folder / "chexbert.pth", tmp_path / "large")
+    shutil.copytree(folder, tmp_path / "flat")
+    BertConfig.from_pretrained(folder, hidden_size=0).save_pretrained(tmp_path / "flat")
+    with pytest.raises(ValueError, match="^chexbert: cannot load .*ZeroDivisionError"):
+        chexbert.load_chexbert(folder / "chexbert.pth", tmp_path / "flat")
 
 
 def test_a_text_longer_than_the_positions_is_cut(tmp_path):

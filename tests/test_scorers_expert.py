@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
 from safetensors.torch import save_file
+from test_running_weights import flip_a_weight
 from transformers import BertConfig, BertTokenizer
 
 from phantom import models as tiny_models
@@ -302,6 +303,39 @@ def test_weights_with_nan_and_a_tokenizer_of_another_model_are_refused(tmp_path)
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="expert: .*tokenizer.json: empty"):
         expert.load_expert(folder)
+
+
+@pytest.mark.parametrize("build", BUILD.values())
+def test_what_would_show_in_mid_run_is_refused_at_load(tmp_path, build):
+    """A mean of NaN, a tokenizer with more tokens than the text tower, changed bytes of weights."""
+    folder = tmp_path / "m"
+    model = build(folder)
+    text = (folder / "open_clip_config.json").read_text()
+    config = json.loads(text)
+
+    def refused(match):
+        with pytest.raises(ValueError, match=f"^expert: cannot load .*{match}") as caught:
+            expert.load_expert(folder)
+        assert "\n" not in str(caught.value)
+
+    for key, value, message in (("mean", [float("nan")] * 3, "a grey image's similarity holds NaN"),
+                                ("std", [0, 0, 0], "division by zero"), ("mean", "x", "str")):  # fmt: skip
+        changed = config | {"preprocess_cfg": config["preprocess_cfg"] | {key: value}}
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        refused(message)
+    (folder / "open_clip_config.json").write_text(text)
+    assert not expert.load_expert(folder).cache
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    flip_a_weight(folder / "open_clip_pytorch_model.bin")
+    expert.load_expert(folder)  # beside safetensors, which are read instead
+    weights = (folder / "open_clip_model.safetensors").read_bytes()
+    (folder / "open_clip_model.safetensors").unlink()
+    refused("open_clip_pytorch_model.bin: broken or cut off")
+    (folder / "open_clip_model.safetensors").write_bytes(weights)
+    (folder / "tokenizer.json").unlink()
+    with (folder / "vocab.txt").open("a") as file:
+        file.write("".join(f"\nword{i}" for i in range(50)))
+    refused("the tokenizer's ids reach .*, the model has 24 embeddings")
 
 
 def test_byte_pair_native_clip_by_hub_name(hub, tmp_path):

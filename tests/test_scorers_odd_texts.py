@@ -61,12 +61,16 @@ def test_green_does_not_ask_about_them(monkeypatch):
     class Judge(torch.nn.Module):
         config = type("", (), {"max_position_embeddings": 900})
 
+        def get_input_embeddings(self):
+            return torch.nn.Embedding(3, 1)
+
         def generate(self, ids, **settings):
             assert len(ids) == 1  # the good one
             return torch.cat([ids, ids[:, :1]], dim=1)
 
     class Tokens:
         eos_token, eos_token_id = "</s>", 2
+        get_vocab = staticmethod(lambda: {"</s>": 2})
 
         def __call__(self, chats, **settings):
             if isinstance(chats, str):

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from test_running_weights import flip_a_weight
 
 from benchmarks import radgraph_archive
 from config import Config, ScorerConfig
@@ -205,11 +206,32 @@ def test_what_cannot_be_loaded_is_one_line(plain, tmp_path):
     refused(f"Missing key.*{key}")
     for broken in (weights[: len(weights) // 2], b"not weights", b""):
         (folder / "weights.th").write_bytes(broken)
-        refused("cannot load")
+        refused("weights.th: (broken or cut off|empty)")
     (folder / "weights.th").unlink()
-    refused("No such file.*weights.th")
+    refused("no weights.th")
+    (folder / "weights.th").write_bytes(weights)
     (folder / "vocabulary" / "non_padded_namespaces.txt").unlink()
     refused("No such file.*non_padded_namespaces.txt")
+
+
+@pytest.mark.parametrize("change", [
+    lambda config: config["model"]["embedder"]["token_embedders"]["bert"].update(max_length=0),
+    lambda config: config["dataset_reader"].update(max_span_width=0),
+    lambda config: config["model"].update(loss_weights={"ner": {"a": 1}})])  # fmt: skip
+def test_settings_that_no_text_can_be_annotated_with_are_one_line_at_load(plain, tmp_path, change):
+    shutil.copytree(plain / "radgraph", tmp_path / "radgraph")
+    config = json.loads((plain / "radgraph" / "config.json").read_text())
+    change(config)
+    (tmp_path / "radgraph" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="^radgraph: cannot load .*(ZeroDivision|Index|Type)Error"):
+        PackageRadGraph("radgraph", str(tmp_path))
+
+
+def test_changed_bytes_of_the_weights_are_refused(plain, tmp_path):
+    shutil.copytree(plain / "radgraph", tmp_path / "radgraph")
+    flip_a_weight(tmp_path / "radgraph" / "weights.th")
+    with pytest.raises(ValueError, match="radgraph: cannot load .*weights.th: broken or cut off"):
+        PackageRadGraph("radgraph", str(tmp_path))
 
 
 def test_load_scorers_takes_the_package(plain, monkeypatch):

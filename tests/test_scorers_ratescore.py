@@ -60,7 +60,7 @@ def test_it_runs_from_any_folder_whatever_the_package_prints(python, tmp_path):
     assert ran.stdout.splitlines() == ["loading", "[1.0, 0.5]"] and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("interpreter", ["nowhere/python", sys.executable])
+@pytest.mark.parametrize("interpreter", ["nowhere/python", sys.executable, "/bin/true", "/bin/echo"])
 def test_no_environment_is_one_line_at_the_start(interpreter):
     with pytest.raises(ValueError, match="eval.ratescore: ") as error:
         load_ratescore(interpreter)
@@ -71,6 +71,14 @@ def test_a_failure_inside_is_one_line(python):
     with pytest.raises(ValueError, match="eval.ratescore: no RaTEScore from .*cannot read this.*set it up") as error:
         load_ratescore(python)(["left effusion"], ["broken"])
     assert "\n" not in str(error.value)
+
+
+def test_an_answer_that_is_none_is_one_line(python, monkeypatch, tmp_path):
+    score = load_ratescore(python)
+    (tmp_path / "silent.py").write_text("print('loading')")
+    monkeypatch.setattr("scorers.ratescore.__file__", str(tmp_path / "silent.py"))
+    with pytest.raises(ValueError, match="eval.ratescore: no RaTEScore from .*its answer cannot be read.*set it up"):
+        score(["left effusion"], ["left effusion"])
 
 
 def test_odd_texts_score_0_and_end_nothing(python):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from running.weights import load_tokenizer, require_rows
+from running.weights import load_tokenizer
 from scorers.frozen import load_whole, loading, plain
 
 BATCH = 8  # pairs decoded together
@@ -59,7 +59,6 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
     with loading("eval.green", path, "give the folder or hub name of a causal language model"):
         tokenizer = load_tokenizer(path, padding_side="left", add_eos_token=True)  # as the package sets them
         model = load_whole(AutoModelForCausalLM, path, dtype=dtype).to(device)
-        require_rows(tokenizer, model.get_input_embeddings().num_embeddings, path)
     tokenizer.pad_token, end, known = tokenizer.eos_token, tokenizer.eos_token_id, {}
 
     @torch.inference_mode()

@@ -153,6 +153,7 @@ def test_padding_does_not_change_an_answer(judge, monkeypatch):
 def test_a_judge_that_is_not_whole_is_refused(judge, tmp_path):
     """A weight that is missing or NaN, a tokenizer that is empty or a pointer, code that comes with the weights."""
     state, name = load_file(judge / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    config = json.loads((judge / "config.json").read_text())
 
     def refused(match, file, content=None, tensors=None):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

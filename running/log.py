@@ -5,6 +5,7 @@ After a kill, rows written since the last checkpoint are dropped and written aga
 
 import json
 import math
+import threading
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +27,7 @@ class Log:
             if lost:
                 print(f"{folder / 'metrics.jsonl'}: the rows of {lost} earlier updates are lost; the weights are not")
             keep_rows(folder / "samples.jsonl", k0, k0 + done)
+            threading.excepthook = quiet
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=k0 + done + 1)
 
     def write(self, k: int, row: dict[str, float], sample: dict | None = None) -> None:
@@ -43,6 +45,12 @@ class Log:
         if self.active:
             with writing(self.folder / "tb", 0):
                 self.tensorboard.close()
+
+
+def quiet(thread) -> None:
+    """Prints no traceback of a full disk: TensorBoard's thread hands its OSError to the next write, which is a line."""
+    if not issubclass(thread.exc_type, OSError):
+        threading.__excepthook__(thread)
 
 
 def append(path: Path, row: dict) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,17 @@ def test_a_full_disk_is_named_by_the_log_and_repaired_at_the_next_start(tmp_path
         append(path, {"k": 4, "x": "y" * 200})
     assert keep_rows(path, 0, 3) == 3 and [json.loads(line)["k"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert capsys.readouterr().out == ""
+
+
+def test_a_full_disk_under_tensorboards_thread_is_one_line(tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    log = Log(tmp_path, 0, 0)
+    with no_room(), pytest.raises(OSError, match="tb: .* bytes cannot be written"):
+        for k in range(1, 4):
+            log.write(k, {f"a/{i}": 0.5 for i in range(9)})
+        log.close()
+    assert printed == []
 
 
 def test_half_a_folder_is_taken_away_again(tmp_path):

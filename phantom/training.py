@@ -5,6 +5,7 @@ its model is on held-out studies or texts.
 """
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Callable
@@ -252,7 +253,8 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
     bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     weights = nn.ModuleDict({"module": model}).state_dict()  # as in CheXbert's own checkpoint: module.<name>
-    torch.save({"model_state_dict": weights}, folder / "chexbert.pth")
+    torch.save({"model_state_dict": weights}, buffer := io.BytesIO())  # not to the disk: torch has no words for a full one
+    (folder / "chexbert.pth").write_bytes(buffer.getvalue())
     f1 = 2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)
     exact = (predicted == classes[:held]).float().mean()
     report_quality(folder, {"micro_f1": f1.item(), "class_accuracy": exact.item()})

@@ -253,7 +253,7 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
     bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     weights = nn.ModuleDict({"module": model}).state_dict()  # as in CheXbert's own checkpoint: module.<name>
-    torch.save({"model_state_dict": weights}, buffer := io.BytesIO())  # not to the disk: torch has no words for a full one
+    torch.save({"model_state_dict": weights}, buffer := io.BytesIO())  # torch has no words for a full disk
     (folder / "chexbert.pth").write_bytes(buffer.getvalue())
     f1 = 2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)
     exact = (predicted == classes[:held]).float().mean()

@@ -21,7 +21,7 @@ from running.weights import load_tokenizer
 
 # A header stands in capitals at the start of any word, with one capital at the start of a line, else only where a
 # sentence begins: "no acute findings: ..." is none.
-HEADER = r"(?m:(?<!\w)(?=[A-Z]{8})|^\s*(?=[A-Z])|(?:\A|(?<=[.!?:;]))\s*)(?i:(findings|impression))\s*[:\uff1a]"
+HEADER = r"(?m:(?<!\w)(?=[A-Z]{8})|^[ \t]*(?=[A-Z])|(?:\A|(?<=[.!?:;]))\s*)(?i:(findings|impression))\s*[:\uff1a]"
 ROWS = {"r2gen": r2gen_rows, "openi": openi_rows, "kaggle": kaggle_rows, "mimic": mimic_rows}
 
 

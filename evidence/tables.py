@@ -3,8 +3,6 @@
 import io
 import json
 import tomllib
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from evidence.metrics import MEASURES, WIDTHS
 from evidence.protocols import NOTES
 from formats.files import read_json
 from running.folder import lock, write_bytes, write_text
+from running.weights import check_zip
 
 tabulate.MIN_PADDING = 0  # no column is wider than what stands in it
 SHOWN = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
@@ -59,9 +58,9 @@ def read_result(path: Path) -> dict:
 def load_stats(path: Path, n: int) -> dict[str, np.ndarray]:
     """A policy's stats.npz, {"<row>/<family>": (n, k)}; ValueError for one that is damaged or of another version."""
     try:
-        with zipfile.ZipFile(path):  # else np.load might take it for a pickle or a single array
-            stats = dict(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        check_zip(path)  # else np.load might take it for a pickle or a single array
+        stats = dict(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: damaged ({error}); evaluate this policy again") from None
     for name, values in stats.items():
         width = WIDTHS.get(name.split("/")[-1], 2)

@@ -43,6 +43,7 @@ def mimic_rows(folder: Path, split: str) -> Iterator[Row]:
         if its_split != split:
             continue
         home = f"p{subject[:2]}/p{subject}/s{study}"
+        # of an image in several formats the JPG counts, as the last that is found
         found = {dicom: path for dicom in dicoms for suffix in (".dcm", ".png", ".jpg")
                  if (path := inside(folder / "files", f"{home}/{dicom}{suffix}", str(table))).is_file()}  # fmt: skip
         images, fault, view_known = frontal_first((path, views.get(dicom, "")) for dicom, path in found.items())

@@ -19,7 +19,6 @@ import json
 import os
 import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 
 from config import Config, flatten, from_recorded, to_dict
 from formats.files import read_json, require_regular
-from running.weights import require_finite, tensor_shapes
+from running.weights import check_zip, require_finite_tensors, tensor_shapes
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = (
@@ -38,7 +37,7 @@ FREE_FIELDS = (
 FINISHED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
 # what torch raises on a damaged file, and its contents on the checks of `load_checkpoint`
 BAD_STATE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-             pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
+             pickle.UnpicklingError)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -149,9 +148,7 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init
         return k0, 0
     try:
         require_regular(path)
-        with zipfile.ZipFile(path) as file:
-            if broken := file.testzip():  # torch does not look at the checksums
-                raise ValueError(f"wrong checksum of {broken}")
+        check_zip(path)  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
         step, own = state["step"], get_peft_model_state_dict(model, adapter_name="default")
         if type(step) is not int or not 0 < step <= steps or (state["stage"], state["k"]) != (stage, k0 + step):
@@ -166,7 +163,7 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init
         odd = dict(wanted.items() ^ {name: (x.shape, x.dtype) for name, x in tensors.items()}.items())
         if odd:
             raise ValueError(f"{min(odd)} is missing, left over, or of another shape or type")
-        require_finite(tensors, "weights")
+        require_finite_tensors(tensors, "weights")
         set_peft_model_state_dict(model, state["adapter"], adapter_name="default")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])

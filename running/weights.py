@@ -92,7 +92,7 @@ def require_placed(missing: Iterable[str], unexpected: Iterable[str], where: str
             raise ValueError(f"{where}: {len(names)} weights {fault}, e.g. {names[0]}")
 
 
-def require_finite(tensors: torch.nn.Module | dict[str, torch.Tensor], where: str | Path) -> None:
+def require_finite_tensors(tensors: torch.nn.Module | dict[str, torch.Tensor], where: str | Path) -> None:
     """ValueError naming the first tensor, of a module or by its name, that holds a NaN or infinity."""
     for name, tensor in (tensors.state_dict() if isinstance(tensors, torch.nn.Module) else tensors).items():
         if not torch.isfinite(tensor).all():
@@ -118,12 +118,20 @@ def check_torch_file(path: Path) -> None:
         if file.read(len(LEGACY)) == LEGACY:
             return
     try:
+        check_zip(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: fetch it again") from error
+
+
+def check_zip(path: Path) -> None:
+    """ValueError unless every record of a zip archive, as torch's files and numpy's .npz are, fits its checksum."""
+    try:
         with zipfile.ZipFile(path) as archive:
             broken = any(part.CRC for part in archive.infolist()) and archive.testzip()  # torch can leave them out: 0
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
         broken = error
     if broken:
-        raise ValueError(f"{path}: broken or cut off ({path.stat().st_size:,} bytes; {broken!r:.300}): fetch it again")
+        raise ValueError(f"{path}: broken or cut off ({path.stat().st_size:,} bytes; {broken!r:.300})")
 
 
 def count_weights(folder: Path, stem: str = "model") -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
-from running.weights import KNOWN_TEXTS, load_tokenizer, require_finite, require_rows
+from running.weights import KNOWN_TEXTS, load_tokenizer, require_finite_tensors, require_rows
 from scorers.frozen import load_whole, loading, of_like_length, plain
 
 BATCH = 32  # pairs matched at a time
@@ -32,7 +32,7 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
         tokenizer = load_tokenizer(folder, use_fast=False)  # as the package takes it
         load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
         model = get_model(str(folder), layer).to(device)
-        require_finite(model, folder)
+        require_finite_tensors(model, folder)
         require_rows(tokenizer, model.get_input_embeddings().num_embeddings, folder)
         table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions
         behind = getattr(table, "padding_idx", None)  # RoBERTa's numbering starts behind the padding's: 512 of 514
@@ -70,7 +70,7 @@ def token_states(model, tokenizer, texts: list[str], device) -> dict[str, tuple[
     states, weight = {}, defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0, tokenizer.cls_token_id: 0})
     for chunk in of_like_length(texts, lambda text: len(text) // 4, device):  # letters of a token, about
         hidden, mask, weights = get_bert_embedding(chunk, model, tokenizer, weight, device=device)
-        require_finite({"a token's state": hidden[mask.bool()]}, "bertscore's encoder")
+        require_finite_tensors({"a token's state": hidden[mask.bool()]}, "bertscore's encoder")
         for text, n, *rows in zip(chunk, mask.sum(dim=1), hidden, mask, weights, strict=True):
             states[text] = tuple(row[:n] for row in rows)
     return states

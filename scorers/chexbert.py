@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, BertModel
 
-from running.weights import check_torch_file, load_tokenizer, require_finite, require_rows
+from running.weights import check_torch_file, load_tokenizer, require_finite_tensors, require_rows
 from scorers.frozen import cached, loading, local_file, of_like_length, plain
 
 CHEXPERT_LABELS = (
@@ -51,7 +51,7 @@ def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str |
         state = {name.removeprefix("module."): value for name, value in state.items()}
         state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
         model.load_state_dict(state, strict=True)
-        require_finite(model, checkpoint)
+        require_finite_tensors(model, checkpoint)
     return Labeller(model.to(device).eval().requires_grad_(False), tokenizer)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from formats.files import read_json
 from rewards import image_text_similarity
-from running.weights import check_torch_file, load_tokenizer, refuse, require_finite, require_rows
+from running.weights import check_torch_file, load_tokenizer, refuse, require_finite_tensors, require_rows
 from scorers.frozen import cached, loading, local_file, plain
 
 TEXT_BATCH = 32  # windows per text forward pass; few, so that those of like length share one and little is padding
@@ -149,13 +149,13 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
             for file in Path(path).glob("*.bin"):
                 check_torch_file(file)
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **own)
-        require_finite(model.to(device).eval().requires_grad_(False), path)
+        require_finite_tensors(model.to(device).eval().requires_grad_(False), path)
         expert = Expert(model, preprocess, open_clip.get_tokenizer(name), torch.device(device))
         if hasattr(expert.tokenizer, "tokenizer"):  # else open_clip's own, whose end token is its last: tried below
             towers = getattr(model, "text", model).modules()
             table = next(part for part in towers if isinstance(part, torch.nn.Embedding))
             require_rows(expert.tokenizer.tokenizer, table.num_embeddings, path)
         trial = expert.similarity([Image.new("L", (64, 64), 128)], ["trial"], [["No effusion."]])
-        require_finite({"a grey image's similarity": trial}, path)
+        require_finite_tensors({"a grey image's similarity": trial}, path)
         expert.cache.clear()
     return expert

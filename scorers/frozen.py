@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 
-from running.weights import count_weights, require_finite, require_placed
+from running.weights import count_weights, require_finite_tensors, require_placed
 
 CACHED = 65_536  # answers kept per scorer
 # what the loaders of torch, transformers, open_clip and the metrics' packages raise on files that are absent or broken
@@ -46,7 +46,7 @@ def load_whole(kind, folder: str | Path, **settings) -> torch.nn.Module:
     model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **settings)
     require_placed([name for name in info["missing_keys"] if "pooler" not in name], (), folder)
     if model.device.type != "meta":
-        require_finite(model, folder)
+        require_finite_tensors(model, folder)
     return model.eval().requires_grad_(False)
 
 

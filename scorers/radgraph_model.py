@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from formats.files import read_json
 from running.folder import atomic_folder, lock
-from running.weights import check_torch_file, load_tokenizer, require_finite
+from running.weights import check_torch_file, load_tokenizer, require_finite_tensors
 from scorers.frozen import cached, loading, local_file, plain
 
 LONGEST = 512  # words and marks of a text that are read: time grows with their cube, to about a minute for these
@@ -71,7 +71,7 @@ class PackageRadGraph:
             check_torch_file(place / "weights.th")
             # on the CPU, where the package reads its weights with weights_only=True
             model = package.RadGraph(model_type=model_type, model_cache_dir=str(place.parent), cuda=-1)
-            require_finite(model.eval().requires_grad_(False), place)
+            require_finite_tensors(model.eval().requires_grad_(False), place)
             model(["No effusion. " * 16])  # settings that no text, or no long one, can be annotated with show here
         model.device = torch.device(device)
         self.model, self.reward_level = model.to(device), reward_level

@@ -92,7 +92,7 @@ def test_a_missing_file_is_named():
         (["--seed", str(2**70)], "seed: .* less than"),
         (["--threads", "100000"], "threads: .* less than or equal to 1024"),
         *(([flag, value], "String should match pattern") for flag, value in (
-            ("--device", "junk"), ("--device", "cuda:x"), ("--name", "../../x"), ("--name", "/tmp/x"), ("--name", ".."),
+            ("--device", "junk"), ("--device", "cuda:x"), ("--name", "../../x"), ("--name", "/x"), ("--name", ".."),
             ("--name", "a/b"))),
         *(([flag, "0"], "greater than or equal to 1") for flag in (
             "--save-every", "--sft.micro-batch", "--grpo.micro-batch", "--eval.batch-size", "--grpo.num-iterations")),

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,13 @@ def test_a_target_has_each_header_once_whatever_its_sections_hold(report):
 def test_titles_as_people_write_them(text):
     assert data.target_text(text, "both")[0].replace(".;", ".") == REPORT
     assert data.target_text("FINDINGS: . IMPRESSION: -", "both") == ("", "empty report")
+
+
+@pytest.mark.parametrize("part", ["\n", " ", ". ", "\n ", ".\n", "FINDINGS", "findings ", "FINDINGS: a. ", "*", "<x"])
+def test_a_report_of_a_megabyte_takes_no_minute(part):
+    began = time.process_time()
+    data.target_text(part * (1_000_000 // len(part)), "both")
+    assert time.process_time() - began < 5
 
 
 def test_target_text():

@@ -84,6 +84,7 @@ DAMAGE = {
     "a flipped bit": lambda path: path.write_bytes(flipped(path.read_bytes(), -2500)),
     "a flipped weight": lambda path: path.write_bytes(flipped(
         path.read_bytes(), path.read_bytes().index(weights(small_policy()[0])[0].numpy().tobytes()[:16]))),
+    "another compression": lambda path: path.write_bytes(as_deflated(path.read_bytes())),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a list": lambda path: torch.save([1, 2], path),
     "a pickle of code": lambda path: torch.save({"step": os.system}, path),
@@ -108,6 +109,13 @@ DAMAGE = {
     "no group": lambda path: change(path, lambda state: state["optimizer"]["param_groups"].clear()),
     "rng": lambda path: change(path, lambda state: state.update(rng=torch.zeros(3))),
 }  # fmt: skip
+
+
+def as_deflated(data: bytes) -> bytes:
+    """A zip whose first record says that it is compressed, which it is not."""
+    data, place = bytearray(data), data.index(b"PK\x01\x02")
+    data[place + 10] = data[8] = 8
+    return bytes(data)
 
 
 def flipped(data: bytes, place: int) -> bytes:

@@ -20,7 +20,7 @@ from running.weights import (
     check_torch_file,
     count_weights,
     load_tokenizer,
-    require_finite,
+    require_finite_tensors,
     require_placed,
     require_rows,
 )
@@ -266,14 +266,14 @@ def test_weights_without_a_place_and_not_finite_are_named():
     with pytest.raises(ValueError, match="^folder: 1 weights have no place in the model, e.g. c$"):
         require_placed([], ["c"], "folder")
     layer = torch.nn.Linear(2, 2)
-    require_finite(layer, "folder")
-    require_finite({"count": torch.tensor(3)}, "folder")
+    require_finite_tensors(layer, "folder")
+    require_finite_tensors({"count": torch.tensor(3)}, "folder")
     for value in (float("nan"), float("inf")):
         with torch.no_grad():
             layer.bias[1] = value
         for tensors in (layer, {"weight": torch.ones(2), "bias": layer.bias.to(torch.bfloat16)}):
             with pytest.raises(ValueError, match="^folder: bias holds NaN or infinity"):
-                require_finite(tensors, "folder")
+                require_finite_tensors(tensors, "folder")
 
 
 def test_git_lfs_pointers_are_named_as_such(tmp_path):

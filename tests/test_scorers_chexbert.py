@@ -96,6 +96,9 @@ def test_bad_checkpoints_are_one_line(folder, tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             chexbert.load_chexbert(edit(folder, tmp_path, change), folder)
         assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_checkpoint_are_one_line(folder, tmp_path):
     whole = (folder / "chexbert.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pth").write_text("not a checkpoint")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from formats.files import read_json
 from running import parallel
-from running.weights import require, require_finite, require_placed, tensor_shapes
+from running.weights import require, require_finite_tensors, require_placed, tensor_shapes
 from vlm.families import BROKEN, PARTS
 
 # fields of adapter_config.json that are used, and those that change nothing; any other must have PEFT's default
@@ -84,7 +84,7 @@ def load_adapter(model, folder: Path, name: str = "default"):
         found = {f"{tensor} {shape}" for tensor, shape in shapes.items()}
         require_placed(wanted - found, found - wanted, "its weights")
         weights = load_file(folder / "adapter_model.safetensors")
-        require_finite(weights, "its weights")
+        require_finite_tensors(weights, "its weights")
         if not all(x.is_floating_point() for x in weights.values()):
             raise ValueError("its weights are no floating-point numbers")
     except BROKEN as error:  # what odd values end in

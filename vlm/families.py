@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from running.weights import REFUSED, check_model, check_tokenizer, require_finite, require_placed
+from running.weights import REFUSED, check_model, check_tokenizer, require_finite_tensors, require_placed
 
 # What the two parts of a stage are called inside each family's module tree. Regexes, not lists of suffixes:
 # "q_proj" alone would also match the vision tower, which stays frozen.
@@ -71,7 +71,7 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0, device_map: 
     shapes = [f"{name} {list(got)} (by config.json {list(want)})" for name, got, want in info["mismatched_keys"]]
     require_placed(info["missing_keys"], [*shapes, *info["unexpected_keys"]], path)
     if device_map != "meta":
-        require_finite(model, path)
+        require_finite_tensors(model, path)
     check_tokenizer(processor.tokenizer, path)
     processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
     if family == "llava" and processor.patch_size is None:  # a folder of 2024: these three were the model's alone

@@ -71,6 +71,7 @@ class RolloutConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # nucleus mass kept when sampling, 1 = off [TRL; not in the paper]
     top_k: Count = 0  # number of most likely tokens kept when sampling, 0 = off [TRL; not in the paper]
     min_new_tokens: Count = 4  # tokens before the end-of-sequence token is allowed [ours; not in the paper]
+    compile: bool = False  # torch.compile the decoding step (vlm/static_decoding.py): for a GPU [gpt-fast]
     max_new_tokens: Size = 96  # tokens at which a report is cut off; it stays in the loss [ours; not in the paper]
 
 

@@ -31,6 +31,7 @@ from vlm import attention
 from vlm.adapters import load_adapter, targets
 from vlm.attention import Decoding, pack, run_layers
 from vlm.families import BROKEN, PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
+from vlm.static_decoding import StaticDecoding
 
 LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
 
@@ -86,6 +87,8 @@ def load_policy(cfg: Config, adapter: Path | None = None, *, new_lora=False, tra
         model = get_peft_model(model, LoraConfig(target_modules=targets(model), **settings))
     model.requires_grad_(False)
     prepare(model, cfg)
+    if cfg.fsdp and cfg.rollout.compile:
+        raise ValueError("rollout.compile: not with fsdp, which puts each layer together while it computes")
     if cfg.fsdp:
         parallel.shard(get_base(model))
     model = model.to(parallel.pick_device(cfg.device)).eval()
@@ -166,10 +169,10 @@ def encode_prompts(processor, images: list, prompt: str, device) -> dict[str, Te
     return dict(inputs.to(device)) | {"image_counts": torch.tensor([len(study) for study in views], device=device)}
 
 
-def prefill(model, inputs: dict[str, Tensor]) -> tuple[Decoding, Tensor, Tensor]:
+def prefill(model, inputs: dict[str, Tensor], compiled=False) -> tuple[Decoding, Tensor, Tensor]:
     """(Keys and values of B images and prompts, hidden states (B, D) that predict token 0, its positions (B,))."""
     base, positions = get_base(model), prompt_positions(get_base(model), inputs)  # (B, P) or (3, B, P)
-    cache = Decoding(inputs["attention_mask"], base.dtype)
+    cache = (StaticDecoding if compiled else Decoding)(inputs["attention_mask"], base.dtype)
     hidden = run_layers(base, embed_prompt(base, inputs), positions, cache)  # (B, P, D)
     return cache, hidden[:, -1], report_start(positions)
 
@@ -178,9 +181,7 @@ def next_hidden(model, cache: Decoding, tokens: Tensor, positions: Tensor) -> Te
     """Hidden states (N, D) after one more token (N,) of each report, at positions (N,)."""
     base = get_base(model)
     embeds = base.get_input_embeddings()(tokens[:, None])  # (N, 1, D)
-    hidden = run_layers(base, embeds, positions[:, None], cache)  # (N, 1, D)
-    cache.t += 1
-    return hidden[:, -1]
+    return cache.step(base, embeds, positions[:, None])[:, -1]
 
 
 def report_start(positions: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from vlm.families import encode_images
 from vlm.fast_linear import fast_linears
 
 EVALUATION = -1  # the update whose random numbers evaluation takes: none of training
-SHRINK = 0.8  # finished reports leave the batch when fewer than this share of it are still being written
 
 
 @dataclass
@@ -38,11 +37,10 @@ class Rollout:
     def record(self, rows: Tensor, t: int, token: Tensor, logps: Tensor, eos: Tensor) -> None:
         """Token t (n,) of reports `rows` (n,) with log-probs (n, V); what comes after a report's EOS is dropped."""
         live = ~self.finished[rows]  # (n,)
-        rows, token = rows[live], token[live]  # (m,) each
-        self.completions[rows, t] = token
-        self.completion_mask[rows, t] = 1  # an EOS drawn now is still part of the report
-        self.logps[rows, t] = logps[live].gather(1, token[:, None])[:, 0]  # (m, V) -> (m,)
-        self.finished[rows] = torch.isin(token, eos)  # (m,)
+        self.completions[rows, t] = torch.where(live, token, self.completions[rows, t])
+        self.completion_mask[rows, t] = live.long()  # an EOS drawn now is still part of the report
+        self.logps[rows, t] = torch.where(live, logps.gather(1, token[:, None])[:, 0], 0.0)  # (n, V) -> (n,)
+        self.finished[rows] |= torch.isin(token, eos)  # (n,)
 
 
 def uniforms(ids: list[str], seed: int, step: int, group_size: int, length: int) -> Tensor:
@@ -78,14 +76,15 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model, inputs, rules, u, max_new_tokens: int, group_size=1, top_p=1.0, top_k=0, together=False) -> Rollout:
+def sample(model, inputs, rules, u, max_new_tokens, group_size=1, top_p=1.0, top_k=0, together=False, compiled=False):
     """Write `group_size` reports for each of the B encoded prompts. u: (N, T) uniforms, or None for greedy decoding.
 
     rules: model.SamplingRules. together: go on until every process is done, as a base that is spread over them needs.
+    compiled: vlm/static_decoding.py. Returns a Rollout.
     """
     base = get_base(model)
-    with fast_linears(base):
-        cache, hidden, first = prefill(model, inputs)  # 1); hidden (B, D), first (B,)
+    with fast_linears(base, not compiled):
+        cache, hidden, first = prefill(model, inputs, compiled)  # 1); hidden (B, D), first (B,)
         cache.start(group_size, max_new_tokens - 1)  # the last token is never read
         hidden = hidden.repeat_interleave(group_size, dim=0)  # (N, D)
         first = first.repeat_interleave(group_size)  # (N,) position of token 0
@@ -100,13 +99,11 @@ def sample(model, inputs, rules, u, max_new_tokens: int, group_size=1, top_p=1.0
             token = logits.argmax(-1) if u is None else draw(truncate(logps.exp(), top_k, top_p), u[rows, t])  # 3) (n,)
             out.record(rows, t, token, logps, eos)  # 4)
             writing = ~out.finished[rows]  # (n,)
-            left = int(writing.sum())
-            if t == max_new_tokens - 1 or not (any(parallel.gather(left > 0)) if together else left):
+            left = bool(writing.any())
+            if t == max_new_tokens - 1 or not (any(parallel.gather(left)) if together else left):
                 break
-            if 0 < left < SHRINK * len(rows):  # a copy of what the others have written so far: not at every token
-                stay = writing.nonzero()[:, 0]  # (n',)
-                cache.keep(stay)
-                rows, token = rows[stay], token[stay]  # (n',) each
+            stay = cache.keep(writing)  # (n',) places in the batch that the finished reports leave to the others
+            rows, token = rows[stay], token[stay]  # (n',) each
             hidden = next_hidden(model, cache, token, first[rows] + t)  # 5) (n, D)
     return Rollout(out.completions[:, : t + 1], out.completion_mask[:, : t + 1], out.logps[:, : t + 1], out.finished)
 
@@ -121,7 +118,7 @@ def rollout(model, processor, images: list, ids: list[str], cfg: Config, step: i
     inputs = encode_images(base, encode_prompts(processor, images, cfg.data.prompt, base.device))
     u = None if samples == 0 else uniforms(ids, cfg.seed, step, group_size, r.max_new_tokens)  # (N, T)
     rules = sampling_rules(model, processor, cfg)
-    out = sample(model, inputs, rules, u, r.max_new_tokens, group_size, r.top_p, r.top_k, cfg.fsdp)
+    out = sample(model, inputs, rules, u, r.max_new_tokens, group_size, r.top_p, r.top_k, cfg.fsdp, r.compile)
     require_finite(out.logps, ids)
     lengths = out.completion_mask.sum(dim=1) - out.finished.long()  # (N,) without the EOS
     rows = [row[:n].tolist() for row, n in zip(out.completions, lengths.tolist(), strict=True)]

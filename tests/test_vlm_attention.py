@@ -151,12 +151,12 @@ def test_rows_that_leave_the_batch_change_nothing(family, monkeypatch):
     model, inputs, *_, rules = load(cfg, images, "language")
     rules = replace(rules, eos_ids=list(range(20, 60)))
     u = torch.rand(2 * 5, 40, generator=torch.Generator().manual_seed(5))
-    kept, real = [], Decoding.keep
-    monkeypatch.setattr(Decoding, "keep", lambda self, rows: (kept.append(len(rows)), real(self, rows)))
-    monkeypatch.setattr("rollout.SHRINK", 1.0)
+    kept, real = [], Decoding.take
+    monkeypatch.setattr(Decoding, "take", lambda self, rows, left: (kept.append(len(rows)), real(self, rows, left)))
+    monkeypatch.setattr(attention, "SHRINK", 1.0)
     leaving = sample(model, inputs, rules, u, 40, 5)
     assert len(kept) >= 2 and kept == sorted(kept, reverse=True)
-    monkeypatch.setattr("rollout.SHRINK", 0.0)
+    monkeypatch.setattr(attention, "SHRINK", 0.0)
     staying = sample(model, inputs, rules, u, 40, 5)
     assert torch.equal(leaving.completions, staying.completions) and torch.equal(leaving.finished, staying.finished)
     torch.testing.assert_close(leaving.logps, staying.logps, atol=1e-5, rtol=0)

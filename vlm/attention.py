@@ -41,6 +41,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
 STRIP = 64  # report tokens that attend in one call, at least; half the prefix where that is more
+SHRINK = 0.8  # finished reports leave the batch when fewer than this share of it are still being written
 
 
 def attend(module, query, key, value, attention_mask, *, plan=None, scaling=None, **options):
@@ -146,16 +147,16 @@ class Decoding:
 
     prompt_mask: Tensor  # (B, P) 1 = real
     dtype: torch.dtype
-    t: int = -1  # own tokens that are in the buffers; -1 = the prefix is being read
+    t: int = 0  # own tokens that are in the buffers
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (B, Hkv, P, d) twice
-    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (N, Hkv, T, d) twice
+    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (N, Hkv, T, d) twice; none: it is read
 
     def __post_init__(self):
         self.causal = causal_mask(self.prompt_mask, self.dtype)
 
     def start(self, reports: int, length: int) -> None:
         """G = `reports` rows for each study, of at most `length` tokens."""
-        self.t, device = 0, self.prompt_mask.device
+        device = self.prompt_mask.device
         self.own = [tuple(x.new_empty(len(x) * reports, x.shape[1], length, x.shape[3]) for x in layer)
                     for layer in self.prefix]  # fmt: skip
         self.arrange(torch.arange(len(self.prompt_mask), device=device).repeat_interleave(reports))
@@ -172,37 +173,62 @@ class Decoding:
         padding = self.prompt_mask.logical_not()[:, None, None, :]  # (B, 1, 1, P)
         self.padding = padding if bool(padding.any()) else None
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all reports but `rows` (ascending), and the studies that have none left."""
-        left, study = self.study[rows].unique_consecutive(return_inverse=True)
+    def keep(self, writing: Tensor) -> Tensor:
+        """Which rows (n',) of the n to go on with, where `writing` (n,) are not finished; the cache forgets the others,
+        and the studies that have none left. A copy of what is written so far: not at every token."""
+        left = int(writing.sum())
+        if not 0 < left < SHRINK * len(writing):
+            return torch.arange(len(writing), device=writing.device)
+        rows = writing.nonzero()[:, 0]  # (n',)
+        self.take(rows, self.study[rows].unique_consecutive())
+        return rows
+
+    def take(self, rows: Tensor, studies: Tensor) -> None:
+        """Forget all reports but `rows` (n',) and all studies but `studies` (B',), both ascending."""
         for i, layer in enumerate(self.own):  # one by one: never two copies of them all
             self.own[i] = tuple(x[rows] for x in layer)
-        if len(left) < len(self.prompt_mask):
-            self.prompt_mask = self.prompt_mask[left]
+        study = torch.searchsorted(studies, self.study[rows])  # (n',)
+        if len(studies) < len(self.prompt_mask):
+            self.prompt_mask = self.prompt_mask[studies]
             for i, layer in enumerate(self.prefix):
-                self.prefix[i] = tuple(x[left] for x in layer)
+                self.prefix[i] = tuple(x[studies] for x in layer)
         self.arrange(study)
+
+    def step(self, base, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (N, 1, D) after one more token of each report: embeddings (N, 1, D), positions (N, 1)."""
+        hidden = run_layers(base, embeds, positions, self)  # (N, 1, D)
+        self.t += 1
+        return hidden
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """The prefix itself: (B, H, P, d) -> (B, H, P, d). One new token per row: (N, H, 1, d) -> (N, H, 1, d)."""
         groups = query.shape[1] // key.shape[1]
-        if self.t < 0:
+        if not self.own:
             self.prefix.append((key.contiguous(), value.contiguous()))
             key, value, causal = repeat_kv(key, groups), repeat_kv(value, groups), self.causal is None
             return scaled_dot_product_attention(query, key, value, self.causal, is_causal=causal, scale=scaling)
-        (prefix_keys, prefix_values), (own_keys, own_values) = self.prefix[layer], self.own[layer]
-        own_keys[:, :, self.t], own_values[:, :, self.t] = key[:, :, 0], value[:, :, 0]
-        own_keys, own_values = own_keys[:, :, : self.t + 1], own_values[:, :, : self.t + 1]  # (N, Hkv, t + 1, d)
-        n, heads = key.shape[:2]
+        own_keys, own_values, unwritten = self.extend(layer, key, value)
+        (prefix_keys, prefix_values), (n, heads) = self.prefix[layer], key.shape[:2]
         query = query.view(n, heads, groups, -1) * scaling  # (N, Hkv, groups, d): heads that share a key side by side
         scores = self.to_grid(query) @ prefix_keys.transpose(2, 3)  # (B, Hkv, W * groups, P)
         if self.padding is not None:
             scores = scores.masked_fill(self.padding, float("-inf"))  # (B, Hkv, W * groups, P)
         own_scores = self.to_grid(query @ own_keys.transpose(2, 3))  # (B, Hkv, W * groups, t + 1)
+        if unwritten is not None:
+            own_scores = own_scores.masked_fill(unwritten, float("-inf"))  # (B, Hkv, W * groups, T)
         weights = torch.cat([scores, own_scores], dim=3).softmax(dim=3, dtype=torch.float32).to(value.dtype)
         weights, own_weights = weights.split([scores.shape[3], own_scores.shape[3]], dim=3)
         output = self.to_rows(weights @ prefix_values) + self.to_rows(own_weights) @ own_values  # (N, Hkv, groups, d)
         return output.reshape(n, heads * groups, 1, -1)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor):
+        """Write key and value (N, Hkv, 1, d) of the new token; (own keys, own values (N, Hkv, t + 1, d), None).
+
+        Where the buffers have places beyond t (vlm/static_decoding.py), which of them, True, instead of None.
+        """
+        own_keys, own_values = self.own[layer]
+        own_keys[:, :, self.t], own_values[:, :, self.t] = key[:, :, 0], value[:, :, 0]
+        return own_keys[:, :, : self.t + 1], own_values[:, :, : self.t + 1], None
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Rows (N, Hkv, groups, c) -> (B, Hkv, W * groups, c)."""

@@ -39,10 +39,13 @@ def can_be_packed(layer: Linear) -> bool:
 
 @contextlib.contextmanager
 @torch.no_grad()
-def fast_linears(base):
-    """Within this block `base`'s decoder layers and output layer run as said above, LoRA with its active adapter."""
+def fast_linears(base, wanted: bool = True):
+    """Within this block `base`'s decoder layers and output layer run as said above, LoRA with its active adapter.
+
+    Not `wanted`: nothing changes; torch.compile looks for fewer operations itself.
+    """
     changed, small = [], set()
-    for layer in [*base.model.language_model.layers.modules(), base.lm_head]:
+    for layer in [*base.model.language_model.layers.modules(), base.lm_head] if wanted else ():
         if isinstance(layer, LoraLinear) and layer.active_adapters[0] in layer.lora_A:  # else no LoRA of this adapter
             [name] = layer.active_adapters
             small |= {id(part) for part in layer.modules()}  # they come after it

@@ -1,0 +1,89 @@
+r"""A decoding step of one shape, so that torch.compile can take it: `rollout.compile`, on a GPU a CUDA graph.
+
+`attention.Decoding` grows by a token each step and lets each report leave as it ends: every step has a shape of its
+own, and eager layers, which launch some hundred kernels one by one, leave a GPU idle between them. Here nothing changes
+shape while reports are written, and no number is looked at by Python:
+
+    own keys   step 3   a a a - - - - -     a whole buffer of T places; those not yet written (-) are masked out
+               step 4   a a a a - - - -     `t` is a number on the device
+
+    rows       W = 4    abcd efgh ijkl      every study keeps W rows; as reports end, W is halved, and so is the number
+               W = 2    bd   ef   il        of studies: a few sizes, each compiled once. A finished report (f) may keep
+               W = 1    b    e    l         its row for that: what it goes on writing is dropped
+
+The numbers are those of the plain path up to float rounding, the tokens the same.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vlm.attention import Decoding, run_layers
+
+SHAPES = 64  # sizes of batches that are compiled before torch gives up and runs the plain code
+
+
+class StaticDecoding(Decoding):
+    """`attention.Decoding` with buffers, masks and positions of one shape, and a compiled step."""
+
+    def start(self, reports: int, length: int) -> None:
+        super().start(reports, length)
+        self.t = torch.zeros((), dtype=torch.long, device=self.prompt_mask.device)
+        self.own = [tuple(x.zero_() for x in layer) for layer in self.own]  # 0 x garbage may be NaN
+        self.fix()
+
+    def fix(self) -> None:
+        """Tell torch that these tensors stay where they are: a CUDA graph reads and writes them in place."""
+        tensors = [x for layer in (*self.prefix, *self.own) for x in layer] + [self.t]
+        for x in tensors if self.padding is None else [*tensors, self.padding]:
+            torch._dynamo.mark_static_address(x)
+
+    def keep(self, writing: Tensor) -> Tensor:
+        """As in the plain path, but the rows (n',) that stay are W' of each of B' studies, which are W and B halved now
+        and then; of a study's rows those that are being written come first."""
+        grid = writing.view(-1, self.width)  # (B, W)
+        counts = grid.sum(dim=1)  # (B,)
+        width, studies = halved(self.width, int(counts.max())), halved(len(grid), int(counts.count_nonzero()))
+        if (studies, width) == grid.shape:
+            return torch.arange(len(writing), device=writing.device)
+        chosen = first(counts > 0, studies)  # (B',)
+        column = first(grid[chosen], width)  # (B', W')
+        rows = (chosen[:, None] * self.width + column).flatten()  # (B' * W',)
+        self.take(rows, chosen)
+        self.fix()
+        return rows
+
+    def step(self, base, embeds: Tensor, positions: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            hidden = compiled_layers()(base, embeds, positions, self)  # (N, 1, D)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(f"rollout.compile: {' '.join(str(error).split())[:300]}; leave it off") from error
+        self.t += 1
+        return hidden
+
+    def extend(self, layer: int, key: Tensor, value: Tensor):
+        own_keys, own_values = self.own[layer]  # (N, Hkv, T, d) each
+        own_keys.index_copy_(2, self.t[None], key)
+        own_values.index_copy_(2, self.t[None], value)
+        return own_keys, own_values, torch.arange(own_keys.shape[2], device=key.device) > self.t  # (T,)
+
+
+def first(wanted: Tensor, n: int) -> Tensor:
+    """Indices (..., n), ascending, of n entries of (..., N), those that are wanted before the others."""
+    return wanted.byte().argsort(dim=-1, descending=True, stable=True)[..., :n].sort(dim=-1).values
+
+
+def halved(n: int, least: int) -> int:
+    """n halved (rounded up) as often as it stays at or above `least` and 1."""
+    while (n + 1) // 2 >= max(least, 1) and n > 1:
+        n = (n + 1) // 2
+    return n
+
+
+@functools.cache
+def compiled_layers():
+    """`attention.run_layers`, compiled for each shape that it meets; here, as that imports four seconds of torch."""
+    torch._dynamo.config.recompile_limit = SHAPES
+    return torch.compile(run_layers, mode="reduce-overhead", fullgraph=True, dynamic=False)

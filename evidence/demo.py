@@ -14,30 +14,31 @@ from functools import partial
 from pathlib import Path
 
 from config import Config, parse
-from evidence.tasks import CORES, Task, command, run_tasks
+from evidence.tasks import CORES, Task, run_tasks
 
 
 def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     """The demo's commands. Their seconds: start-up plus what an update or a study took on two quiet cores."""
     p, a = cfg.phantom, cfg.assets
     studies = p.expert + p.base + p.sft + p.train + p.val + p.test
-    build, train, evaluate = (partial(command, script) for script in ("phantom.assets", "train.py", "evaluate.py"))
     branch, look = ["--stage", "2", *flags], ["--policy", "sft", "--split", cfg.data.val_split, "--eval.samples", "0"]
     text_only = [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
 
-    data = Task("phantom data set", build(["--build", "data", *flags]), 13 + 0.0016 * studies)
-    labeller = Task("labeller", build(["--build", "labeller", *flags]), 13 + 0.18 * a.labeller_steps)
-    base_seconds = 14 + 0.08 * a.vision_steps + 0.34 * a.base_steps
-    base = Task("base model", build(["--build", "base", *flags]), base_seconds, [data])
-    expert = Task("expert", build(["--build", "expert", *flags]), 15 + 0.66 * a.expert_steps, [data])
-    sft = Task("Stage 0 (SFT)", train(["--stage", "0", *flags]), 13 + 0.4 * cfg.sft.steps, [base])
-    gate = Task("its gate: does it see?", evaluate([*flags, *look]), 13 + 0.12 * p.val, [sft, labeller],
+    def build(title: str, name: str, seconds: float, *after: Task) -> Task:
+        return Task(title, "phantom.assets", ["--build", name, *flags], seconds, list(after))
+
+    data = build("phantom data set", "data", 10 + 0.0016 * studies)
+    labeller = build("labeller", "labeller", 10 + 0.18 * a.labeller_steps)
+    base = build("base model", "base", 0.08 * a.vision_steps + 0.2 * a.base_steps, data)
+    expert = build("expert", "expert", 0.5 * a.expert_steps, data)
+    sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.32 * cfg.sft.steps, [base])
+    gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.1 * p.val, [sft, labeller],
                 check=partial(check_gate, cfg))  # fmt: skip
-    stage1 = Task("Stage 1: text rewards", train(["--stage", "1", *flags], CORES), 12 + 1.1 * cfg.stage1.steps,
+    stage1 = Task("Stage 1: text rewards", "train.py", ["--stage", "1", *flags], 1.1 * cfg.stage1.steps,
                   [gate, expert], cores=CORES)  # fmt: skip
-    branches = [Task("text rewards go on", train(text_only), 12 + 1.7 * cfg.stage2.steps, [stage1]),
-                Task("visual reward mixed in", train(branch), 12 + 1.7 * cfg.stage2.steps, [stage1])]  # fmt: skip
-    tables = [Task(f"evaluation: {names}", evaluate(["--policy", names, *flags]), 15 + 0.2 * p.test, branches)
+    branches = [Task("text rewards go on", "train.py", text_only, 1.6 * cfg.stage2.steps, [stage1]),
+                Task("visual reward mixed in", "train.py", branch, 1.6 * cfg.stage2.steps, [stage1])]  # fmt: skip
+    tables = [Task(f"evaluation: {names}", "evaluate.py", ["--policy", names, *flags], 0.2 * p.test, branches)
               for names in ("base,sft,stage1", "stage1_continued,stage2")]  # fmt: skip
     return [data, labeller, base, expert, sft, gate, stage1, *branches, *tables]
 

@@ -23,7 +23,7 @@ from config import Config, parse
 from evidence.figures import draw_arms, draw_curves
 from evidence.sweep_tables import collect_results, markdown
 from evidence.tables import write_json
-from evidence.tasks import Task, command, run_tasks
+from evidence.tasks import Task, run_tasks
 from phantom.cache import asset_dir
 from running.folder import write_text
 
@@ -46,8 +46,9 @@ def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
     """All commands of the sweep, those that unlock the most first; each has a log in `<root>/log/`."""
     assets: dict[str, Task] = {}
     for name, seconds in ASSETS.items():
-        words, log = command("phantom.assets", ["--build", name, *flags]), Path(cfg.root) / "log" / f"assets_{name}.txt"
-        assets[name] = Task(f"assets: {name}", words, seconds, list(assets.values())[:1], [asset_dir(cfg) / name], log)
+        words, log = ["--build", name, *flags], Path(cfg.root) / "log" / f"assets_{name}.txt"
+        assets[name] = Task(f"assets: {name}", "phantom.assets", words, seconds, list(assets.values())[:1],
+                            [asset_dir(cfg) / name], log)  # fmt: skip
     return [*assets.values(), *(task for seed in cfg.seeds for task in tasks_of_seed(cfg, flags, seed, assets))]
 
 
@@ -61,19 +62,20 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], seed: int, assets: dict[st
         # the last flag wins: the arm stays what it says
         words = [*common, "--name", name, *arm["flags"].format(both=both).split()]
         words += ["--val-every", "20"] if arm.get("watched") else []
-        seconds = 15 + 1.6 * updates.get(name, cfg.stage2.steps)
+        seconds = 5 + 1.6 * updates.get(name, cfg.stage2.steps)
         if arm.get("after", "sft") not in {"sft", *arms}:
             raise ValueError(f"arms.toml: [{name}] must stand below [{arm['after']}], after which it runs")
         after = [arms[arm["after"]], *assets.values()] if "after" in arm else [assets["base"]]
-        arms[name] = Task(f"seed {seed}: {name}", command("train.py", words), seconds, after,
+        arms[name] = Task(f"seed {seed}: {name}", "train.py", words, seconds, after,
                           [run / name / "adapter"], logs / f"{seed}_{name}.txt")  # fmt: skip
     halves = []
     for half in (EVALUATED[:6], EVALUATED[6:]):
         made = {name: run / "eval" / cfg.data.test_split / name / "results.json" for name in half}
         missing = [name for name in half if not made[name].exists()]
-        words = command("evaluate.py", ["--policy", ",".join(missing), "--eval.samples", "2", *common])
-        halves.append(Task(f"seed {seed}: evaluation", words, 28 * len(missing), [arms[n] for n in half if n in arms],
-                           list(made.values()), logs / f"{seed}_evaluation_{half[0]}.txt"))  # fmt: skip
+        words = ["--policy", ",".join(missing), "--eval.samples", "2", *common]
+        after, log = [arms[n] for n in half if n in arms], logs / f"{seed}_evaluation_{half[0]}.txt"
+        halves.append(Task(f"seed {seed}: evaluation", "evaluate.py", words, 25 * len(missing), after,
+                           list(made.values()), log))  # fmt: skip
     return [*arms.values(), *halves]
 
 

@@ -1,31 +1,40 @@
 """Commands run side by side, each as soon as what it needs is done; all stop when one fails.
 
-The demo and the sweep over seeds are lists of these tasks.
+The demo and the sweep over seeds are lists of these tasks. To import torch, transformers and the rest takes a process
+ten seconds, and three more to end. Here a server does it once, and a task is a copy of it (multiprocessing's
+forkserver) that runs a script's `main` with the flags of the command line.
 """
 
+import importlib
+import multiprocessing
 import os
-import re
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 CORES = 2  # processes side by side, one thread each: faster here than one process with two threads
+FORKS = multiprocessing.get_context("forkserver")
 
 
-def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
-    """The command line of `train.py`, `evaluate.py` or a module, through torchrun where it takes several processes."""
-    if not script.endswith(".py"):
-        return [sys.executable, "-m", script, *flags]
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        flags = [re.sub(r"^--run(?==|$)", "--run-dir", word) for word in flags]  # torchrun takes --run for its own
-    return [sys.executable, *launcher, str(ROOT / script), *flags]
+def run_script(script: str, flags: list[str], log: Path | None, line: int, environment: dict[str, str]) -> None:
+    """What a task's process does: `python SCRIPT FLAGS`, its output added to the file `log` or, None, the terminal's,
+    with its progress bar in that `line`."""
+    from tqdm import tqdm
+
+    os.environ.update(environment)
+    if log:
+        with log.open("a", encoding="utf-8") as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+            os.dup2(file.fileno(), sys.stderr.fileno())
+    in_file = log or not sys.stderr.isatty()  # where each state of a bar is a line
+    tqdm.__init__ = partialmethod(tqdm.__init__, position=line, mininterval=15 if in_file else 0.5)
+    sys.argv = [script, *flags]
+    importlib.import_module(script.removesuffix(".py")).main()
 
 
 @dataclass(eq=False)
@@ -33,14 +42,15 @@ class Task:
     """One command. Where it makes something and all of that is there, it is done and not run again."""
 
     title: str
-    command: list[str]
+    script: str  # train.py, evaluate.py, or a module with a `main`
+    flags: list[str]
     seconds: float  # expected on two quiet cores; the time to go scales it by the pace seen
     after: list["Task"] = field(default_factory=list)  # must be done before
     makes: list[Path] = field(default_factory=list)
     log: Path | None = None  # file that its output is added to; None: the terminal, with a progress bar of its own
-    cores: int = 1
+    cores: int = 1  # as many processes, as torchrun would start them
     check: Callable[[], None] | None = None  # called when it has ended well; may end the program
-    process: subprocess.Popen | None = None
+    processes: list[multiprocessing.Process] = field(default_factory=list)
     began: float = 0.0
     line: int = 0  # of the terminal, for the progress bar
 
@@ -48,22 +58,35 @@ class Task:
         return bool(self.makes) and all(path.exists() for path in self.makes)
 
     def start(self) -> None:
-        """Start the process."""
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                                    "TQDM_POSITION": str(self.line)}  # fmt: skip
-        if self.log or not sys.stderr.isatty():
-            environment["TQDM_MININTERVAL"] = "15"  # in a file each state of a bar is a line
+        """Start its processes."""
         if self.log:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-        output = self.log.open("a", encoding="utf-8") if self.log else None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         self.began = time.time()
-        self.process = subprocess.Popen(self.command, stdout=output, stderr=output, env=environment)
-        if output:
-            output.close()
+        for i in map(str, range(self.cores)):
+            group = place | {"WORLD_SIZE": str(self.cores), "RANK": i, "LOCAL_RANK": i} if self.cores > 1 else {}
+            given = self.script, self.flags, self.log, self.line, group
+            self.processes.append(FORKS.Process(target=run_script, args=given))
+            self.processes[-1].start()
+
+    def ended(self) -> bool:
+        """Whether all its processes have, or one has failed."""
+        codes = [process.exitcode for process in self.processes]
+        return None not in codes or any(codes)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.join()
 
     def finish(self) -> None:
         """End the program, with the last lines of the log, unless the command ended well and made what it should."""
-        code, said = self.process.returncode, " ".join(self.command)
+        code = next((process.exitcode for process in self.processes if process.exitcode), 0)
+        launcher = "python" if self.cores == 1 else f"torchrun --nproc-per-node {self.cores}"
+        said = " ".join([launcher, self.script, *self.flags])
+        self.stop()  # a process whose peer has failed
         if code or (self.makes and not self.made()):
             if self.log:
                 lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
@@ -79,12 +102,14 @@ def run_tasks(tasks: list[Task]) -> None:
     The time to go: expected seconds of what is left, over the cores, scaled by the pace of what this call has done.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it started end with it
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    FORKS.set_forkserver_preload(["train", "evaluate", "phantom.training"])
     waiting, running = [task for task in tasks if not task.made()], []
     print(f"{len(tasks)} commands, {len(tasks) - len(waiting)} of them done before", flush=True)
     expected = spent = 0.0
     try:
         while waiting or running:
-            for task in [t for t in running if t.process.poll() is not None]:
+            for task in [t for t in running if t.ended()]:
                 running.remove(task)
                 task.finish()
                 took = time.time() - task.began
@@ -103,5 +128,4 @@ def run_tasks(tasks: list[Task]) -> None:
             time.sleep(0.2)
     finally:
         for task in running:
-            task.process.terminate()
-            task.process.wait()
+            task.stop()

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from config import Config, flatten, from_recorded, load_toml, merge, parse, to_dict
-from evidence import demo
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,9 +164,6 @@ def test_python_without_docstrings_is_one_line():
 def test_run_has_a_name_that_torchrun_leaves_alone():
     """torchrun reads `--run` as its own --run-path, even behind the script's name."""
     assert parse(Config, argv=["--run-dir", "runs/x"]).run == parse(Config, argv=["--run", "runs/x"]).run == "runs/x"
-    words = demo.command("train.py", ["--run", "a", "--run=b", "--stage", "1"], processes=2)
-    assert words[-4:] == ["--run-dir", "a", "--run-dir=b", "--stage", "1"][-4:] and "--run" not in words
-    assert demo.command("train.py", ["--run", "a"])[-2:] == ["--run", "a"]
 
 
 @pytest.mark.parametrize("argv", [["--config"], ["--config", "configs"], ["--config", "nowhere.toml"]])

@@ -18,9 +18,9 @@ def cfg(tmp_path):
 def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cfg):
     """The arms against VALOR: the same settings but for the fields that make the arm."""
     tasks = sweep.make_tasks(cfg, [])
-    commands = {t.title: t.command for t in tasks if t.command[1].endswith("train.py")}
+    commands = {t.title: t.flags for t in tasks if t.script == "train.py"}
     assert len(commands) == 2 * len(sweep.ARMS)
-    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"][2:]) for arm in sweep.ARMS}
+    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"]) for arm in sweep.ARMS}
     assert all(c.seed == 1 and c.run.endswith("runs/1") for c in configs.values())
     valor = configs["valor"]
     assert (valor.stage, valor.rewards.lambda_vis, valor.rewards.rank) == ("2", 0.5, "soft")
@@ -38,8 +38,8 @@ def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cf
 
 
 def test_the_users_flags_do_not_change_what_an_arm_is(cfg):
-    commands = {t.title: t.command for t in sweep.make_tasks(cfg, ["--rewards.lambda-vis", "0.4", "--seed", "3"])}
-    arms = {arm: parse(Config, argv=commands[f"seed 1: {arm}"][2:]) for arm in ("stage1_continued", "valor")}
+    commands = {t.title: t.flags for t in sweep.make_tasks(cfg, ["--rewards.lambda-vis", "0.4", "--seed", "3"])}
+    arms = {arm: parse(Config, argv=commands[f"seed 1: {arm}"]) for arm in ("stage1_continued", "valor")}
     assert arms["stage1_continued"].rewards.lambda_vis == 0 and arms["valor"].rewards.lambda_vis == 0.4
     assert all(c.seed == 1 for c in arms.values())
 
@@ -59,7 +59,7 @@ def test_an_arm_added_later_is_evaluated_too(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ARMS", dict([*arms[:3], ("new", sweep.ARMS["valor"]), *arms[3:]]))
     monkeypatch.setattr(sweep, "EVALUATED", ["base", *sweep.ARMS])
     unfinished = [task for task in evaluations() if not task.made()]
-    assert len(unfinished) == 1 and unfinished[0].command[unfinished[0].command.index("--policy") + 1] == "new"
+    assert len(unfinished) == 1 and unfinished[0].flags[unfinished[0].flags.index("--policy") + 1] == "new"
     assert "seed 0: new" in [task.title for task in unfinished[0].after]
 
 

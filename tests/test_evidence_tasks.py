@@ -5,19 +5,29 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from config import Config
 from evidence import demo
-from evidence.tasks import CORES, ROOT, Task, command, run_tasks
+from evidence.tasks import CORES, Task, run_tasks
+
+ROOT = Path(demo.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def step(tmp_path, monkeypatch):
+    """A script `step` whose `main` runs the code in its one flag."""
+    monkeypatch.syspath_prepend(tmp_path / "scripts")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "step.py").write_text("import sys\n\n\ndef main():\n    exec(sys.argv[1])\n")
 
 
 def task(tmp_path, name, *after, code=None, **fields):
     made, order = str(tmp_path / name), str(tmp_path / "order")
     code = code or f"open({made!r}, 'w').write('x'); open({order!r}, 'a').write({name!r})"
-    words, log = [sys.executable, "-c", code], tmp_path / f"{name}.txt"
-    return Task(name, words, 1.0, list(after), [tmp_path / name], log, **fields)
+    return Task(name, "step.py", [code], 1.0, list(after), [tmp_path / name], tmp_path / f"{name}.txt", **fields)
 
 
 def test_tasks_run_after_what_they_need_and_once(tmp_path, capsys):
@@ -34,26 +44,26 @@ def test_tasks_run_after_what_they_need_and_once(tmp_path, capsys):
 
 
 def test_a_task_that_makes_several_files_is_done_when_all_are_there(tmp_path):
-    both = Task("both", [], 1.0, makes=[tmp_path / "a", tmp_path / "b"])
+    both = Task("both", "step", [], 1.0, makes=[tmp_path / "a", tmp_path / "b"])
     (tmp_path / "b").touch()
     assert not both.made()
     (tmp_path / "a").touch()
-    assert both.made() and not Task("always", [], 1.0).made()
+    assert both.made() and not Task("always", "step", [], 1.0).made()
 
 
 def test_tasks_that_take_all_cores_run_alone(tmp_path):
     watch = (
         "import os, pathlib, time; here = pathlib.Path({here!r}); (here / {name!r}).write_text(''); time.sleep(0.5); "
         "seen = [path.name for path in here.glob('busy*')]; (here / 'seen').open('a').write(' '.join(seen) + chr(10)); "
-        "os.remove(here / {name!r})"
+        "(here / {name!r}).unlink(missing_ok=True)"
     )
 
     def busy(name, cores):
         code = watch.format(here=str(tmp_path), name=name)
-        return Task(name, [sys.executable, "-c", code], 1.0, cores=cores)
+        return Task(name, "step", [code], 1.0, cores=cores)
 
     run_tasks([busy("busy1", 1), busy("busy2", CORES), busy("busy3", 1)])
-    assert "busy2" in (seen := (tmp_path / "seen").read_text().splitlines()) and len(seen) == 3
+    assert "busy2" in (seen := (tmp_path / "seen").read_text().splitlines()) and len(seen) == 2 + CORES
 
 
 @pytest.mark.parametrize(
@@ -66,7 +76,7 @@ def test_a_failing_task_stops_all_with_its_last_words(tmp_path, code, message):
     began = time.time()
     with pytest.raises(SystemExit, match=message):
         run_tasks([slow, bad, task(tmp_path, "late", bad)])
-    assert not late.exists() and slow.process.poll() is not None and time.time() - began < 30
+    assert not late.exists() and slow.ended() and time.time() - began < 30
 
 
 def test_a_check_may_stop_what_comes_after(tmp_path):
@@ -81,8 +91,8 @@ def test_a_check_may_stop_what_comes_after(tmp_path):
 
 def test_sigterm_ends_the_children(tmp_path):
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evidence.tasks import Task, run_tasks; "
-            f"run_tasks([Task('a', [sys.executable, '-c', {child!r}], 1.0)])")  # fmt: skip
+    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path / 'scripts')!r}]; "
+            f"from evidence.tasks import Task, run_tasks; run_tasks([Task('a', 'step', [{child!r}], 1)])")  # fmt: skip
     runner, pid = subprocess.Popen([sys.executable, "-c", code]), tmp_path / "pid"
     deadline = time.time() + 60
     while not (pid.exists() and pid.read_text()):
@@ -94,25 +104,29 @@ def test_sigterm_ends_the_children(tmp_path):
         os.kill(int(pid.read_text()), 0)
 
 
-def test_commands_work_from_any_folder_and_torchrun_gets_its_own_flag():
-    """torchrun reads `--run` as its own --run-path, even behind the script's name."""
-    assert command("train.py", ["--run", "a"]) == [sys.executable, str(ROOT / "train.py"), "--run", "a"]
-    assert command("phantom.assets", ["x"]) == [sys.executable, "-m", "phantom.assets", "x"]
-    words = command("train.py", ["--run", "a", "--run=b", "--stage", "1"], processes=2)
-    assert words[-5:] == ["--run-dir", "a", "--run-dir=b", "--stage", "1"]
-    assert words[1:3] == ["-m", "torch.distributed.run"] and "2" in words and str(ROOT / "train.py") in words
+def test_processes_of_one_task_are_a_group_as_torchrun_would_start_it(tmp_path):
+    code = (f"import os; from running import parallel; parallel.start('cpu', 1); every = parallel.gather(os.getpid()); "
+            f"parallel.rank() or open({str(tmp_path / 'both')!r}, 'w').write(str(len(set(every))))")  # fmt: skip
+    run_tasks([task(tmp_path, "both", code=code, cores=2)])
+    assert (tmp_path / "both").read_text() == "2"
+
+
+def test_a_task_of_two_processes_ends_when_one_fails(tmp_path):
+    code = "import os, time; os.environ['RANK'] == '1' and exit('my disk is full'); time.sleep(60)"
+    began = time.time()
+    with pytest.raises(SystemExit, match="(?s)torchrun --nproc-per-node 2 step.py|my disk is full"):
+        run_tasks([task(tmp_path, "both", code=code, cores=2)])
+    assert time.time() - began < 50
 
 
 def test_the_demo_trains_from_scratch_to_tables(monkeypatch):
     tasks = {task.title: task for task in demo.make_tasks(Config(), ["--seed", "7"])}
-    words = {title: [word.removeprefix(f"{ROOT}/") for word in task.command[1:]] for title, task in tasks.items()}
-    branch = ["train.py", "--stage", "2", "--seed", "7"]
-    assert words["visual reward mixed in"] == branch
-    assert words["text rewards go on"] == [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
-    assert words["Stage 1: text rewards"][-5:] == branch[:2] + ["1", "--seed", "7"] and tasks[
-        "Stage 1: text rewards"].cores == 2  # fmt: skip
+    branch, stage1 = ["--stage", "2", "--seed", "7"], tasks["Stage 1: text rewards"]
+    assert tasks["visual reward mixed in"].flags == branch
+    assert tasks["text rewards go on"].flags == [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
+    assert (stage1.script, stage1.flags, stage1.cores) == ("train.py", ["--stage", "1", "--seed", "7"], 2)
     assert [task.title for task in tasks["visual reward mixed in"].after] == ["Stage 1: text rewards"]
-    assert {task.title for task in tasks["Stage 1: text rewards"].after} == {"its gate: does it see?", "expert"}
+    assert {task.title for task in stage1.after} == {"its gate: does it see?", "expert"}
     last = [title for title in tasks if title.startswith("evaluation")]
     assert all(len(tasks[title].after) == 2 for title in last) and len(last) == 2
 

@@ -48,7 +48,7 @@ def sft_update(model, processor, optimizer, batch: list[Study], cfg: Config, ste
     lr = cfg.sft.lr * min(1.0, (step + 1) / max(1.0, 0.03 * steps)) * (1 - step / steps)
     optimizer.param_groups[0]["lr"] = lr
     model.train()  # dropout, if any, belongs to Stage 0 alone
-    part = {"nll": 0.0, "tokens": 0, "cut": 0}
+    part, batch = {"nll": 0.0, "tokens": 0, "cut": 0}, sorted(batch, key=lambda s: len(s.report))  # less padding
     for start in range(0, len(batch), cfg.sft.micro_batch):
         studies = batch[start : start + cfg.sft.micro_batch]
         inputs = encode_prompts(processor, [read_views(s) for s in studies], cfg.data.prompt, model.device)

@@ -6,7 +6,8 @@
 
 Each side of a case is a process of its own (sides.py) that is told when to run, so both are measured under the same
 load of the machine: one repeat here, one there. A ratio is of such neighbours; the table shows the median of the
-ratios and their range, and each side's peak memory beside the loaded model. Written to benchmarks/results/.
+ratios and their range, and each side's peak memory beside the loaded model. Beside each row stands the load; above 2
+its numbers are not published. Written to benchmarks/results/.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -33,6 +35,7 @@ PAIRS = {  # case -> peer, ours, what it is
     "sampling": ("generate", "our_sampling", "group sampling: generate(num_return_sequences=G) / ours"),
     "loss": ("plain_loss", "our_loss", "loss pass, forward + backward: B x G plain forwards / ours"),
 }
+GROUPER = ("prefix_grouper_loss", "our_loss", "the same: PrefixGrouper's shared prefix / ours")
 SHORT = {"step": "GRPO step", "sampling": "group sampling", "loss": "loss pass"}
 GROWTH = [
     *(("group", {"group": g}, f"G = {g}") for g in (2, 4, 16)),  # G = 8 and 576 tokens are the standard case
@@ -42,6 +45,7 @@ GROWTH = [
 REWARDS = {"CheXbert": "f1chexbert", "RadGraph": "radgraph", "BERTScore": "bert_score",
            "BLEU-4 and ROUGE-L": "sacrebleu"}  # fmt: skip
 SIDES = ("peer", "ours")
+QUIET = 2.0  # load above which a row is not published: what waits for a core hurts the slower side more
 SETTINGS = """\
 Both sides: the same random weights, images, prompt and reward function; LoRA r 16 on q, k, v, o; KL on; AdamW,
 learning rate 1e-6; one update per rollout; exactly T new tokens (EOS is barred until then); temperature 1, no
@@ -61,6 +65,32 @@ class Bench:
     against their packages"""
     repeats: int = 5
     """timed repeats of each side in the standard case; of all else 3 at most"""
+
+
+class Load:
+    """How many processes and threads of the whole machine want a core, on average while a side runs: at most `threads`
+    of them are its own. What is more than that waits for a core, and lengthens what is measured."""
+
+    def __init__(self):
+        self.seen: list[int] = []
+
+    def watch(self, ended: threading.Event) -> None:
+        while not ended.wait(0.25):
+            self.seen.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)  # less this thread
+
+    @contextlib.contextmanager
+    def measured(self):
+        ended = threading.Event()
+        thread = threading.Thread(target=self.watch, args=(ended,))
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def mean(self) -> float:
+        return round(statistics.mean(self.seen), 1) if self.seen else 0.0
 
 
 class SideFailed(Exception):
@@ -114,7 +144,7 @@ def flag(key: str, value) -> list[str]:
 
 def compare(peer: str, ours: str, case: Case, repeats: int) -> dict:
     """Seconds of both sides, repeat by repeat, and their peaks: in turn, but two 7B models would not fit at once."""
-    names, seconds, peak = {"peer": peer, "ours": ours}, {"peer": [], "ours": []}, {}
+    names, seconds, peak, load = {"peer": peer, "ours": ours}, {"peer": [], "ours": []}, {}, Load()
     for together in [["peer", "ours"]] if case.size == "mini" else [["peer"], ["ours"]]:
         sides = {}
         try:
@@ -122,12 +152,13 @@ def compare(peer: str, ours: str, case: Case, repeats: int) -> dict:
                 sides[name] = Side(names[name], case)
             for _ in range(repeats):
                 for name, side in sides.items():
-                    seconds[name].append(side.run())
+                    with load.measured():
+                        seconds[name].append(side.run())
             peak |= {name: side.end() for name, side in sides.items()}
         finally:
             for side in sides.values():
                 side.process.kill()  # the one that is left when the other failed
-    return {"case": asdict(case), "seconds": seconds, "peak": peak}
+    return {"case": asdict(case), "seconds": seconds, "peak": peak, "load": load.mean()}
 
 
 def standard_of(bench: Bench) -> Case:
@@ -146,6 +177,8 @@ def cases_of(bench: Bench) -> list[tuple[str, str, str, Case]]:
     for name, (peer, ours, label) in PAIRS.items():
         if name in bench.cases:
             rows.append((label, peer, ours, standard))
+        if name == "loss" and name in bench.cases and bench.size == "mini":
+            rows.append((GROUPER[2], *GROUPER[:2], standard))
         if name == "step" and name in bench.cases and bench.size == "mini":
             label = "the same, gradient checkpointing on both sides"
             rows.append((label, peer, ours, replace(standard, checkpointing=True)))
@@ -164,13 +197,14 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def row_of(label: str, result: dict | None, missing: str = "") -> str:
     """A line of the table for {"seconds": ..., "peak": ...} of both sides; None: `missing` says why."""
-    if result is None:
-        return f"| {label} | {missing} |" + " |" * 5
+    if result is None or result["load"] > QUIET:
+        missing = missing or f"not published: load {result['load']}"
+        return f"| {label} | {missing} |" + " |" * 6
     seconds, peak = result["seconds"], result["peak"]
     ratios = [a / b for a, b in zip(seconds["peer"], seconds["ours"], strict=True)]
     cells = [label, *(spread(seconds[name]) for name in SIDES), f"**{spread(ratios)}**"]
     cells += [f"{peak[name] / 2**20:,.0f}" for name in SIDES]
-    cells.append(f"{peak['ours'] / peak['peer']:.2f}" if peak["peer"] else "")
+    cells += [f"{peak['ours'] / peak['peer']:.2f}" if peak["peer"] else "", str(result["load"])]
     return f"| {' | '.join(cells)} |"
 
 
@@ -210,7 +244,8 @@ def rows(bench: Bench):
     """Yields (label, result of both sides or None, why there is none), in the table's order."""
     rewards = []
     for label, peer, ours, case in cases_of(bench):
-        package = {"trl_step": "trl", "package_rewards": REWARDS.get(case.reward)}.get(peer)
+        package = {"trl_step": "trl", "prefix_grouper_loss": "prefix_grouper",
+                   "package_rewards": REWARDS.get(case.reward)}.get(peer)  # fmt: skip
         if package and not find_spec(package):
             yield label, None, f"{package} is not installed here"
             continue
@@ -223,19 +258,20 @@ def rows(bench: Bench):
     if rewards:
         seconds = {name: [sum(x) for x in zip(*(r["seconds"][name] for r in rewards), strict=True)] for name in SIDES}
         peak = {name: max(r["peak"][name] for r in rewards) for name in SIDES}
-        yield "reward pass, the above together", {"seconds": seconds, "peak": peak}, ""
+        load = max(r["load"] for r in rewards)
+        yield "reward pass, the above together", {"seconds": seconds, "peak": peak, "load": load}, ""
 
 
 def main(bench: Bench) -> None:
     torch.set_num_threads(Case.threads)
-    names = ("torch", "transformers", "peft", *(("trl",) if find_spec("trl") else ()))
+    names = ["torch", "transformers", "peft", *(n for n in ("trl", "prefix_grouper") if find_spec(n))]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     title = {"mini": "LLaVA-mini", "7b": "LLaVA-Med-7B geometry, random weights"}[bench.size]
     lines = [f"# {title}: speed and memory", "",
              f"{machine()}; {versions}; {bench.repeats} repeats of the standard case, {short(bench)} of all else, "
              f"both sides in turn after a warm-up of each; median and range.", "",
-             "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| case | peer, s | ours, s | peer / ours | peer, MiB | ours, MiB | ours / peer | load |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     print("\n".join(lines), flush=True)
     some = [] if bench.cases == Bench.cases else list(bench.cases)  # a part does not replace the whole table
     results, notes, path = [], [], HERE / "results" / "-".join([bench.size, *some])
@@ -243,9 +279,9 @@ def main(bench: Bench) -> None:
     for label, result, missing in rows(bench):
         lines.append(row_of(label, result, missing))
         print(lines[-1], flush=True)
-        if result:
+        if result and result["load"] <= QUIET:
             results.append({"label": label} | result)
-        if result and label == PAIRS["sampling"][2]:
+        if result and result["load"] <= QUIET and label == PAIRS["sampling"][2]:
             notes.append(sampling_bound(standard_of(bench), statistics.median(result["seconds"]["ours"])))
         # after every row: what has been measured survives a time limit
         text = "\n".join([*lines, "", *notes, "", f"The standard case: {asdict(standard_of(bench))}", "", SETTINGS])

@@ -29,6 +29,7 @@ from config import Config, GRPOConfig, ModelConfig, RolloutConfig  # noqa: E402
 from grpo import group_advantages, grpo_loss  # noqa: E402
 from rollout import rollout, sample, uniforms  # noqa: E402
 from train import policy_step, split_batch  # noqa: E402
+from vlm.families import embed_prompt  # noqa: E402
 
 
 @dataclass
@@ -227,6 +228,47 @@ def plain_loss(case: Case) -> Callable[[], None]:
     return run
 
 
+def prefix_grouper_loss(case: Case) -> Callable[[], None]:
+    """The same by the prefix-grouper package: image and prompt once, its attention around torch's sdpa, with causal
+    masks made once; what it registers with transformers wants FlashAttention's two-dimensional ones."""
+    from prefix_grouper import PrefixGrouper
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers import AttentionInterface
+
+    model, processor = build(case.size, case.image_tokens, DEVICE)
+    model = with_lora(model)
+    base = model.get_base_model()
+    inputs, completions, mask, advantages = loss_inputs(case, model, processor)
+    grouper = PrefixGrouper.from_ungrouped_masks(inputs["attention_mask"], mask, case.group, device=DEVICE)
+    lengths = [grouper.prefix_attn_mask.shape[1], grouper.suffix_attn_mask.shape[1]]
+    causal = {t: torch.ones(t, k, dtype=torch.bool, device=DEVICE).tril(k - t)
+              for t, k in ((lengths[0], lengths[0]), (case.tokens, lengths[1]))}  # fmt: skip
+    masks = {id(m): m[:, None, None].bool() & causal[t]
+             for m, t in ((grouper.prefix_attn_mask, lengths[0]), (grouper.suffix_attn_mask, case.tokens))}  # fmt: skip
+
+    def sdpa(q, k, v, seen):  # (b, H, t, d) -> (b, t, H, d)
+        return scaled_dot_product_attention(q, k, v, masks[id(seen)]).transpose(1, 2)
+
+    AttentionInterface.register("grouped", lambda module, q, k, v, *_, **__: (grouper.forward(sdpa, q, k, v), None))
+    base.model.language_model.set_attn_implementation("grouped")
+    prefix = torch.arange(lengths[0], device=DEVICE).expand(case.studies, -1)
+    suffix = torch.arange(lengths[0], lengths[1], device=DEVICE).expand(len(completions), -1)
+    positions = grouper.concat_input(prefix, inputs["attention_mask"], suffix, mask)
+
+    def run() -> None:
+        embeds = grouper.concat_input(embed_prompt(base, inputs), inputs["attention_mask"],
+                                      base.get_input_embeddings()(completions), mask)  # fmt: skip
+        hidden = base.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=embeds.new_zeros(1, 1, 1, 1), use_cache=False
+        ).last_hidden_state
+        reports = grouper.split_output(hidden, include_prefix_last=1)[2][:, :-1]  # (N, T, D)
+        logits = base.lm_head(reports).float()
+        logps = logits.gather(2, completions[..., None])[..., 0] - logits.logsumexp(dim=-1)
+        backward_of(logps, advantages, mask, model)
+
+    return run
+
+
 def our_rewards(case: Case) -> Callable[[], None]:
     """One part of the reward pass."""
     from reward_pass import one_side  # here, as it needs the packages
@@ -287,7 +329,8 @@ def told_to_go() -> bool:
     return sys.stdin.readline().strip() == "go"
 
 
-FUNCTIONS = (our_step, trl_step, our_sampling, generate, our_loss, plain_loss, our_rewards, package_rewards)
+FUNCTIONS = (our_step, trl_step, our_sampling, generate, our_loss, plain_loss, prefix_grouper_loss, our_rewards,
+             package_rewards)  # fmt: skip
 SIDES = {f.__name__: f for f in FUNCTIONS}
 
 

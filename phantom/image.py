@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from phantom.findings import Finding
 
@@ -205,6 +204,8 @@ def encode_mask(mask: np.ndarray) -> dict:
 def contact_sheet(studies: list[tuple[np.ndarray, dict, dict]], path: Path) -> None:
     """Save a PNG of studies, each as world.make_study gives it: image, findings with their outlines, those only stated
     in grey, and the reference report."""
+    from matplotlib.figure import Figure  # a second of every script's start
+
     height = max(1, -(-len(studies) // 4))
     figure = Figure(figsize=(15, 5.4 * height))
     axes = figure.subplots(height, 4, squeeze=False).ravel()

@@ -35,6 +35,7 @@ from scorers.chexbert import CHEXPERT_LABELS, NEGATIVE, POSITIVE, UNCERTAIN, Che
 from scorers.expert import Expert, encode_tokens, load_expert
 from sft import sft_loss, text_logps
 from vlm import attention
+from vlm.families import encode_images
 
 PROMPT = "Write the report."  # under which the base learns; data.prompt is the policy's
 FULL_LENGTH = Config(rollout=RolloutConfig(max_new_tokens=96))  # the longest caption has 88, tags and EOS included
@@ -120,11 +121,18 @@ def build_base(recipe: Recipe, folder: Path) -> None:
     model.model.vision_tower.requires_grad_(False)
     prompt = encode_prompts(processor, [read_image(studies[0].image)], PROMPT, "cpu")  # batch 1
 
+    with torch.no_grad():  # once: the tower does not change any more
+        parts = [encode_images(model, {"pixel_values": normalise(part)})["vision"] for part in images.split(256)]
+    vision = torch.cat(parts)  # (n, tokens, Dv)
+
     def loss(rows: list[int]) -> Tensor:
-        inputs = {name: row.expand(len(rows), *row.shape[1:]) for name, row in prompt.items()}
-        inputs["pixel_values"] = normalise(images[rows])
-        logps, mask, _ = text_logps(model, processor, inputs, [texts[i] for i in rows], FULL_LENGTH)
-        return sft_loss(logps, mask)
+        total, tokens = 0.0, 0
+        for part in by_length(rows, texts):
+            inputs = {name: row.expand(len(part), *row.shape[1:]) for name, row in prompt.items()}
+            logps, mask, _ = text_logps(model, processor, inputs | {"vision": vision[part]}, [texts[i] for i in part],
+                                        FULL_LENGTH)  # fmt: skip
+            total, tokens = total + sft_loss(logps, mask, total_tokens=1), tokens + mask.sum()
+        return total / tokens
 
     fit(model, loss, len(studies), 48, recipe.assets.base_steps, 1.5e-3, recipe.seed + 1, "base model")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -143,6 +151,12 @@ def noisy_reports(recipe: Recipe, data: Path, studies: list[Study]) -> tuple[lis
     return [report for report, _ in written], labels
 
 
+def excerpt(report: str, rng: np.random.Generator) -> str:
+    """A section of a report or all of it, mostly the impression: it names each finding in a quarter of the words."""
+    findings, _, impression = report.partition(" IMPRESSION: ")
+    return (f"IMPRESSION: {impression}", findings, report)[rng.choice(3, p=(0.6, 0.2, 0.2))]
+
+
 def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
     """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers; noisy: on
     reports that err as the references do, so that it learns nothing better than what the policy imitates."""
@@ -153,18 +167,19 @@ def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
     tokenizer = word_piece(reports, folder)
     settings = clip_config(len(tokenizer), tokenizer.sep_token_id, image_size=recipe.phantom.image_size)
     model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
-    cut = {"max_length": settings["model_cfg"]["text_cfg"]["context_length"], "truncation": True}
-    tokens = tokenizer(reports, padding="max_length", return_tensors="pt", **cut)["input_ids"]  # (n, length)
+    length, rng = settings["model_cfg"]["text_cfg"]["context_length"], np.random.default_rng(recipe.seed)
 
-    def features(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) twice, normalised, and who is alike (B, B)
+    def features(rows: list[int], texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised image and text embeddings (B, D) each, and who is alike (B, B)."""
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         embedded = torch.empty(len(rows), settings["model_cfg"]["embed_dim"])
-        for part in by_length(list(range(len(rows))), [reports[i] for i in rows]):
-            embedded[part] = encode_tokens(model, tokens[rows][part])
+        for part in by_length(list(range(len(rows))), texts):
+            embedded[part] = encode_tokens(model, tokens["input_ids"][part])
         image = F.normalize(model.encode_image(normalise(images[rows])), dim=-1)
         return image, F.normalize(embedded, dim=-1), (labels[rows][:, None] == labels[rows][None]).all(dim=-1)
 
     def loss(rows: list[int]) -> Tensor:
-        image, report, same = features(rows)
+        image, report, same = features(rows, [excerpt(reports[i], rng) for i in rows])
         target = same.float() / same.sum(dim=-1, keepdim=True)
         logits = model.logit_scale.exp().clamp(max=100) * image @ report.T
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -174,7 +189,7 @@ def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
     save_for_hf(model, tokenizer, settings["model_cfg"], folder, safe_serialization=True)
     n = min(256, held)
     with torch.no_grad():
-        image, report, same = features(list(range(n)))
+        image, report, same = features(list(range(n)), reports[:n])
     hit = same[torch.arange(n), (image @ report.T).argmax(dim=-1)].float().mean().item()
     preferred = probe_expert(load_expert(folder), studies[:held], recipe.phantom, recipe.seed)
     report_quality(folder, {f"retrieval_at_1_of_{n}": hit} | preferred)

@@ -144,6 +144,20 @@ class StageConfig:
 
 
 @dataclass
+class DPOConfig:
+    pairs: str = ""  # file of preference pairs: formats/preferences.py; evidence/pairs.py makes one [ours]
+    steps: Count = 160  # optimizer updates, as both RL stages together; 0 = `epochs` passes over the pairs [ours]
+    epochs: Positive = 3.0  # passes over the pairs when steps = 0 [MMedPO: 3]
+    batch_size: Size = 8  # pairs per update, over all processes [MMedPO: 16; 8 as grpo.batch_size]
+    micro_batch: Size = 4  # pairs per pass, as sft.micro_batch [ours]
+    lr: Positive = 5e-4  # peak, of AdamW; 3% warm-up, then a cosine to 0; not tuned [ours; MMedPO: 1e-7]
+    beta: Positive = 0.1  # weight of the log-ratios to the reference policy in the loss [MMedPO]
+    weighted: bool = False  # weigh the pairs' losses by their normalised `weight`; false is plain DPO [MMedPO: true]
+    max_grad_norm: Positive = 1.0  # gradient norm above which gradients are scaled down [TRL]
+    trainable: Trainable = "language+projector"  # whose LoRA weights train [ours]
+
+
+@dataclass
 class EvalConfig:
     batch_size: Size = 64  # studies decoded together [ours]
     samples: Annotated[Count, Field(le=2**16)] = 4  # sampled reports per study beside the greedy one; 0 = none [ours]
@@ -162,13 +176,14 @@ class EvalConfig:
 class Config:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # and of all the tables below
 
-    # 0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]
-    stage: Literal["0", "1", "2", "all"] = "all"
+    # 0 = SFT, 1 = text rewards, 2 = text + visual rewards; a missing predecessor is built first [paper, Alg. 1]; beside
+    # them dpo, on preference pairs, from the SFT policy [Rafailov et al. 2023]
+    stage: Literal["0", "1", "2", "all", "dpo"] = "all"
     # the run folder; an interrupted run goes on from it. Under torchrun --run-dir: it takes --run for its own [ours]
     run: Annotated[str, tyro.conf.arg(aliases=("--run-dir",))] = "runs/phantom"
-    # folder of this stage in the run, for branches off one predecessor; empty = sft, stage1 or stage2 [ours]
+    # folder of this stage in the run, for branches off one predecessor; empty = sft, stage1, stage2 or dpo [ours]
     name: Annotated[str, Field(pattern=r"^([\w-][\w.-]*)?$")] = ""
-    init_from: str = ""  # adapter (or stage) folder that --stage 0, 1 or 2 starts from, not the predecessor's [ours]
+    init_from: str = ""  # adapter (or stage) folder that a single --stage starts from, not the predecessor's [ours]
     reference: str = ""  # adapter (or stage) folder of the KL's reference policy; empty = sft [paper: the SFT policy]
     seed: Count = 0  # seed of everything: data order, sampling, initial LoRA weights [ours]
     assets_seed: Count = 0  # seed of the phantom's data and models, apart from `seed`: runs share them [ours]
@@ -190,6 +205,7 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(default_factory=lambda: StageConfig(steps=100, trainable="language+projector"))
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     assets: AssetsConfig = field(default_factory=AssetsConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)

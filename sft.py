@@ -8,6 +8,8 @@ from torch import Tensor
 
 from config import Config
 from data import Study, read_views
+from formats.images import read_image
+from formats.preferences import Pair
 from model import completion_logps, encode_prompts, report_ids, require_finite, sampling_rules, tokenize_reports
 from rewards import wrap
 from running import parallel
@@ -22,7 +24,7 @@ def sft_loss(logps: Tensor, completion_mask: Tensor, total_tokens: int | Tensor 
 
 
 def text_logps(model, processor, inputs: dict[str, Tensor], texts: list[str], cfg: Config):
-    """Log-probs (B, T) and mask (B, T) of `texts` after B encoded prompts, and how many were cut (max_new_tokens)."""
+    """Log-probs (N, T) and mask (N, T) of `texts`, N / B after each of B encoded prompts, and how many were cut."""
     rules = sampling_rules(model, processor, cfg)
     rules.temperature, rules.min_new_tokens = 1.0, 0  # Eq. 2 is about the model itself, not about how it is sampled
     device, length = inputs["input_ids"].device, cfg.rollout.max_new_tokens
@@ -30,13 +32,29 @@ def text_logps(model, processor, inputs: dict[str, Tensor], texts: list[str], cf
     return completion_logps(model, inputs, tokens, mask, rules), mask, cut
 
 
-def describe_references(model, processor, studies: list[Study], cfg: Config) -> list[str]:
-    """What of the references Stage 0 will not imitate, a line for each kind: their number and the first study."""
+def encode_pairs(model, processor, pairs: list[Pair], cfg: Config) -> tuple[dict[str, Tensor], list[str]]:
+    """Encoded prompts of n preference pairs and their 2n texts, each pair's chosen one before its rejected one.
+
+    n prompts, each read once for its two texts; 2n where the rejected side of any pair sees an image of its own.
+    """
+    views = [pair.images for pair in pairs]
+    if any(pair.rejected_image for pair in pairs):
+        views = [side for p in pairs for side in (p.images, [p.rejected_image or p.images[0], *p.images[1:]])]
+    images = [[read_image(path) for path in side] for side in views]
+    texts = [wrap(text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    return encode_prompts(processor, images, cfg.data.prompt, model.device), texts
+
+
+def describe_references(model, processor, studies: list[Study] | list[Pair], cfg: Config) -> list[str]:
+    """What of the references, or of the pairs' reports, training will not see, a line for each kind: how many, and the
+    first study."""
     length, banned = cfg.rollout.max_new_tokens, sampling_rules(model, processor, cfg).banned_ids
-    rows, spelt = report_ids(processor, [wrap(study.report) for study in studies], banned)
+    told = [(s.id, text) for s in studies for text in ([s.report] if isinstance(s, Study) else [s.chosen, s.rejected])]
+    rows, spelt = report_ids(processor, [wrap(text) for _, text in told], banned)
     kinds = {f"are cut: longer than rollout.max_new_tokens = {length}": [len(row) > length for row in rows],
              "spell out special tokens (<unk>, </s>, <image>, ...), which are left out": spelt}  # fmt: skip
-    return [f"{sum(hits)} of {len(studies)} references {kind} (first: study {studies[hits.index(True)].id})"
+    what = "references" if isinstance(studies[0], Study) else "reports of the pairs"
+    return [f"{sum(hits)} of {len(told)} {what} {kind} (first: study {told[hits.index(True)][0]})"
             for kind, hits in kinds.items() if any(hits)]  # fmt: skip
 
 

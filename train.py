@@ -1,8 +1,9 @@
-"""Train VALOR: Stage 0 (SFT), Stage 1 (GRPO on text rewards), Stage 2 (GRPO with the visual reward mixed in).
+"""Train VALOR: Stage 0 (SFT), Stage 1 (GRPO on text rewards), Stage 2 (GRPO with the visual reward mixed in); and DPO.
 
     python train.py --stage all                          # one process
     python train.py --check --config C                   # is everything there that this run needs?
     torchrun --nproc-per-node 2 train.py --stage 2       # a missing Stage 0 or 1 is trained first
+    python train.py --stage dpo --dpo.pairs FILE         # beside them: preference pairs, from the SFT policy
 
 Algorithm 1 of the paper, and where each line stands below:
 
@@ -32,8 +33,10 @@ from tqdm import tqdm
 
 from config import Config, parse
 from data import Study, batch_ids, load_studies, read_views
+from dpo import dpo_loss
 from evidence.generate import generate_split
 from evidence.metrics import validation_row
+from formats.preferences import Pair, load_pairs, read_pairs
 from grpo import group_advantages, grpo_loss
 from model import SamplingRules, completion_logps, get_base, load_policy, require_finite, sampling_rules, use_reference
 from phantom.assets import resolve
@@ -44,11 +47,11 @@ from running import parallel, preflight
 from running.folder import adapter_folder, claim_folder, is_done, load_checkpoint, lock, save_adapter, save_checkpoint
 from running.log import Log, average, group_metrics, sample_record, shown
 from scorers.load import load_scorers, may_judge
-from sft import describe_references, sft_update
-from vlm.families import select_studies
+from sft import describe_references, encode_pairs, sft_update, text_logps
+from vlm.families import encode_images, select_studies
 from vlm.fast_linear import fast_linears
 
-FOLDERS = {0: "sft", 1: "stage1", 2: "stage2"}  # also the names of their settings in the config
+FOLDERS = {0: "sft", 1: "stage1", 2: "stage2", "dpo": "dpo"}  # also the names of their settings in the config
 HIGH_KL = 0.25  # nats per token; beyond it reward hacking was seen (two IMPRESSION sections in one report)
 
 
@@ -135,36 +138,78 @@ def split_batch(inputs: dict[str, Tensor], out: Rollout, advantages: Tensor, ids
     return parts
 
 
-def load_stage(cfg: Config, stage: int, init: Path | None, reference: Path | None):
+def dpo_update(model, processor, optimizer, batch: list[Pair], cfg: Config, step: int, steps: int) -> dict[str, float]:
+    """One update of DPO; `batch` is this process's share of the pairs. Returns the row for metrics.jsonl.
+
+    Learning rate: 3% warm-up and a cosine to 0 over `steps` updates [MMedPO]; `step` counts from 0.
+    """
+    lr = cfg.dpo.lr * min(1.0, (step + 1) / max(1.0, 0.03 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+    optimizer.param_groups[0]["lr"] = lr
+    model.train(cfg.model.gradient_checkpointing)  # as in policy_step
+    stats, batch = [], sorted(batch, key=lambda pair: pair.rejected_image is not None)  # those of one image together
+    for start in range(0, len(batch), cfg.dpo.micro_batch):
+        pairs = batch[start : start + cfg.dpo.micro_batch]
+        ids, weights = [pair.id for pair in pairs], torch.tensor([pair.weight for pair in pairs], device=model.device)
+        inputs, texts = encode_pairs(model, processor, pairs, cfg)  # text 2b is pair b's chosen one, 2b + 1 the other
+        inputs = encode_images(get_base(model), inputs)  # once for both policies
+        with torch.no_grad(), use_reference(model):  # not in fast_linears, whose rounding would be a first margin
+            ref_logps = text_logps(model, processor, inputs, texts, cfg)[0]  # (2b, T), 0 behind a report's EOS
+        require_finite(ref_logps, ids, "is the reference's adapter whole?")
+        logps = text_logps(model, processor, inputs, texts, cfg)[0]  # (2b, T)
+        require_finite(logps, ids)
+        sums = [side for x in (logps, ref_logps) for side in x.sum(dim=1).view(-1, 2).unbind(dim=1)]  # four of (b,)
+        loss, found = dpo_loss(*sums, beta=cfg.dpo.beta, weights=weights)
+        (loss * len(pairs)).backward()  # the sum: divided by the global number of pairs below
+        stats += [{"loss": loss.item()} | found] * len(pairs)
+    norm = parallel.optimizer_step(optimizer, cfg.dpo.max_grad_norm, divide_by=sum(parallel.gather(len(batch))))
+    part = {name: [s[name] for s in stats] for name in (stats[0] if stats else ())}
+    return average(parallel.gather(part)) | {"grad_norm": norm, "lr": lr}
+
+
+FROM_TEXTS = {0: sft_update, "dpo": dpo_update}  # stages on given reports; the others sample their own
+
+
+def stage_settings(cfg: Config, stage: int | str):
+    """The table of a stage's batch size and learning rate."""
+    return {0: cfg.sft, "dpo": cfg.dpo}.get(stage, cfg.grpo)
+
+
+def load_stage(cfg: Config, stage: int | str, init: Path | None, reference: Path | None):
     """(model, processor, scorers or None, optimizer) of a stage that starts from adapter `init`; None: a new one."""
     torch.manual_seed(cfg.seed)
     trainable, scorers = getattr(cfg, FOLDERS[stage]).trainable, None
     model, processor = load_policy(cfg, init, new_lora=init is None, trainable=trainable, reference=reference)
-    if stage > 0:
+    if stage not in FROM_TEXTS:
         oracle, visual = cfg.scorers.expert == "oracle", stage == 2 and cfg.rewards.lambda_vis > 0
         scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
         if oracle and visual:
             scorers.similarity = oracle_similarity(exact_labels(cfg))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.sft.lr if stage == 0 else cfg.grpo.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=stage_settings(cfg, stage).lr, weight_decay=0.0)
     return model, processor, scorers, optimizer
 
 
-def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, reference: Path | None) -> None:
+def load_batches(cfg: Config, stage: int | str) -> list[Study] | list[Pair]:
+    """What a stage's batches are drawn from: the studies of its split, or for DPO the pairs of these."""
+    studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
+    if cfg.stage not in ("0", "dpo") and cfg.rewards.lambda_format:  # also before the Stage 0 of a longer run
+        require_format([study.report for study in studies], cfg.rewards.required_sections)
+    return load_pairs(cfg.dpo.pairs, studies, cfg.dpo.weighted) if stage == "dpo" else studies
+
+
+def run_stage(cfg: Config, stage: int | str, folder: Path, init: Path | None, reference: Path | None) -> None:
     """Train one stage from adapter `init` and save `folder/adapter`; goes on from a checkpoint where there is one."""
     rank, world, cfg = parallel.rank(), parallel.world(), resolve(cfg, needs=())
     if reference:
-        print(f"starting from {init}; the KL is taken to {reference}")
-    studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
-    if cfg.stage != "0" and cfg.rewards.lambda_format:  # also before the Stage 0 of a longer run
-        require_format([study.report for study in studies], cfg.rewards.required_sections)
+        print(f"starting from {init}; the {'margin' if stage == 'dpo' else 'KL'} is taken to {reference}")
+    studies = load_batches(cfg, stage)
     held_out = load_studies(cfg.data, cfg.data.val_split)[: cfg.eval.val_studies] if cfg.val_every else []
-    stage_cfg, batch_size = getattr(cfg, FOLDERS[stage]), cfg.sft.batch_size if stage == 0 else cfg.grpo.batch_size
+    stage_cfg, batch_size = getattr(cfg, FOLDERS[stage]), stage_settings(cfg, stage).batch_size
     if cfg.fsdp and batch_size % world:
         raise ValueError(f"fsdp: the batch of {batch_size} studies must be a multiple of the {world} processes")
     steps = stage_cfg.steps or max(1, round(stage_cfg.epochs * len(studies) / batch_size))
     model, processor, scorers, optimizer = load_stage(cfg, stage, init, reference)
-    if stage == 0:
+    if stage in FROM_TEXTS:
         print("".join(f"{line}\n" for line in describe_references(model, processor, studies, cfg)), end="")
     k0, done = load_checkpoint(folder, model, optimizer, stage, steps, init)  # k counts over both RL stages
     log = Log(folder, k0, done, active=rank == 0)
@@ -173,8 +218,8 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
         k, began = k0 + step + 1, time.perf_counter()
         order = batch_ids(len(studies), batch_size, cfg.seed, k - 1)  # Stage 2 reads on where Stage 1 stopped
         batch = [studies[i] for i in order[rank::world]]
-        if stage == 0:
-            row, sample = sft_update(model, processor, optimizer, batch, cfg, step, steps), None
+        if stage in FROM_TEXTS:
+            row, sample = FROM_TEXTS[stage](model, processor, optimizer, batch, cfg, step, steps), None
         else:
             row, sample = grpo_update(model, processor, scorers, optimizer, batch, cfg, k=k, stage=stage)
         if not math.isfinite(row["grad_norm"]):  # the weights are lost: keep the checkpoint before them
@@ -195,18 +240,19 @@ def run_stage(cfg: Config, stage: int, folder: Path, init: Path | None, referenc
 
 def train(cfg: Config) -> None:
     """Run the stages that `cfg.stage` asks for, the missing ones before them first."""
-    run, last = Path(cfg.run), 2 if cfg.stage == "all" else int(cfg.stage)
+    run, last = Path(cfg.run), {"all": 2, "dpo": "dpo"}.get(cfg.stage) or int(cfg.stage)
+    plan = [0, "dpo"] if last == "dpo" else [*range(last + 1)]
     if cfg.init_from and cfg.stage == "all":
-        raise ValueError("init_from starts one stage from an adapter: say which by --stage 0, 1 or 2")
+        raise ValueError("init_from starts one stage from an adapter: say which by --stage 0, 1 or 2, or dpo")
     if cfg.name in {"base", "eval", "images", *FOLDERS.values()} - {FOLDERS[last]}:
         raise ValueError(f"--name {cfg.name}: in a run this is the name of something else; choose another")
-    foreign = may_judge(cfg, with_expert=last == 2 and cfg.rewards.lambda_vis > 0) if last > 0 else []
+    foreign = may_judge(cfg, last == 2 and cfg.rewards.lambda_vis > 0) if last not in FROM_TEXTS else []
     if foreign:
         raise ValueError(f"the phantom's scorers know nothing of {cfg.data.path}: name others by {', '.join(foreign)}")
     if parallel.rank() == 0:
         resolve(cfg, needed_assets(cfg))  # builds what is missing, once
     parallel.barrier()
-    for stage in range(last if cfg.init_from else 0, last + 1):
+    for stage in plan[-1:] if cfg.init_from else plan:
         asked = cfg.stage == "all" or stage == last
         folder = run / (cfg.name if cfg.name and stage == last else FOLDERS[stage])
         done = held = None
@@ -222,11 +268,14 @@ def train(cfg: Config) -> None:
             continue
         if not asked:
             print(f"stage {last} needs {folder / 'adapter'}, which is missing: training it first")
-        init = adapter_folder(cfg.init_from or str(run / FOLDERS[stage - 1])) if cfg.init_from or stage else None
+        if last == "dpo":
+            read_pairs(cfg.dpo.pairs)  # a fault in them is said before a long Stage 0
+        before = FOLDERS[plan[plan.index(stage) - 1]]
+        init = adapter_folder(cfg.init_from or str(run / before)) if cfg.init_from or stage else None
         reference = adapter_folder(cfg.reference) if cfg.reference else run / FOLDERS[0] / "adapter"
-        if stage > 0 and not reference.exists():
+        if stage and not reference.exists():
             raise ValueError(f"no {reference}: name {init}'s SFT policy by --reference, for the KL")
-        run_stage(cfg, stage, folder, init, reference if stage > 0 else None)
+        run_stage(cfg, stage, folder, init, reference if stage else None)
         del held
         print(f"{folder.name} is done: {folder / 'adapter'}")
 
@@ -234,7 +283,7 @@ def train(cfg: Config) -> None:
 def needed_assets(cfg: Config) -> tuple[str, ...]:
     """The phantom's assets that the stages of this run read (phantom/assets.py)."""
     expert = ("expert", "expert_noisy") if cfg.stage in ("2", "all") and cfg.rewards.lambda_vis > 0 else ()
-    return ("data", "base") if cfg.stage == "0" else ("data", "base", "labeller", *expert)
+    return ("data", "base") if cfg.stage in ("0", "dpo") else ("data", "base", "labeller", *expert)
 
 
 @dataclass
@@ -254,7 +303,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error!s:.1500}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: {str(error).splitlines()[0]} Lower grpo.micro_batch, grpo.micro_group or sft.micro_batch.")
+        sys.exit(f"train.py: {str(error).splitlines()[0]} Lower the stage's micro_batch or grpo.micro_group.")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
     finally:

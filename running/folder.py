@@ -32,7 +32,8 @@ from running.weights import check_zip, require_finite_tensors, tensor_shapes
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = (
     "stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp", "device",
-    "threads", "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "model.gradient_checkpointing",
+    "threads", "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "dpo.micro_batch",
+    "model.gradient_checkpointing",
 )  # fmt: skip
 FINISHED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
 # what torch raises on a damaged file, and its contents on the checks of `load_checkpoint`
@@ -123,7 +124,7 @@ def claim_folder(folder: Path, cfg: Config) -> None:
                              "choose another --run or --name, or delete the folder")  # fmt: skip
 
 
-def save_checkpoint(folder: Path, model, optimizer, stage: int, k: int, step: int) -> None:
+def save_checkpoint(folder: Path, model, optimizer, stage: int | str, k: int, step: int) -> None:
     """Everything the next update depends on, in one file, after `step` updates of the stage, the last of them k."""
     adapter = get_peft_model_state_dict(model, adapter_name="default")
     state = {"stage": stage, "k": k, "step": step, "adapter": adapter, "optimizer": optimizer.state_dict(),
@@ -136,13 +137,13 @@ def save_checkpoint(folder: Path, model, optimizer, stage: int, k: int, step: in
     os.replace(new, path)
 
 
-def load_checkpoint(folder: Path, model, optimizer, stage: int, steps: int, init: Path | None) -> tuple[int, int]:
+def load_checkpoint(folder: Path, model, optimizer, stage: int | str, steps: int, init: Path | None):
     """Restore the last checkpoint that is there, of a stage of `steps` updates that began from adapter `init`.
 
     Returns (k of the last policy update before the stage, updates of the stage done: 0 without a checkpoint).
     ValueError, one line, for a damaged file or one that is not this stage's.
     """
-    k0, paths = last_k(init) if stage > 0 else 0, [folder / f"checkpoint{which}.pt" for which in ("", ".previous")]
+    k0, paths = last_k(init) if stage else 0, [folder / f"checkpoint{which}.pt" for which in ("", ".previous")]
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return k0, 0

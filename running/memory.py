@@ -124,19 +124,22 @@ def loss_bytes(shape: Shape, prefix: int, length: int, studies: int, group: int,
     return kept + keys + mask + 3 * 4 * min(LOGITS, shape.vocabulary * studies * group * length)
 
 
-def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, float]:
-    """Bytes of each part of a stage on one GPU (one process), and their `total`; scorers: bytes of their files."""
+def estimate(shape: Shape, cfg: Config, stage: int | str, scorers: int) -> dict[str, float]:
+    """Bytes of each part of a stage on one GPU (one process), and their `total`; scorers: bytes of their files.
+
+    DPO samples nothing; its pairs are taken for two reports under one image.
+    """
     itemsize, r = ITEMSIZE[cfg.model.dtype], cfg.model.lora_r
-    trains = (cfg.sft, cfg.stage1, cfg.stage2)[stage].trainable
+    trains, samples = {0: cfg.sft, 1: cfg.stage1, 2: cfg.stage2, "dpo": cfg.dpo}[stage].trainable, stage in (1, 2)
     prefix = cfg.data.views * shape.image_tokens + PROMPT_TOKENS  # P
     length, group = cfg.rollout.max_new_tokens, cfg.rollout.group_size  # T, G
-    settings, together = (cfg.grpo, cfg.grpo.micro_group or group) if stage else (cfg.sft, 1)
+    settings, together = {0: (cfg.sft, 1), "dpo": (cfg.dpo, 2)}.get(stage, (cfg.grpo, cfg.grpo.micro_group or group))
     studies = min(settings.micro_batch, settings.batch_size)
     parts = {
         "weights": shape.parameters * itemsize,
         "lora": 4 * (2 if stage else 1) * lora_parameters(shape, r) + 12 * lora_parameters(shape, r, trains),
-        "scorers": scorers if stage else 0,
-        "sampling": sampling_bytes(shape, prefix, length, cfg.grpo.batch_size, group, itemsize) if stage else 0,
+        "scorers": scorers if samples else 0,
+        "sampling": sampling_bytes(shape, prefix, length, cfg.grpo.batch_size, group, itemsize) if samples else 0,
         "loss": loss_bytes(shape, prefix, length, studies, together, trains, cfg),
         "margin": MARGIN,
     }
@@ -144,7 +147,7 @@ def estimate(shape: Shape, cfg: Config, stage: int, scorers: int) -> dict[str, f
 
 
 def checkpoint_bytes(shape: Shape, cfg: Config) -> int:
-    """Disk that the three stages write: adapter/ and checkpoints: the last, the one before, the one being written."""
-    r, stages = cfg.model.lora_r, (cfg.sft, cfg.stage1, cfg.stage2)
+    """Disk that the stages write: adapter/ and checkpoints: the last, the one before, the one being written."""
+    r, stages = cfg.model.lora_r, (cfg.sft, *([cfg.dpo] if cfg.stage == "dpo" else [cfg.stage1, cfg.stage2]))
     adapter = 4 * lora_parameters(shape, r)
     return sum(adapter + 3 * (adapter + 8 * lora_parameters(shape, r, stage.trainable)) for stage in stages)

@@ -27,6 +27,7 @@ from tabulate import tabulate
 from config import Config
 from data import read_split, remarks
 from formats.files import read_text
+from formats.preferences import read_pairs
 from model import encode_prompts
 from phantom.cache import resolve
 from running import weights
@@ -140,7 +141,7 @@ def check_encoder(folder: Path, stem: str = "") -> None:
 def check_scorers(cfg: Config) -> Iterator[Item]:
     """The files of the frozen scorers of Eqs. 3, 4 and 6; of an encoder whose weights are elsewhere all but these."""
     s, check_whole = cfg.scorers, partial(check_encoder, stem="model")
-    flags = may_judge(cfg, cfg.stage != "1" and cfg.rewards.lambda_vis > 0) if cfg.stage != "0" else []
+    flags = may_judge(cfg, cfg.stage != "1" and cfg.rewards.lambda_vis > 0) if cfg.stage not in ("0", "dpo") else []
     if flags:
         yield "missing", "scorers", f"only the phantom's, which know no real reports: set {', '.join(flags)}", ""
     yield look("CheXbert", s.chexbert, weights.check_torch_file)
@@ -171,7 +172,7 @@ def policy_shape(cfg: Config) -> Shape | None:
 
 
 def check_room(cfg: Config) -> Iterator[Item]:
-    """Disk for the three stages' checkpoints, plus 1 GiB for logs and samples; GPU memory by memory.py's estimate."""
+    """Disk for the stages' checkpoints, plus 1 GiB for logs and samples; GPU memory by memory.py's estimate."""
     shape, place = policy_shape(cfg), Path(cfg.run).absolute()
     place = next(folder for folder in (place, *place.parents) if folder.exists())
     need, free = GIB + (checkpoint_bytes(shape, cfg) if shape else 0), shutil.disk_usage(place).free
@@ -183,9 +184,9 @@ def check_room(cfg: Config) -> Iterator[Item]:
         yield "ok" if phantom else "to do", "memory", text, ""
         return
     checkpointed = replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
-    stages = [estimate(shape, cfg, stage, SCORERS) for stage in range(3)]
-    need, rows = max(parts["total"] for parts in stages), []
-    for stage, parts in enumerate(stages):
+    stages = {stage: estimate(shape, cfg, stage, SCORERS) for stage in ((0, "dpo") if cfg.stage == "dpo" else range(3))}
+    need, rows = max(parts["total"] for parts in stages.values()), []
+    for stage, parts in stages.items():
         parts["checkpointed"] = estimate(shape, checkpointed, stage, SCORERS)["total"]
         rows.append({"": f"Stage {stage}"} | {name: value / GIB for name, value in parts.items()})
     setting = f"{cfg.grpo.batch_size} studies x {cfg.rollout.group_size} candidates, micro_batch {cfg.grpo.micro_batch}"
@@ -198,7 +199,7 @@ def check_room(cfg: Config) -> Iterator[Item]:
     text = f"the GPU has {have / GIB:.0f} GiB" if have else "no GPU here"
     text += f", the largest stage needs about {need / GIB:.0f} GiB"
     if 0 < have < need:
-        text += ": set model.gradient_checkpointing, or lower grpo.micro_batch, grpo.micro_group or sft.micro_batch"
+        text += ": set model.gradient_checkpointing, or lower grpo.micro_group or the stages' micro_batch"
     yield "ok" if need <= have else "to do", "memory", text, ""
 
 
@@ -208,6 +209,9 @@ def preflight(cfg: Config) -> int:
     on_base = partial(check_adapter, base=str(locate(resolve(cfg).model.path)))
     items = [*check_programs(cfg), *check_data(cfg), look("policy", cfg.model.path, policy)]
     items += [look("adapter", str(adapter_folder(path)), on_base) for path in (cfg.init_from, cfg.reference) if path]
+    if cfg.stage == "dpo":
+        make = f"python -m evidence.pairs --run {cfg.run} --out {cfg.dpo.pairs or 'FILE'}   # after --stage 0"
+        items.append(look("pairs", cfg.dpo.pairs, lambda place: f"{len(read_pairs(place))} can be read", make))
     items += [*check_scorers(cfg), *check_room(cfg)]
     for status, what, text, command in items:
         print(f"{status:<8}  {what:<10}{text}" + (f"\n{'':20}$ {command}" if command else ""))

@@ -201,6 +201,12 @@ def encode_mask(mask: np.ndarray) -> dict:
     return {"size": list(mask.shape), "counts": np.diff(starts, prepend=0, append=mask.size).tolist()}
 
 
+def decode_mask(mask: dict) -> np.ndarray:
+    """`encode_mask` undone: (H, W) bool."""
+    runs = mask["counts"]
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(mask["size"], order="F")
+
+
 def contact_sheet(studies: list[tuple[np.ndarray, dict, dict]], path: Path) -> None:
     """Save a PNG of studies, each as world.make_study gives it: image, findings with their outlines, those only stated
     in grey, and the reference report."""
@@ -214,9 +220,7 @@ def contact_sheet(studies: list[tuple[np.ndarray, dict, dict]], path: Path) -> N
     for axis, (image, row, truth) in zip(axes, studies, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
         for i, finding in enumerate(truth["findings"]):
-            runs = finding["mask"]["counts"]
-            mask = np.repeat(np.arange(len(runs)) % 2, runs).reshape(image.shape, order="F")
-            axis.contour(mask, levels=[0.5], colors=[f"C{i}"], linewidths=1.2)
+            axis.contour(decode_mask(finding["mask"]), levels=[0.5], colors=[f"C{i}"], linewidths=1.2)
         names = [(finding["label"], f"C{i}") for i, finding in enumerate(truth["findings"])]
         names += [(f"{label}: not in the image", "grey") for label in truth["stated"] if label not in truth["labels"]]
         for i, (name, colour) in enumerate(names or [("no finding", "C2")]):

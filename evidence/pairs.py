@@ -2,7 +2,7 @@
 
     python -m evidence.pairs --run R --out pairs.jsonl                 # text pairs, judged as in Stage 1
     python -m evidence.pairs --run R --out pairs.jsonl --by visual     # judged as in Stage 2
-    python -m evidence.pairs --run R --out pairs.jsonl --visual        # visual pairs too, on the phantom
+    python -m evidence.pairs --run R --out pairs.jsonl --visual        # visual pairs too; --mask expert on real data
 
 Text pairs. The SFT policy writes rollout.group_size candidates for each study of the RL split; the reward that GRPO
 gets judges them and the reference, against the reference's *text*, the clinical part always with it. The worst readable
@@ -10,9 +10,10 @@ candidate is rejected, the reference (--chosen best: the best candidate) is pref
 their rewards. MMedPO (arXiv 2412.06141) asks GPT-4o which sample contradicts the reference most, and several medical
 LLMs for the weight.
 
-Visual pairs. The reference stands on both sides; for the rejected one the findings' pixels are replaced by noise. The
-masks are the phantom's exact ones: an *oracle* tool, which real data do not have. MMedPO takes the heat map of a
-grounding model, and as the weight its probability of disease, here 1. Studies without findings get none.
+Visual pairs. The reference stands on both sides; for the rejected one some pixels are replaced by noise. --mask truth:
+the findings', by the phantom's exact masks, an *oracle* tool that real data do not have; weight 1. --mask expert: those
+without which the frozen expert finds the reference less like the image; weight, how much less under the noise. MMedPO
+takes a grounding model's heat map and its probability of disease.
 
 Without --config, the settings are those the run was trained with; flags win.
 """
@@ -20,6 +21,7 @@ Without --config, the settings are those the run was trained with; flags win.
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,6 +44,8 @@ from running import parallel
 from running.folder import write_bytes, write_text
 from scorers.load import load_scorers, may_judge
 
+GRID = 8  # x 8 cells of the expert's heat map
+
 
 @dataclass
 class PairsConfig(Config):
@@ -52,7 +56,9 @@ class PairsConfig(Config):
     chosen: Literal["reference", "best"] = "reference"
     """what is preferred: the reference, or the best candidate [MMedPO: reference]"""
     visual: bool = False
-    """visual pairs too, through the exact masks of a phantom's truth.jsonl [MMedPO: a grounding model's heat map]"""
+    """visual pairs too [MMedPO]"""
+    mask: Literal["truth", "expert"] = "truth"
+    """where their noise is: in a phantom's exact masks (an oracle), or where the frozen expert looks [ours]"""
 
 
 def text_pair(candidates: list[str], reference: str, rewards: list[float], chosen: str) -> tuple[dict, str]:
@@ -101,47 +107,74 @@ def noised(image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> Im
     return Image.fromarray(pixels)
 
 
-def visual_pairs(studies: list[Study], cfg: PairsConfig, folder: Path) -> list[dict]:
+def truth_masks(studies: list[Study], folder: Path) -> list[np.ndarray]:
+    """Each study's exact (H, W) bool mask of all its findings, (0, 0) for none; ValueError for data without masks."""
+    truth = folder / "truth.jsonl"
+    found = {row.get("id"): row.get("findings") for row in (read_jsonl(truth) if truth.exists() else ())}
+    for study in studies:
+        if not isinstance(found.get(study.id), list):
+            raise ValueError(f"--visual: {truth} has no masks of study {study.id}: give --mask expert")
+    masks = [[decode_mask(finding["mask"]) for finding in found[study.id]] for study in studies]
+    return [np.any(some, axis=0) if some else np.zeros((0, 0), bool) for some in masks]
+
+
+def expert_mask(image: Image.Image, study: Study, similarity: Callable) -> np.ndarray:
+    """(H, W) bool: the cells of a grid whose cover, in the image's mean grey, takes from Eq. 6's similarity to the
+    reference more than their mean and a standard deviation."""
+    pixels = np.array(image)  # (H, W, 3)
+    rows, columns = (np.arange(side) * GRID // side for side in pixels.shape[:2])  # (H,), (W,)
+    cells, grey = rows[:, None] * GRID + columns, pixels.mean(axis=(0, 1)).astype(np.uint8)  # (H, W), (3,)
+    covered = [Image.fromarray(np.where((cells == cell)[..., None], grey, pixels)) for cell in range(GRID**2)]
+    ids = [study.id, *(f"{study.id}/{cell}" for cell in range(GRID**2))]
+    found = similarity([image, *covered], ids, [[study.report]] * len(ids))[:, 0]  # (1 + cells,)
+    fall = (found[0] - found[1:]).numpy()  # (cells,)
+    return (fall > fall.mean() + fall.std())[cells]
+
+
+def visual_pairs(studies: list[Study], cfg: PairsConfig, folder: Path, similarity: Callable | None) -> list[dict]:
     """The rows of visual pairs of `studies`, whose noised images are written into `folder`, beside the pairs' file.
 
-    ValueError for a data set without exact masks.
+    similarity: the expert's, Eq. 6, which makes masks and weights; None: exact masks, weights of 1.
     """
-    truth, rows = Path(cfg.data.path) / "truth.jsonl", []
-    found = {row.get("id"): row.get("findings") for row in (read_jsonl(truth) if truth.exists() else ())}
-    for number, study in enumerate(studies):
-        if not isinstance(found.get(study.id), list):
-            raise ValueError(f"--visual: {truth} has no masks of study {study.id}; only a phantom's has any")
-        masks = [decode_mask(finding["mask"]) for finding in found[study.id]]
-        if masks:
-            image = noised(read_image(study.image), np.any(masks, axis=0), np.random.default_rng([cfg.seed, number]))
-            image.save(file := io.BytesIO(), "PNG")
+    rows, masks = [], truth_masks(studies, Path(cfg.data.path)) if similarity is None else [None] * len(studies)
+    for number, (study, mask) in enumerate(zip(studies, masks, strict=True)):
+        image, weight = read_image(study.image), 1.0
+        mask = expert_mask(image, study, similarity) if mask is None else mask
+        if mask.any():
+            out, name = noised(image, mask, np.random.default_rng([cfg.seed, number])), f"{study.id}.png"
+            if similarity is not None:
+                s = similarity([image, out], [study.id, name], [[study.report]] * 2)[:, 0].tolist()
+                weight = round(max(0.0, s[0] - s[1]), 6)
+            out.save(file := io.BytesIO(), "PNG")
             folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(folder / f"{study.id}.png", file.getvalue())
-            name = f"{folder.name}/{study.id}.png"
-            rows.append({"id": study.id, "chosen": study.report, "rejected": study.report, "weight": 1.0,
-                         "rejected_image": name})  # fmt: skip
-    print(f"visual pairs: {len(rows)} of {len(studies)} studies, the others show no finding; masks by the exact truth")
+            write_bytes(folder / name, file.getvalue())
+            rows.append({"id": study.id, "chosen": study.report, "rejected": study.report, "weight": weight,
+                         "rejected_image": f"{folder.name}/{name}"})  # fmt: skip
+    by = "the exact truth, an oracle" if similarity is None else "the frozen expert"
+    print(f"visual pairs: {len(rows)} of {len(studies)} studies, the others have nothing to mask; masks by {by}")
     return rows
 
 
 def make_pairs(cfg: PairsConfig) -> None:
     """Write the file of pairs; every process of a torchrun job writes reports, the first one judges and saves."""
-    out, adapter, visual = Path(cfg.out), Path(cfg.run) / "sft" / "adapter", cfg.by == "visual"
-    if flags := may_judge(cfg, with_expert=visual):
+    out, adapter, looks = Path(cfg.out), Path(cfg.run) / "sft" / "adapter", cfg.visual and cfg.mask == "expert"
+    oracle, expert = cfg.scorers.expert == "oracle", cfg.by == "visual" or looks
+    if looks and oracle:
+        raise ValueError("--mask expert: the oracle looks at no image; name another by --scorers.expert")
+    if flags := may_judge(cfg, with_expert=expert):
         raise ValueError(f"the phantom's scorers know nothing of {cfg.data.path}: name others by {', '.join(flags)}")
     if not adapter.exists():
         raise ValueError(f"no {adapter}: train the SFT policy first, by train.py --stage 0")
-    oracle = visual and cfg.scorers.expert == "oracle"
-    cfg = parallel.broadcast(lambda: resolve(cfg, ("data", "base", "labeller", *["expert", "expert_noisy"] * visual)))
-    studies, exact = load_studies(cfg.data, cfg.data.rl_split), exact_labels(cfg) if oracle else {}
+    cfg = parallel.broadcast(lambda: resolve(cfg, ("data", "base", "labeller", *["expert", "expert_noisy"] * expert)))
+    studies, exact = load_studies(cfg.data, cfg.data.rl_split), exact_labels(cfg) if expert and oracle else None
     model, processor = load_policy(cfg, adapter)
     outputs = generate_split(model, processor, studies, cfg, cfg.rollout.group_size, "candidates")
     if parallel.rank() == 0:
-        scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
-        if oracle:
+        scorers = load_scorers(cfg, model.device, with_expert=expert and not oracle)
+        if exact is not None:
             scorers.similarity = oracle_similarity(exact)
-        rows = text_pairs(outputs, studies, scorers, cfg)
-        rows += visual_pairs(studies, cfg, out.with_name(f"{out.stem}_images")) if cfg.visual else []
+        rows, folder = text_pairs(outputs, studies, scorers, cfg), out.with_name(f"{out.stem}_images")
+        rows += visual_pairs(studies, cfg, folder, scorers.similarity if looks else None) if cfg.visual else []
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} pairs: {out}")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
 from config import DataConfig, DPOConfig, ModelConfig
-from data import load_studies
+from data import Study, load_studies
 from evidence import pairs
-from evidence.pairs import PairsConfig, make_pairs, noised, text_pair
+from evidence.pairs import PairsConfig, expert_mask, make_pairs, noised, text_pair
 from formats.preferences import read_pairs
 from phantom.assets import resolve
 from phantom.image import decode_mask, encode_mask
@@ -52,6 +53,21 @@ def test_noise_stays_inside_the_mask():
     assert np.array_equal(out, np.array(noised(image, mask, np.random.default_rng(0))))
     assert np.array_equal(decode_mask(encode_mask(mask)), mask)
     assert not decode_mask(encode_mask(np.zeros((3, 4), bool))).any()
+
+
+def test_the_experts_mask_is_where_it_looks():
+    """An expert that looks at one cell alone, 4 x 5 pixels of an image of 32 x 40."""
+    image = Image.fromarray(np.random.default_rng(0).integers(100, 200, (32, 40), dtype=np.uint8)).convert("RGB")
+    corner = np.s_[4:8, 10:15]
+    seen = np.array(image)[corner]
+
+    def similarity(images, ids, groups):
+        assert len(set(ids)) == len(images) == len(groups) == 65 and groups[0] == [REFERENCE]
+        return torch.tensor([[float((np.array(shown)[corner] == seen).mean())] for shown in images])
+
+    mask = expert_mask(image, Study("a", [], REFERENCE, "train"), similarity)
+    assert mask.shape == (32, 40) and mask[corner].all() and mask.sum() == 20
+    assert not expert_mask(image, Study("a", [], REFERENCE, "train"), lambda images, *_: torch.ones(65, 1)).any()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +110,7 @@ def test_the_command_makes_pairs_that_dpo_reads(cfg, by, chosen, tmp_path, capsy
         changed = np.array(Image.open(pair.rejected_image).convert("L")) != np.array(Image.open(studies[pair.id].image))
         mask = np.any([decode_mask(finding["mask"]) for finding in found[pair.id]], axis=0)
         assert changed.any() and not changed[~mask].any()
-    assert "masks by the exact truth" in capsys.readouterr().out
+    assert "masks by the exact truth, an oracle" in capsys.readouterr().out
     first = Path(cfg.out).read_text()
     make_pairs(replace(cfg, by=by, chosen=chosen, visual=True))
     assert Path(cfg.out).read_text() == first  # the same seed, the same pairs
@@ -120,8 +136,18 @@ def test_the_judge_is_the_reward_of_grpo_with_its_clinical_part(cfg, monkeypatch
 
 
 def test_the_oracle_takes_the_experts_place(cfg):
-    make_pairs(replace(cfg, by="visual", scorers=replace(cfg.scorers, expert="oracle")))
+    oracle = replace(cfg, by="visual", scorers=replace(cfg.scorers, expert="oracle"))
+    make_pairs(oracle)
     assert read_pairs(cfg.out)
+    with pytest.raises(ValueError, match="--mask expert: the oracle looks at no image"):
+        make_pairs(replace(oracle, visual=True, mask="expert"))
+
+
+def test_the_expert_masks_where_there_is_no_truth(cfg, capsys):
+    make_pairs(replace(cfg, visual=True, mask="expert"))
+    visual = [pair for pair in read_pairs(cfg.out) if pair.rejected_image]
+    assert visual and all(pair.weight >= 0 and pair.chosen == pair.rejected for pair in visual)
+    assert "masks by the frozen expert" in capsys.readouterr().out
 
 
 def test_what_is_lacking_is_one_line(cfg, tmp_path, monkeypatch):

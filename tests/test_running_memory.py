@@ -14,7 +14,7 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from config import Config, DataConfig, GRPOConfig, ModelConfig, RolloutConfig, SFTConfig, StageConfig
+from config import Config, DataConfig, DPOConfig, GRPOConfig, ModelConfig, RolloutConfig, SFTConfig, StageConfig
 from model import completion_logps, encode_prompts, get_base, load_policy, sampling_rules, set_trainable
 from running import memory
 from running.memory import GIB, KNOWN, Shape, checkpoint_bytes, estimate, kept_activations, lora_parameters
@@ -40,6 +40,17 @@ def test_lora_weights_by_hand():
     assert lora_parameters(TINY, 2, "language") == 2 * 2 * layer
     assert lora_parameters(TINY, 2, "projector") == 2 * (12 + 16)
     assert lora_parameters(TINY, 2) == 2 * 2 * layer + 2 * 28
+
+
+def test_dpo_holds_two_reports_a_study_and_neither_samples_nor_scores():
+    cfg = tiny_config()
+    cfg.stage, cfg.dpo = "dpo", DPOConfig(batch_size=4, micro_batch=2, trainable="projector")
+    parts = estimate(TINY, cfg, "dpo", scorers=77)
+    assert (parts["scorers"], parts["sampling"]) == (0, 0)
+    assert parts["lora"] == 4 * 2 * (512 + 56) + 12 * 56  # policy, reference; gradient, two moments
+    assert parts["loss"] == memory.loss_bytes(TINY, 6 + 64, 5, 2, 2, "projector", cfg)
+    whole = 4 * (512 + 56)
+    assert checkpoint_bytes(TINY, cfg) == whole + 3 * (3 * whole) + whole + 3 * (whole + 8 * 56)  # sft, dpo
 
 
 def test_every_part_of_stage_2_by_hand():

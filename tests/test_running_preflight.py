@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import train
-from config import Config, DataConfig, ModelConfig, parse
+from config import Config, DataConfig, DPOConfig, ModelConfig, parse
 from running import preflight
 from running.memory import GIB, KNOWN, SOURCES, estimate
 
@@ -234,6 +234,21 @@ def test_memory_is_held_against_the_gpu(monkeypatch, tmp_path):
         assert verdict[0] == status and f"the GPU has {size} GiB" in verdict[2]
         assert ("model.gradient_checkpointing" in verdict[2]) == (status == "to do")
     assert len(table[2].splitlines()) == 5 and "Stage 2" in table[2]
+
+
+def test_dpo_needs_its_pairs_and_no_scorer(monkeypatch, tmp_path, capsys):
+    installed(monkeypatch)
+    path, real = tmp_path / "pairs.jsonl", ready(READY[0], tmp_path)
+    cfg = Config(stage="dpo", run=str(tmp_path / "run"), dpo=DPOConfig(pairs=str(path)))
+    assert preflight.preflight(cfg) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"missing   pairs     .*pairs.jsonl: cannot be read", said)
+    assert f"$ python -m evidence.pairs --run {cfg.run} --out {path}" in said
+    path.write_text('{"id": "a", "chosen": "Clear.", "rejected": "Edema."}\n')
+    assert preflight.preflight(cfg) == 0 and "pairs.jsonl: 1 can be read" in capsys.readouterr().out
+    assert not any(item[1] == "scorers" for item in preflight.check_scorers(replace(real, stage="dpo")))
+    table = list(preflight.check_room(replace(real, stage="dpo")))[1][2]
+    assert "Stage dpo" in table and "Stage 1" not in table
 
 
 # ------------------------------------------------------------------------------------------- the flag and the configs

@@ -85,7 +85,7 @@ def write_pairs(cfg, folder: Path) -> Path:
     """8 text pairs of studies of the RL split, and a visual pair of each of the first 2."""
     studies, rows = load_studies(cfg.data, "train"), []
     for i, study in enumerate(studies[:8]):
-        rows.append({"id": study.id, "chosen": REPORTS[i % 5], "rejected": REPORTS[(i + 1) % 5], "weight": i / 8})
+        rows.append({"id": study.id, "chosen": REPORTS[i % 2], "rejected": REPORTS[2 + i % 3], "weight": i / 8})
     for i in range(2):
         noise = np.random.default_rng(i).integers(0, 255, (64, 64), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")

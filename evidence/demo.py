@@ -31,14 +31,15 @@ def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     labeller = build("labeller", "labeller", 10 + 0.18 * a.labeller_steps)
     base = build("base model", "base", 0.08 * a.vision_steps + 0.2 * a.base_steps, data)
     expert = build("expert", "expert", 0.5 * a.expert_steps, data)
-    sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.32 * cfg.sft.steps, [base])
-    gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.1 * p.val, [sft, labeller],
-                check=partial(check_gate, cfg))  # fmt: skip
+    sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.4 * cfg.sft.steps, [base])
+    gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.06 * p.val, [sft, labeller],
+                cores=CORES, check=partial(check_gate, cfg))  # fmt: skip
     stage1 = Task("Stage 1: text rewards", "train.py", ["--stage", "1", *flags], 1.1 * cfg.stage1.steps,
                   [gate, expert], cores=CORES)  # fmt: skip
     branches = [Task("text rewards go on", "train.py", text_only, 1.6 * cfg.stage2.steps, [stage1]),
                 Task("visual reward mixed in", "train.py", branch, 1.6 * cfg.stage2.steps, [stage1])]  # fmt: skip
-    tables = [Task(f"evaluation: {names}", "evaluate.py", ["--policy", names, *flags], 0.2 * p.test, branches)
+    tables = [Task(f"evaluation: {names}", "evaluate.py", ["--policy", names, "--eval.samples", "2", *flags],
+                   0.13 * p.test, branches)
               for names in ("base,sft,stage1", "stage1_continued,stage2")]  # fmt: skip
     return [data, labeller, base, expert, sft, gate, stage1, *branches, *tables]
 

@@ -57,7 +57,7 @@ class AssetsConfig:
 
     vision_steps: Updates = 900  # updates of the vision tower as a multi-label classifier, 64 images each [ours]
     base_steps: Updates = 500  # updates of the base vision-language model on captions, 48 images each [ours]
-    expert_steps: Updates = 550  # updates of the frozen expert, 128 image-report pairs each [ours]
+    expert_steps: Updates = 750  # updates of the frozen expert, 128 image-report pairs each [ours]
     labeller_steps: Updates = 250  # updates of the CheXbert-format labeller, 64 texts each [ours]
 
 

@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 
 from config import Config, DataConfig, RolloutConfig
 from data import Study, batch_ids, read_split
-from formats.files import read_jsonl
+from formats.files import read_json, read_jsonl
 from formats.images import read_image
 from model import encode_prompts
 from phantom import text
@@ -49,7 +49,7 @@ def held_out(n: int) -> int:
 def fit(model: nn.Module, loss_of: Callable, n: int, batch: int, steps: int, lr: float, seed: int, what: str) -> None:
     """AdamW with 5% warm-up and cosine decay over `loss_of(rows)`, batches of those of n rows that are not held out."""
     held, warm, trained = held_out(n), max(1, steps // 20), [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps)) + 0.01)
     )
@@ -113,7 +113,7 @@ def build_base(recipe: Recipe, folder: Path) -> None:
     studies, images, labels = read_studies(folder.with_name("data"), "base")
     # a few reports are tagged: LoRA cannot make a token likely whose output row was never once the right answer
     texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(studies)]
-    reports = [s.report for s in read_studies(folder.with_name("data"), "expert")[0]]
+    reports = [row["report"] for row in read_json(folder.with_name("data") / "annotation.json")["expert"]]
     tokenizer = policy_tokenizer(reports + texts + [f"USER: {PROMPT} ASSISTANT:"] * 100)
     processor, model = (new(tokenizer, recipe.phantom.image_size) for new in (new_processor, new_llava))
     model.model.language_model.set_attn_implementation(attention.NAME)

@@ -20,6 +20,7 @@ from running.weights import (
     check_torch_file,
     count_weights,
     load_tokenizer,
+    require,
     require_finite_tensors,
     require_placed,
     require_rows,
@@ -284,3 +285,12 @@ def test_git_lfs_pointers_are_named_as_such(tmp_path):
     for check in (lambda: count_weights(folder), lambda: check_torch_file(tmp_path / "x.pth")):
         with pytest.raises(ValueError, match="a git-lfs pointer, not the file itself: fetch it again"):
             check()
+
+
+@pytest.mark.parametrize(("start", "what"), [(b"", "empty"), (b"version https://git-lfs.github.com/", "a git-lfs")])
+def test_a_file_that_was_not_fetched_is_named(tmp_path, start, what):
+    (tmp_path / "a.json").write_bytes(b"{}")
+    (tmp_path / "b.json").write_bytes(start)
+    require(tmp_path, "a.json", "c.json")
+    with pytest.raises(ValueError, match=f"b.json: {what}.*fetch it again"):
+        require(tmp_path, "a.json", "b.json")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 CORES = 2  # processes side by side, one thread each: faster here than one process with two threads
 FORKS = multiprocessing.get_context("forkserver")
+IMPORTED = ["train", "evaluate", "phantom.training"]  # once, by the server
 
 
 def run_script(script: str, flags: list[str], log: Path | None, line: int, environment: dict[str, str]) -> None:
@@ -103,7 +104,7 @@ def run_tasks(tasks: list[Task]) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it started end with it
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    FORKS.set_forkserver_preload(["train", "evaluate", "phantom.training"])
+    FORKS.set_forkserver_preload(IMPORTED)
     waiting, running = [task for task in tasks if not task.made()], []
     print(f"{len(tasks)} commands, {len(tasks) - len(waiting)} of them done before", flush=True)
     expected = spent = 0.0

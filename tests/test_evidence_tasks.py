@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config import Config
-from evidence import demo
+from evidence import demo, tasks
 from evidence.tasks import CORES, Task, run_tasks
 
 ROOT = Path(demo.__file__).parents[1]
@@ -19,6 +19,7 @@ ROOT = Path(demo.__file__).parents[1]
 @pytest.fixture(autouse=True)
 def step(tmp_path, monkeypatch):
     """A script `step` whose `main` runs the code in its one flag."""
+    monkeypatch.setattr(tasks, "IMPORTED", [])  # ten seconds, and not needed here
     monkeypatch.syspath_prepend(tmp_path / "scripts")
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "step.py").write_text("import sys\n\n\ndef main():\n    exec(sys.argv[1])\n")
@@ -92,7 +93,8 @@ def test_a_check_may_stop_what_comes_after(tmp_path):
 def test_sigterm_ends_the_children(tmp_path):
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path / 'scripts')!r}]; "
-            f"from evidence.tasks import Task, run_tasks; run_tasks([Task('a', 'step', [{child!r}], 1)])")  # fmt: skip
+            "from evidence import tasks as t; t.IMPORTED.clear(); "
+            f"t.run_tasks([t.Task('a', 'step', [{child!r}], 1)])")  # fmt: skip
     runner, pid = subprocess.Popen([sys.executable, "-c", code]), tmp_path / "pid"
     deadline = time.time() + 60
     while not (pid.exists() and pid.read_text()):
@@ -120,15 +122,15 @@ def test_a_task_of_two_processes_ends_when_one_fails(tmp_path):
 
 
 def test_the_demo_trains_from_scratch_to_tables(monkeypatch):
-    tasks = {task.title: task for task in demo.make_tasks(Config(), ["--seed", "7"])}
-    branch, stage1 = ["--stage", "2", "--seed", "7"], tasks["Stage 1: text rewards"]
-    assert tasks["visual reward mixed in"].flags == branch
-    assert tasks["text rewards go on"].flags == [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
+    every = {task.title: task for task in demo.make_tasks(Config(), ["--seed", "7"])}
+    branch, stage1 = ["--stage", "2", "--seed", "7"], every["Stage 1: text rewards"]
+    assert every["visual reward mixed in"].flags == branch
+    assert every["text rewards go on"].flags == [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
     assert (stage1.script, stage1.flags, stage1.cores) == ("train.py", ["--stage", "1", "--seed", "7"], 2)
-    assert [task.title for task in tasks["visual reward mixed in"].after] == ["Stage 1: text rewards"]
+    assert [task.title for task in every["visual reward mixed in"].after] == ["Stage 1: text rewards"]
     assert {task.title for task in stage1.after} == {"its gate: does it see?", "expert"}
-    last = [title for title in tasks if title.startswith("evaluation")]
-    assert all(len(tasks[title].after) == 2 for title in last) and len(last) == 2
+    last = [title for title in every if title.startswith("evaluation")]
+    assert all(len(every[title].after) == 2 for title in last) and len(last) == 2
 
 
 def test_the_gate_stops_a_policy_that_does_not_look(tmp_path):

@@ -64,7 +64,7 @@ class EvalRun(Config):
 
 
 def evaluate(
-    cfg: Config, wanted: Wanted, written: Iterable[tuple[str, Path | None, Outputs, Outputs | None]], folder: Path, *,
+    cfg: EvalRun, wanted: Wanted, written: Iterable[tuple[str, Path | None, Outputs, Outputs | None]], folder: Path, *,
     without: Collection[str], tagged: bool = True, shuffled_as: str = "image shuffled", notes: Iterable[str] = (),
 ) -> None:  # fmt: skip
     """Score reports, save each policy's results in `folder`, then print the table of all policies evaluated there.
@@ -92,7 +92,7 @@ def evaluate(
             save(folder / name, result | judge.summarise(stats), judge.report_rows(greedy, sampled), stats)
         parallel.barrier()  # and so may judging
     if first:
-        finish(folder, shared)
+        finish(folder, shared, {} if cfg.predictions else vars(cfg.rewards))
     parallel.barrier()
 
 

@@ -6,10 +6,11 @@ summed array, and `summarise` gives value and 95% interval. Resampling is always
 
 Conventions. BLEU-1..4 and ROUGE-L (beta 1.2) are pycocoevalcap's, the field's (corpus BLEU, unsmoothed; mean of
 ROUGE-L), on the tokens of protocols.py; sacrebleu and rouge-score, which the rewards use, give other numbers for the
-same text. METEOR: meteor.py. Label precision, recall and F1 are CheXbert's: 14 labels or, with the suffix _5, the five
-that its paper reports; positive or uncertain = 1; a label that neither side states counts 0 in the macro mean, as in
-scikit-learn. GREEN: scorers/green.py, its mean is over the readable answers.
-RaTEScore: scorers/ratescore.py. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts.
+same text. bleu_mean, the mean of BLEU-1..4, is what some papers call BLEU. METEOR: meteor.py. Label precision, recall
+and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a
+label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN: scorers/green.py, its mean is over
+the readable answers. RaTEScore: scorers/ratescore.py. The truth-based metrics (phantom only) are ratios of what
+`reader.truth_counts` counts.
 All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
@@ -115,6 +116,7 @@ def ratio(above: str, *below: str, factor: float = 1.0) -> Callable:
 # name: (family of statistics, function of their sums); in which table, under which title: columns.toml
 METRICS: dict[str, tuple[str, Callable]] = {
     **{f"bleu_{n}": ("bleu", lambda sums, n=n: bleu(sums)[..., n - 1]) for n in range(1, 5)},
+    "bleu_mean": ("bleu", lambda sums: bleu(sums).mean(-1)),
     "rouge_l": ("rouge_l", mean),
     "meteor": ("meteor", corpus_meteor),
     "bertscore": ("bertscore", mean),

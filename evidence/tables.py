@@ -77,10 +77,11 @@ class Column:
     key: str
     where: str
     factor: int = 100
+    reward: str = ""
 
     @property
     def flat(self) -> str:
-        return self.title.replace("-\n", "").replace("\n", " ")
+        return self.title.replace("-\n", "").replace("\n-", "-").replace("\n", " ")
 
     def entry(self, row: dict) -> dict:
         """{"value", "lo", "hi"} in a row {"greedy": {metric: entry}, "sampled": ...} of the results; {} without."""
@@ -116,9 +117,10 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(clean, indent=2) + "\n")
 
 
-def finish(folder: Path, settings: dict) -> None:
+def finish(folder: Path, settings: dict, weights: dict) -> None:
     """Print the tables of all policies evaluated in `folder` with these settings; write results.md and results.json.
 
+    weights: the settings `rewards` at hand, {} where nothing was trained on them. What they make a reward is starred.
     Two processes may evaluate policies of one run: one at a time is let in, and the last one finds all results.
     """
     with lock(folder / ".lock", wait=True):
@@ -135,6 +137,7 @@ def finish(folder: Path, settings: dict) -> None:
             rows[result["policy"]] = {part: result[part] for part in ("greedy", "sampled") if result[part]}
             if result["shuffled"]:
                 rows[f"{result['policy']}, {result['shuffled_as']}"] = {"greedy": result["shuffled"]}
+        notes += ["*: also a reward of the training."] if weights else []
         notes.append(f"BLEU, ROUGE-L and METEOR: pycocoevalcap's, {NOTES[protocol]}.")
         notes += [*dict.fromkeys(note for result in results for note in result["notes"]), *unread_notes(rows)]
         if others:
@@ -146,10 +149,10 @@ def finish(folder: Path, settings: dict) -> None:
         if any(column.entry(row) for column in columns("clinical") for row in rows.values()):
             titles["clinical"] = f"CheXbert labels and model-based scores, {studies}"
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
-        parts = [part for where, title in titles.items() for part in (title, grid(rows, where, markdown=True))]
+        parts = [part for where, title in titles.items() for part in (title, grid(rows, where, weights, markdown=True))]
         write_text(folder / "results.md", "\n\n".join([*parts, *label_table(rows), *notes]) + "\n")
     for where, title in titles.items():
-        print(f"\n{title}\n{grid(rows, where)}")
+        print(f"\n{title}\n{grid(rows, where, weights)}")
     print("", *notes, f"\nwritten: {folder}/results.md, results.json, */reports.jsonl", sep="\n")
 
 
@@ -173,8 +176,12 @@ def draw(heads: list[str], body: list[list[str]], markdown: bool = False) -> str
     return tabulate.tabulate(body, heads, style, disable_numparse=True, colalign=sides, headersglobalalign="right")
 
 
-def grid(rows: dict[str, dict], where: str, markdown: bool = False) -> str:
-    """The table main, spans or clinical; what no row was measured on is left out, but METEOR is n/a without Java."""
+def grid(rows: dict[str, dict], where: str, weights: dict, markdown: bool = False) -> str:
+    """The table main, spans or clinical; what no row was measured on is left out, but METEOR is n/a without Java.
+
+    A column is starred where its `weights` make it a reward. Only here: the policies of a comparison or a sweep had
+    rewards of their own, and another system's predictions unknown ones.
+    """
     shown = [c for c in columns(where) if c.key == "greedy/meteor" or any(c.entry(row) for row in rows.values())]
 
     def cell(row: dict, column: Column) -> str:  # a number or an interval, "n/a" where there is none
@@ -186,7 +193,8 @@ def grid(rows: dict[str, dict], where: str, markdown: bool = False) -> str:
 
     body = [[name, *(cell(row, column) for column in shown)] for name, row in rows.items()]
     heads = [c.flat if markdown else c.title if "\n" in c.title else f"\n{c.title}" for c in shown]
-    return draw(["", *heads], body, markdown)
+    stars = ["*" * (c.reward > "" and all(map(weights.get, c.reward.split()))) for c in shown]
+    return draw(["", *map(str.__add__, heads, stars)], body, markdown)
 
 
 def label_table(rows: dict[str, dict]) -> list[str]:

@@ -130,7 +130,7 @@ def test_every_policy_of_a_run_is_scored_with_its_controls(world, tmp_path, caps
     assert "meteor" not in greedy and "33.3 (3)" in out and out.count("METEOR needs Java") == 1
     heads, row = (next(line for line in out.splitlines() if word in line).split() for word in ("METEOR", "sft "))
     assert row[1 + heads.index("METEOR")] == "n/a"
-    assert "RadGraph F1 is also a reward" in out
+    assert {"-4*", "-L*", "BLEU*", "F1*", "Score*"} <= {*heads} and "\n*: also a reward of the training.\n" in out
     assert max(map(len, (line for line in out.splitlines() if not line.startswith("written")))) <= 150
 
 
@@ -173,7 +173,7 @@ def test_two_processes_may_finish_at_once(world, tmp_path):
     folder = tmp_path / "run/eval/test"
     settings = read(folder / "sft/results.json")["settings"]
     with ThreadPoolExecutor(2) as pool:  # the lock parts open files, so threads show it as processes do
-        list(pool.map(tables.finish, [folder] * 40, [settings] * 40))
+        list(pool.map(tables.finish, [folder] * 40, [settings] * 40, [{}] * 40))
     assert list(read(folder / "results.json")["rows"])[-1] == "sft, image shuffled"
 
 
@@ -246,7 +246,7 @@ def test_predictions_without_any_model(tmp_path, monkeypatch, capsys):
     assert rows["P"]["greedy"]["bleu_1"]["value"] == pytest.approx(1)
     assert rows["P, references shuffled"]["greedy"]["bleu_1"]["value"] < 0.5
     assert "format_rate" not in rows["P"]["greedy"] and "sided_f1" not in rows["P"]["greedy"]
-    assert "RadGr." not in out and "sided" not in out
+    assert "RadGr." not in out and "sided" not in out and "*" not in out.partition("written")[0]
     assert "want of --scorers.chexbert, --scorers.bert, --scorers.bertscore, --scorers.radgraph" in out
     assert (tmp_path / "P_eval/P/reports.jsonl").exists()
 
@@ -567,8 +567,24 @@ def test_widest_table_fits_150_columns():
     summary = {metric: entry for metric in METRICS} | {"counts": {"stated": 12345}}
     rows = {"stage1_continued, image shuffled": {"greedy": summary, "sampled": summary}}
     for where in ("main", "spans", "clinical"):
-        text = tables.grid(rows, where)
+        text = tables.grid(rows, where, to_dict(EvalRun())["rewards"])
         assert max(map(len, text.splitlines())) <= 150 and len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("off", "starred"),
+    [
+        ({}, "BLEU-4 mean BLEU ROUGE-L BERT Score CheXb. F1 RadGr. F1 format %"),
+        ({"lambda_lex": 0.0}, "BERT Score CheXb. F1 RadGr. F1 format %"),
+        ({"k_clin": 0}, "BLEU-4 mean BLEU ROUGE-L BERT Score format %"),
+        ({"lambda_cx": 0.0, "lambda_sem": 0.0}, "BLEU-4 mean BLEU ROUGE-L RadGr. F1 format %"),
+        (dict.fromkeys(to_dict(EvalRun())["rewards"], 0), ""),
+    ],
+)
+def test_rewards_are_starred_by_their_weights(off, starred):
+    rows = {"P": {"greedy": {metric: {"value": 0.5} for metric in METRICS} | {"counts": {"stated": 1}}}}
+    heads = tables.grid(rows, "main", to_dict(EvalRun())["rewards"] | off, markdown=True).splitlines()[0].split("|")
+    assert " ".join(head.strip(" *") for head in heads if "*" in head) == starred
 
 
 def test_every_column_shows_a_metric_there_is():

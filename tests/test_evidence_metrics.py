@@ -79,6 +79,14 @@ def test_bleu_statistics_by_hand():
     assert two == pytest.approx(math.sqrt(2 / 3) * math.exp(-0.25), abs=1e-8)
 
 
+def test_mean_bleu_by_hand():
+    """A corpus of two: precisions 5/6, 3/4, 2/3 and 1/2, 6 words against 7; the mean of the corpus' four BLEUs."""
+    sums = bleu_rows([("a b c d e", "a b c d f"), ("g", "g h")]).sum(0)
+    each = [5 / 6, (5 / 8) ** (1 / 2), (5 / 12) ** (1 / 3), (5 / 24) ** (1 / 4)]
+    mean = metrics.METRICS["bleu_mean"][1](np.stack([sums, 2 * sums]))
+    assert mean == pytest.approx(np.exp(1 - 7 / 6) * sum(each) / 4, abs=1e-8)
+
+
 def test_rouge_by_hand():
     p, r = 2 / 3, 2 / 4
     assert metrics.rouge_l("a x b", "a b c d") == pytest.approx(2.44 * p * r / (r + 1.44 * p))

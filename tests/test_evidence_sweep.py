@@ -99,7 +99,7 @@ def test_tables_and_figures_show_every_arm_and_seed(tmp_path):
                "bleu_by_reference": {"true": part, "false": part},
                "assets": {"expert": {"retrieval": 0.8}}, "arms": arms, "versus": {"sft": later}}  # fmt: skip
     text = sweep_tables.markdown(results)
-    assert "| valor | 30.0 [28.0, 32.0] | 30.0 [28.0, 32.0] | 30.0 [28.0, 32.0] | 21.7 [19.7, 23.7] |" in text
+    assert f"| valor |{4 * ' 30.0 [28.0, 32.0] |'} 21.7 [19.7, 23.7] |" in text
     assert "+21.7 [+19.7, +23.7]" in text
     assert all(text.count(f"| {arm} |") >= 4 for arm in sweep.EVALUATED)
     figures.draw_arms(results, tmp_path / "arms.png")

@@ -126,11 +126,10 @@ def evaluate_predictions(cfg: EvalRun) -> None:
     wanted, reports, notes = read_pairs(cfg.predictions, cfg.references)
     without = may_judge(cfg, with_expert=False, on_phantom=wanted.labels is not None)
     path, outputs = Path(cfg.predictions), [[report] for report in reports]
-    evaluate(
-        cfg if without else resolve(cfg, ("labeller",)), wanted, [(path.stem, None, outputs, None)],
-        path.with_name(f"{path.stem}_eval"), without=without, notes=notes, shuffled_as="references shuffled",
-        tagged=any(OPEN in report for report in reports),  # another system may know no tags at all
-    )  # fmt: skip
+    tagged = any(OPEN in report for report in reports)  # another system may know no tags at all
+    evaluate(cfg if without else resolve(cfg, ("labeller",)), wanted, [(path.stem, None, outputs, None)],
+             path.with_name(f"{path.stem}_eval"), without=without, notes=notes, tagged=tagged,
+             shuffled_as="references shuffled")  # fmt: skip
 
 
 def report_image(cfg: EvalRun) -> None:

@@ -8,10 +8,9 @@ Conventions. BLEU-1..4 and ROUGE-L (beta 1.2) are pycocoevalcap's, the field's (
 ROUGE-L), on the tokens of protocols.py; sacrebleu and rouge-score, which the rewards use, give other numbers for the
 same text. bleu_mean, the mean of BLEU-1..4, is what some papers call BLEU. METEOR: meteor.py. Label precision, recall
 and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a
-label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN: scorers/green.py, its mean is over
-the readable answers. RaTEScore: scorers/ratescore.py. The truth-based metrics (phantom only) are ratios of what
-`reader.truth_counts` counts.
-All values are fractions, lengths are words; nothing by nothing is NaN.
+label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN's mean is over the readable
+answers. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts. All values are
+fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math

@@ -49,16 +49,12 @@ GRID = 8  # x 8 cells of the expert's heat map
 
 @dataclass
 class PairsConfig(Config):
-    out: str = "pairs.jsonl"
-    """file of the pairs; the noised images of visual pairs stand in a folder beside it [ours]"""
-    by: Literal["text", "visual"] = "text"
-    """judge by R_text (Eq. 5), or by R_vis (Eq. 8), with the frozen expert [ours]"""
-    chosen: Literal["reference", "best"] = "reference"
-    """what is preferred: the reference, or the best candidate [MMedPO: reference]"""
-    visual: bool = False
-    """visual pairs too [MMedPO]"""
+    out: str = "pairs.jsonl"  # file of the pairs; the noised images of visual pairs stand in a folder beside it [ours]
+    by: Literal["text", "visual"] = "text"  # judge by R_text (Eq. 5) or, with the frozen expert, R_vis (Eq. 8) [ours]
+    chosen: Literal["reference", "best"] = "reference"  # preferred: it, or the best candidate [MMedPO: reference]
+    visual: bool = False  # visual pairs too [MMedPO]
+    # where their noise is: in a phantom's exact masks (an oracle), or where the frozen expert looks [ours]
     mask: Literal["truth", "expert"] = "truth"
-    """where their noise is: in a phantom's exact masks (an oracle), or where the frozen expert looks [ours]"""
 
 
 def text_pair(candidates: list[str], reference: str, rewards: list[float], chosen: str) -> tuple[dict, str]:

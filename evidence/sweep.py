@@ -34,12 +34,10 @@ ASSETS = {"data": 45, "base": 280, "labeller": 60, "expert": 330, "expert_noisy"
 
 @dataclass
 class SweepConfig(Config):
+    # seeds of SFT, sampling and data order; images, references and small models are shared [ours]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """seeds of SFT, sampling and data order; images, references and small models are shared [ours]"""
-    out: str = "results"
-    """folder of phantom.md, phantom.json and the figures [ours]"""
-    root: str = "runs/seeds"
-    """one run folder per seed in here [ours]"""
+    out: str = "results"  # folder of phantom.md, phantom.json and the figures [ours]
+    root: str = "runs/seeds"  # one run folder per seed in here [ours]
 
 
 def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
@@ -81,9 +79,8 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], seed: int, assets: dict[st
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is ours; all else goes to every command
-    own.add_argument("--seeds", nargs="*")
-    own.add_argument("--out")
-    own.add_argument("--root")
+    for flag, count in (("--seeds", "*"), ("--out", None), ("--root", None)):
+        own.add_argument(flag, nargs=count)
     cfg, passed, began = parse(SweepConfig, __doc__), own.parse_known_args()[1], time.time()
     try:
         run_tasks(make_tasks(cfg, passed))

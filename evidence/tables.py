@@ -120,7 +120,7 @@ def write_json(path: Path, value) -> None:
 def finish(folder: Path, settings: dict, weights: dict) -> None:
     """Print the tables of all policies evaluated in `folder` with these settings; write results.md and results.json.
 
-    weights: the settings `rewards` at hand, {} where nothing was trained on them. What they make a reward is starred.
+    weights: the settings `rewards` at hand, which star what is a reward; {}, no star, for another system's reports.
     Two processes may evaluate policies of one run: one at a time is let in, and the last one finds all results.
     """
     with lock(folder / ".lock", wait=True):
@@ -137,8 +137,8 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
             rows[result["policy"]] = {part: result[part] for part in ("greedy", "sampled") if result[part]}
             if result["shuffled"]:
                 rows[f"{result['policy']}, {result['shuffled_as']}"] = {"greedy": result["shuffled"]}
-        notes += ["*: also a reward of the training."] if weights else []
-        notes.append(f"BLEU, ROUGE-L and METEOR: pycocoevalcap's, {NOTES[protocol]}.")
+        notes += ["*: also a reward of the training."] * bool(weights)
+        notes += [f"BLEU, ROUGE-L and METEOR: pycocoevalcap's, {NOTES[protocol]}."]
         notes += [*dict.fromkeys(note for result in results for note in result["notes"]), *unread_notes(rows)]
         if others:
             names = ", ".join(result["policy"] for result in others)
@@ -161,8 +161,7 @@ def unread_notes(rows: dict[str, dict]) -> list[str]:
     notes, greedy = [], {name: row["greedy"] for name, row in rows.items()}
     shares = [summary["unread_share"]["value"] or 0 for summary in greedy.values() if "unread_share" in summary]
     if shares:
-        worst = 100 * max(shares)
-        notes.append(f"Sentences that the evaluation's reader could not read: at most {worst:.1f}% in any row.")
+        notes.append(f"Sentences that the reader could not read: at most {100 * max(shares):.1f}% in any row.")
     unread = [f"{name} {row['green']['unread']} of {row['n']}" for name, row in greedy.items() if "green" in row]
     if unread:
         notes.append(f"Answers of GREEN's judge that could not be read, left out of its mean: {', '.join(unread)}.")
@@ -178,10 +177,7 @@ def draw(heads: list[str], body: list[list[str]], markdown: bool = False) -> str
 
 def grid(rows: dict[str, dict], where: str, weights: dict, markdown: bool = False) -> str:
     """The table main, spans or clinical; what no row was measured on is left out, but METEOR is n/a without Java.
-
-    A column is starred where its `weights` make it a reward. Only here: the policies of a comparison or a sweep had
-    rewards of their own, and another system's predictions unknown ones.
-    """
+    Starred is what `weights` make a reward; not in comparisons and sweeps, whose policies had rewards of their own."""
     shown = [c for c in columns(where) if c.key == "greedy/meteor" or any(c.entry(row) for row in rows.values())]
 
     def cell(row: dict, column: Column) -> str:  # a number or an interval, "n/a" where there is none

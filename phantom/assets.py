@@ -25,8 +25,7 @@ ensure = partial(cache.ensure, builders=BUILDERS)
 
 @dataclass
 class BuildConfig(Config):
-    build: tuple[cache.Name, ...] = ("data", "base", "expert", "labeller")
-    """which assets to build where they are missing"""
+    build: tuple[cache.Name, ...] = ("data", "base", "expert", "labeller")  # which to build where they are missing
 
 
 def main() -> None:

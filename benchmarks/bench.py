@@ -90,7 +90,7 @@ class Load:
             thread.join()
 
     def mean(self) -> float:
-        return round(statistics.mean(self.seen), 1) if self.seen else 0.0
+        return round(statistics.fmean(self.seen), 1) if self.seen else 0.0
 
 
 class SideFailed(Exception):

@@ -18,7 +18,7 @@ from evidence.tasks import CORES, Task, run_tasks
 
 
 def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
-    """The demo's commands. Their seconds: start-up plus what an update or a study took on two quiet cores."""
+    """The demo's commands. Their seconds: what an update or a study took on two quiet cores."""
     p, a = cfg.phantom, cfg.assets
     studies = p.expert + p.base + p.sft + p.train + p.val + p.test
     branch, look = ["--stage", "2", *flags], ["--policy", "sft", "--split", cfg.data.val_split, "--eval.samples", "0"]

@@ -1,6 +1,7 @@
 """The phantom's own models: layouts, texts with their labels, and that the fast paths equal the saved processors."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -107,3 +108,10 @@ def test_the_models_take_images_of_another_size(size, tmp_path):
         (tmp_path / name).mkdir()
         builder(recipe, tmp_path / name)
     assert load_expert(tmp_path / "expert").model.visual.image_size == (size, size)
+
+
+def test_an_excerpt_is_mostly_the_impression():
+    rng, report = np.random.default_rng(0), "FINDINGS: Small left effusion. IMPRESSION: Left effusion."
+    drawn = Counter(training.excerpt(report, rng) for _ in range(500))
+    assert drawn.keys() == {report, "FINDINGS: Small left effusion.", "IMPRESSION: Left effusion."}
+    assert 250 < drawn["IMPRESSION: Left effusion."] < 350 and 60 < drawn[report] < 140

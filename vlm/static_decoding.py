@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlm.attention import Decoding, run_layers
 
-SHAPES = 64  # sizes of batches that are compiled before torch gives up and runs the plain code
+SHAPES = 64  # sizes of batches that may be compiled; torch's own limit is 8, beyond which a step fails
 
 
 class StaticDecoding(Decoding):

@@ -94,9 +94,10 @@ class RewardConfig:
 
 @dataclass
 class ScorerConfig:
-    # frozen expert of Eq. 6: folder or hf-hub: name of an open_clip model; phantom:expert_noisy learnt from reports as
-    # noisy as the references; `oracle` knows the exact labels (an upper bound) [paper: not named]
+    # frozen expert of Eq. 6: folder or hf-hub: name of an open_clip model; phantom:expert_noisy learnt from the
+    # policy's own references; `oracle` knows the exact labels (an upper bound) [paper: not named]
     expert: str = "phantom:expert"
+    expert_noise: Weight = 0.0  # deviation of a random error in each similarity: a control of experiments [ours]
     # checkpoint in CheXbert's format: path, or hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth [Smit et al. 2020]
     chexbert: str = "phantom:labeller/chexbert.pth"
     bert: str = "phantom:labeller"  # its BERT, folder or hub name: bert-base-uncased, mostly [Smit et al. 2020]
@@ -127,7 +128,8 @@ class GRPOConfig:
     batch_size: Size = 8  # studies per update, over all processes; each has G candidates [paper: 8]
     micro_batch: Size = 2  # studies per pass, as sft.micro_batch; on a CPU a few stay in its cache [ours]
     micro_group: Count = 0  # candidates of a study per pass, 0 = all: where one study is still too much [ours]
-    lr: Positive = 1.5e-3  # constant, of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]
+    lr: Positive = 1.5e-3  # of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]
+    lr_scheduler_type: Literal["constant", "linear"] = "constant"  # linear: falls to 0 over each stage [TRL's name]
     beta: Weight = 0.04  # Eq. 10 weight of the KL to the SFT policy [DeepSeekMath; not in the paper]
     eps_low: Share = 0.2  # Eq. 10 lower clip range of the importance ratio [DeepSeekMath; not in the paper]
     eps_high: Positive = 0.2  # Eq. 10 upper clip range of the importance ratio [DeepSeekMath; not in the paper]
@@ -152,6 +154,7 @@ class DPOConfig:
     micro_batch: Size = 4  # pairs per pass, as sft.micro_batch [ours]
     lr: Positive = 5e-4  # peak, of AdamW; 3% warm-up, then a cosine to 0; not tuned [ours; MMedPO: 1e-7]
     beta: Positive = 0.1  # weight of the log-ratios to the reference policy in the loss [MMedPO]
+    kinds: Literal["both", "text", "visual"] = "both"  # which of the pairs: visual ones have a rejected_image [MMedPO]
     weighted: bool = False  # weigh the pairs' losses by their normalised `weight`; false is plain DPO [MMedPO: true]
     max_grad_norm: Positive = 1.0  # gradient norm above which gradients are scaled down [TRL]
     trainable: Trainable = "language+projector"  # whose LoRA weights train [ours]

@@ -87,7 +87,7 @@ def grpo_update(model, processor, scorers: Scorers, optimizer, batch: list[Study
     # 4. - 6. make the better candidates likelier
     stats, norm = policy_step(model, optimizer, micro_batches, sampling_rules(model, processor, cfg), cfg)
     part |= {name: [s[name] for s in stats] for name in (stats[0] if stats else ())}
-    row = average(parallel.gather(part)) | {"grad_norm": norm, "lr": cfg.grpo.lr}
+    row = average(parallel.gather(part)) | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
     if row["kl"] > HIGH_KL and parallel.rank() == 0:
         tqdm.write(f"update {k}: KL {row['kl']:.2f} is above {HIGH_KL}: read samples.jsonl for hacking", sys.stderr)
     return row, sample
@@ -194,7 +194,7 @@ def load_batches(cfg: Config, stage: int | str) -> list[Study] | list[Pair]:
     studies = load_studies(cfg.data, cfg.data.sft_split if stage == 0 else cfg.data.rl_split)
     if cfg.stage not in ("0", "dpo") and cfg.rewards.lambda_format:  # also before the Stage 0 of a longer run
         require_format([study.report for study in studies], cfg.rewards.required_sections)
-    return load_pairs(cfg.dpo.pairs, studies, cfg.dpo.weighted) if stage == "dpo" else studies
+    return load_pairs(cfg.dpo.pairs, studies, cfg.dpo.weighted, cfg.dpo.kinds) if stage == "dpo" else studies
 
 
 def run_stage(cfg: Config, stage: int | str, folder: Path, init: Path | None, reference: Path | None) -> None:
@@ -221,6 +221,8 @@ def run_stage(cfg: Config, stage: int | str, folder: Path, init: Path | None, re
         if stage in FROM_TEXTS:
             row, sample = FROM_TEXTS[stage](model, processor, optimizer, batch, cfg, step, steps), None
         else:
+            left = 1 - step / steps if cfg.grpo.lr_scheduler_type == "linear" else 1
+            optimizer.param_groups[0]["lr"] = cfg.grpo.lr * left
             row, sample = grpo_update(model, processor, scorers, optimizer, batch, cfg, k=k, stage=stage)
         if not math.isfinite(row["grad_norm"]):  # the weights are lost: keep the checkpoint before them
             raise ValueError(f"{folder.name}: the gradient of update {step + 1} is not finite: lower the learning rate")
@@ -282,7 +284,7 @@ def train(cfg: Config) -> None:
 
 def needed_assets(cfg: Config) -> tuple[str, ...]:
     """The phantom's assets that the stages of this run read (phantom/assets.py)."""
-    expert = ("expert", "expert_noisy") if cfg.stage in ("2", "all") and cfg.rewards.lambda_vis > 0 else ()
+    expert = ("expert",) if cfg.stage in ("2", "all") and cfg.rewards.lambda_vis > 0 else ()
     return ("data", "base") if cfg.stage in ("0", "dpo") else ("data", "base", "labeller", *expert)
 
 

@@ -161,7 +161,7 @@ def make_pairs(cfg: PairsConfig) -> None:
         raise ValueError(f"the phantom's scorers know nothing of {cfg.data.path}: name others by {', '.join(flags)}")
     if not adapter.exists():
         raise ValueError(f"no {adapter}: train the SFT policy first, by train.py --stage 0")
-    cfg = parallel.broadcast(lambda: resolve(cfg, ("data", "base", "labeller", *["expert", "expert_noisy"] * expert)))
+    cfg = parallel.broadcast(lambda: resolve(cfg, ("data", "base", "labeller", *["expert"] * expert)))
     studies, exact = load_studies(cfg.data, cfg.data.rl_split), exact_labels(cfg) if expert and oracle else None
     model, processor = load_policy(cfg, adapter)
     outputs = generate_split(model, processor, studies, cfg, cfg.rollout.group_size, "candidates")

@@ -1,18 +1,19 @@
 """Evidence over seeds on the phantom: every arm, several seeds, one table (results/phantom.md) and two figures.
 
-    python -m evidence.sweep                        # seeds 0-4; `make seeds`, or SEEDS="0 1" make seeds
-    python -m evidence.sweep --seeds 0 1 --out DIR
+    python -m evidence.sweep                        # seeds 5-10; SEEDS="5 6" ARMS="valor dpo" make seeds
+    python -m evidence.sweep --seeds 5 6 --arms valor dpo --out DIR
 
     data, base, labeller, experts           once, shared by all seeds
-    seed s:  sft ──┬── stage1 ──┬── stage1_continued, valor, valor_literal, visual_only, projector_only,
-                   │            └── oracle_expert, noisy_expert          all from the same Stage-1 checkpoint
-                   └── plain_grpo                                        as many updates in all
+    seed s:  sft ──┬── stage1 ──┬── stage1_continued, valor, noisy_expert, clean_text, ...   from one checkpoint
+                   ├── plain_grpo                                        as many updates in all
+                   └── pairs ───── dpo, ...                              as many studies, candidates and updates
 
 What is finished is not done again: killed and started again, the sweep goes on, arm by arm (arms.toml) and inside an
 arm from its checkpoint. Settings come from config.py; they were chosen on the validation split.
 """
 
 import argparse
+import re
 import sys
 import time
 import tomllib
@@ -28,63 +29,81 @@ from phantom.cache import asset_dir
 from running.folder import write_text
 
 ARMS: dict[str, dict] = tomllib.loads(Path(__file__).with_name("arms.toml").read_text(encoding="utf-8"))
-EVALUATED = ["base", *ARMS]
-ASSETS = {"data": 45, "base": 280, "labeller": 60, "expert": 330, "expert_noisy": 330}  # seconds that they take
+EVALUATED = ["base", *(name for name, arm in ARMS.items() if "script" not in arm)]
+ASSETS = {"data": 45, "data_clean": 5, "base": 280, "labeller": 60}  # seconds that they take; an expert 330
 
 
 @dataclass
 class SweepConfig(Config):
     # seeds of SFT, sampling and data order; images, references and small models are shared [ours]
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (5, 6, 7, 8, 9, 10)
+    arms: tuple[str, ...] = ()  # arms of arms.toml to run, with those that they start from; empty = all [ours]
     out: str = "results"  # folder of phantom.md, phantom.json and the figures [ours]
     root: str = "runs/seeds"  # one run folder per seed in here [ours]
 
 
+def chosen_arms(cfg: SweepConfig) -> dict[str, dict]:
+    """The arms to run and those before them, in the file's order; ValueError for a name or an order that cannot be."""
+    wanted = set(cfg.arms or ARMS)
+    if unknown := wanted - ARMS.keys():
+        raise ValueError(f"--arms {min(unknown)}: arms.toml has {', '.join(ARMS)}")
+    for place, (name, arm) in reversed([*enumerate(ARMS.items())]):
+        if arm.get("after", name) not in [name, *list(ARMS)[:place]]:
+            raise ValueError(f"arms.toml: [{name}] must stand below [{arm['after']}], after which it runs")
+        wanted |= {arm["after"]} if name in wanted and "after" in arm else set()
+    return {name: arm for name, arm in ARMS.items() if name in wanted}
+
+
+def needed_assets(name: str, arm: dict) -> list[str]:
+    """The assets that an arm reads: all but SFT are judged, Stage 2 by an expert too."""
+    named = re.findall(r"phantom:(\w+)", arm["flags"])
+    expert = ["expert"] if "--stage 2" in arm["flags"] and not any(n.startswith("expert") for n in named) else []
+    return ["base", *named, *expert, *["labeller"] * (name != "sft")]
+
+
 def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
     """All commands of the sweep, those that unlock the most first; each has a log in `<root>/log/`."""
-    assets: dict[str, Task] = {}
-    for name, seconds in ASSETS.items():
+    arms, assets = chosen_arms(cfg), {}
+    for name in dict.fromkeys(["data", *(asset for item in arms.items() for asset in needed_assets(*item))]):
         words, log = ["--build", name, *flags], Path(cfg.root) / "log" / f"assets_{name}.txt"
-        assets[name] = Task(f"assets: {name}", "phantom.assets", words, seconds, list(assets.values())[:1],
-                            [asset_dir(cfg) / name], log)  # fmt: skip
-    return [*assets.values(), *(task for seed in cfg.seeds for task in tasks_of_seed(cfg, flags, seed, assets))]
+        assets[name] = Task(f"assets: {name}", "phantom.assets", words, ASSETS.get(name, 330),
+                            list(assets.values())[:1], [asset_dir(cfg) / name], log)  # fmt: skip
+    seeds = [tasks_of_seed(cfg, flags, nth, arms, assets) for nth in range(len(cfg.seeds))]
+    return [*assets.values(), *(task for tasks in seeds for task in tasks)]
 
 
-def tasks_of_seed(cfg: SweepConfig, flags: list[str], seed: int, assets: dict[str, Task]) -> list[Task]:
-    """A seed's arms, then their evaluation in two halves."""
-    run, logs, both = Path(cfg.root) / str(seed), Path(cfg.root) / "log", cfg.stage1.steps + cfg.stage2.steps
+def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, dict], assets: dict) -> list[Task]:
+    """The arms of the nth seed, each with its evaluation."""
+    seed, both = cfg.seeds[nth], cfg.stage1.steps + cfg.stage2.steps
+    run, logs, tasks, evaluations = Path(cfg.root) / str(seed), Path(cfg.root) / "log", {}, []
     common = [*flags, "--run", str(run), "--seed", str(seed)]
-    updates = {"sft": 0.3 * cfg.sft.steps, "stage1": cfg.stage1.steps, "plain_grpo": both}
-    arms: dict[str, Task] = {}
-    for name, arm in ARMS.items():
-        # the last flag wins: the arm stays what it says
-        words = [*common, "--name", name, *arm["flags"].format(both=both).split()]
-        words += ["--val-every", "20"] if arm.get("watched") else []
-        seconds = 5 + 1.6 * updates.get(name, cfg.stage2.steps)
-        if arm.get("after", "sft") not in {"sft", *arms}:
-            raise ValueError(f"arms.toml: [{name}] must stand below [{arm['after']}], after which it runs")
-        after = [arms[arm["after"]], *assets.values()] if "after" in arm else [assets["base"]]
-        arms[name] = Task(f"seed {seed}: {name}", "train.py", words, seconds, after,
-                          [run / name / "adapter"], logs / f"{seed}_{name}.txt")  # fmt: skip
-    halves = []
-    for half in (EVALUATED[:6], EVALUATED[6:]):
-        made = {name: run / "eval" / cfg.data.test_split / name / "results.json" for name in half}
-        missing = [name for name in half if not made[name].exists()]
-        words = ["--policy", ",".join(missing), "--eval.samples", "2", *common]
-        after, log = [arms[n] for n in half if n in arms], logs / f"{seed}_evaluation_{half[0]}.txt"
-        halves.append(Task(f"seed {seed}: evaluation", "evaluate.py", words, 25 * len(missing), after,
-                           list(made.values()), log))  # fmt: skip
-    return [*arms.values(), *halves]
+    for name, arm in {"base": {}, **arms}.items():
+        if nth >= arm.get("seeds", nth + 1):
+            continue
+        if arm:  # the last flag wins: the arm stays what it says
+            known = {"both": both, "run": run, "studies": both * cfg.grpo.batch_size}
+            words = [*common, *["--name", name] * ("script" not in arm), *arm["flags"].format(**known).split()]
+            words += ["--val-every", "20"] if arm.get("watched") else []
+            after = [assets[asset] for asset in needed_assets(name, arm)] + [tasks[a] for a in [arm.get("after")] if a]
+            makes = run / arm.get("makes", f"{name}/adapter")
+            tasks[name] = Task(f"seed {seed}: {name}", arm.get("script", "train.py"), words, arm.get("seconds", 160),
+                               after, [makes], logs / f"{seed}_{name}.txt")  # fmt: skip
+        if "script" not in arm:
+            made, words = run / "eval" / cfg.data.test_split / name / "results.json", ["--policy", name, *common]
+            after = [tasks[name]] if arm else [assets["base"], assets["labeller"]]
+            evaluations.append(Task(f"seed {seed}: {name} judged", "evaluate.py", [*words, "--eval.samples", "8"], 60,
+                                    after, [made], logs / f"{seed}_evaluation_{name}.txt"))  # fmt: skip
+    return [*tasks.values(), *evaluations]
 
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is ours; all else goes to every command
-    for flag, count in (("--seeds", "*"), ("--out", None), ("--root", None)):
+    for flag, count in (("--seeds", "*"), ("--arms", "*"), ("--out", None), ("--root", None)):
         own.add_argument(flag, nargs=count)
     cfg, passed, began = parse(SweepConfig, __doc__), own.parse_known_args()[1], time.time()
     try:
         run_tasks(make_tasks(cfg, passed))
-        about = {name: arm["what"] for name, arm in ARMS.items()}
+        about = {name: ARMS[name]["what"] for name in EVALUATED[1:]}
         results = collect_results(Path(cfg.root), list(cfg.seeds), cfg.data.test_split, about, asset_dir(cfg))
     except ValueError as error:
         sys.exit(f"sweep: {error}")

@@ -84,10 +84,11 @@ def normal_weights(raw: list[float]) -> list[float]:
     return [min(1.25, max(0.75, 1 + 0.1**0.5 * (w - mean) / spread)) if spread > 1e-9 else 1.0 for w in raw]
 
 
-def load_pairs(path: str, studies: list[Study], weighted: bool) -> list[Pair]:
+def load_pairs(path: str, studies: list[Study], weighted: bool, wanted: str = "both") -> list[Pair]:
     """The pairs of `studies`, those of one image first; a line says which are left out and why.
 
-    weighted: by `normal_weights` of the text and of the visual pairs, each kind for itself; else each weight is 1.
+    wanted: `text`, those of one image alone, or `visual`, the others. weighted: by `normal_weights` of the text and of
+    the visual pairs, each kind for itself; else each weight is 1.
     ValueError for a file that cannot be read, for none that is left, and where a weight is wanted and not there.
     """
     pairs, known, skips, kinds = read_pairs(path), {study.id: study for study in studies}, {}, ([], [])
@@ -97,6 +98,8 @@ def load_pairs(path: str, studies: list[Study], weighted: bool) -> list[Pair]:
             skips.setdefault("of no study of the split", []).append(pair.id)
         elif pair.chosen == pair.rejected and not visual:
             skips.setdefault("one report twice", []).append(pair.id)
+        elif wanted == ("text" if visual else "visual"):
+            skips.setdefault(f"not {wanted}", []).append(pair.id)
         else:
             kinds[visual].append(pair._replace(images=known[pair.id].images))
     said = f"{path}: {len(pairs)} pairs" + (f", left out {describe_skips(skips)}" if skips else "")

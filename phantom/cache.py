@@ -21,7 +21,8 @@ from phantom.config import Recipe
 from running.folder import atomic_folder, lock, writing
 from running.weights import check_model, check_open_clip, check_torch_file, require
 
-Name = Literal["data", "base", "expert", "expert_noisy", "labeller"]
+Name = Literal["data", "data_clean", "base", "expert", "expert_noisy", "expert_50", "expert_100", "expert_150",
+               "expert_200", "labeller"]  # fmt: skip
 NAMES = get_args(Name)
 Builders = Mapping[Name, Callable[[Recipe, Path], object]]  # name -> function(recipe, folder to fill)
 
@@ -38,7 +39,8 @@ def asset_dir(cfg: Config) -> Path:
 
 
 def resolve(cfg: Config, needs: Collection[str] = (), builders: Builders | None = None) -> Config:
-    """Replace every `phantom:NAME` path by its folder, which is built where it is missing and NAME is in `needs`.
+    """Replace every `phantom:NAME` path by its folder, which is built where it is missing and NAME is in `needs`, or
+    what stands there before NAME's `_`: "expert" is all the experts.
 
     ValueError for a name that is none of NAMES, a path that leads out of its folder, and a folder that is damaged.
     """
@@ -50,7 +52,7 @@ def resolve(cfg: Config, needs: Collection[str] = (), builders: Builders | None 
         if name not in NAMES:
             raise ValueError(f"{value}: unknown; known are {', '.join(f'phantom:{known}' for known in NAMES)}")
         path = inside(asset_dir(cfg) / name, rest, value)
-        if name in needs:
+        if {name, name.split("_")[0]} & {*needs}:
             ensure(cfg, name, builders)
         return str(path)
 
@@ -65,7 +67,7 @@ def check_asset(folder: Path) -> None:
         for path in folder.glob("*.json"):
             if not read_json(path):
                 raise ValueError(f"{path}: empty")
-        if folder.name == "data":
+        if folder.name.startswith("data"):
             require(folder, "annotation.json")
             studies = (folder / "truth.jsonl").read_bytes().count(b"\n")
             if len(os.listdir(folder / "images")) < studies:

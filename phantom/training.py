@@ -141,14 +141,25 @@ def build_base(recipe: Recipe, folder: Path) -> None:
     report_quality(folder, {"vision_tower_sided_f1": f1, "studies": held_out(len(studies))})
 
 
-def noisy_reports(recipe: Recipe, data: Path, studies: list[Study]) -> tuple[list[str], Tensor]:
-    """Reports of the expert's studies as noisy as the references are, and the labels they state (n, 15)."""
-    truth, written = {row["id"]: row["findings"] for row in read_jsonl(data / "truth.jsonl")}, []
+def expert_pairs(recipe: Recipe, data: Path, noise: float | None) -> tuple[list[Study], Tensor, list[str], Tensor]:
+    """(studies, images (n, size, size), reports, LABELS (n, 15) that these state) that an expert learns from, the ones
+    that measure it first. noise, see build_expert: None gives the LABELS of the images."""
+    studies, images, labels = read_studies(data, "expert")
+    if noise is None:
+        measure, parts = held_out(len(studies)), [read_studies(data, split) for split in ("sft", "train")]
+        studies = studies[:measure] + [study for part in parts for study in part[0]]
+        images = torch.cat([images[:measure], *(part[1] for part in parts)])
+        labels = torch.cat([labels[:measure], *(part[2] for part in parts)])
+    if not noise:
+        return studies, images, [study.report for study in studies], labels
+    truth, written, cfg = {row["id"]: row["findings"] for row in read_jsonl(data / "truth.jsonl")}, [], recipe.phantom
+    rates = {name: rate for name, rate in vars(cfg).items() if name.startswith(("omit", "prior_"))}
+    cfg = dataclasses.replace(cfg, **{name: min(1.0, noise * rate) for name, rate in rates.items()})
     for i, study in enumerate(studies):
         findings = [Finding(f["name"], f["side"], f["site"], f["severity"]) for f in truth[study.id]]
-        written.append(write_report(findings, np.random.default_rng([recipe.seed, i]), recipe.phantom, noisy=True))
+        written.append(write_report(findings, np.random.default_rng([recipe.seed, i]), cfg, noisy=True))
     labels = torch.tensor([[label in stated for label in LABELS] for _, stated in written])
-    return [report for report, _ in written], labels
+    return studies, images, [report for report, _ in written], labels
 
 
 def excerpt(report: str, rng: np.random.Generator) -> str:
@@ -157,13 +168,12 @@ def excerpt(report: str, rng: np.random.Generator) -> str:
     return (f"IMPRESSION: {impression}", findings, report)[rng.choice(3, p=(0.6, 0.2, 0.2))]
 
 
-def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
-    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers; noisy: on
-    reports that err as the references do, so that it learns nothing better than what the policy imitates."""
-    studies, images, labels = read_studies(folder.with_name("data"), "expert")
-    reports, held = [s.report for s in studies], held_out(len(studies))
-    if noisy:
-        reports, labels = noisy_reports(recipe, folder.with_name("data"), studies)
+def build_expert(recipe: Recipe, folder: Path, noise: float | None = 0.0) -> None:
+    """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers, on reports of
+    its own that err at `noise` times the references' rates. None: on the policy's own pairs, the references of splits
+    sft and train, with plain InfoNCE: it is told nothing that the policy is not."""
+    studies, images, reports, labels = expert_pairs(recipe, folder.with_name("data"), noise)
+    held = held_out(len(studies))
     tokenizer = word_piece(reports, folder)
     settings = clip_config(len(tokenizer), tokenizer.sep_token_id, image_size=recipe.phantom.image_size)
     model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
@@ -180,7 +190,8 @@ def build_expert(recipe: Recipe, folder: Path, noisy: bool = False) -> None:
 
     def loss(rows: list[int]) -> Tensor:
         image, report, same = features(rows, [excerpt(reports[i], rng) for i in rows])
-        target = same.float() / same.sum(dim=-1, keepdim=True)
+        same = torch.eye(len(rows)) if noise is None else same.float()
+        target = same / same.sum(dim=-1, keepdim=True)
         logits = model.logit_scale.exp().clamp(max=100) * image @ report.T
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

@@ -5,6 +5,7 @@ leave findings out and add others by language prior (`misremember`).
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from functools import partial
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from formats.files import read_json, read_jsonl
 from phantom import text
 from phantom.config import PhantomConfig, Recipe
 from phantom.findings import LABELS, SIDED, Finding, finding_of, labels_of
@@ -121,6 +123,21 @@ def build(recipe: Recipe, folder: Path) -> None:
     (folder / "annotation.json").write_text(json.dumps(annotation, indent=1), encoding="utf-8")
     contact_sheet(shown, folder / "contact_sheet.png")
     print("phantom references: " + ", ".join(f"{name} {rate:.1%}" for name, rate in noise_rates(pairs).items()))
+
+
+def build_clean(recipe: Recipe, folder: Path) -> None:
+    """The data set again with the images of `data`, but complete and true references in split `train`."""
+    data, truth = folder.with_name("data"), {}
+    for row in read_jsonl(data / "truth.jsonl"):
+        truth[row["id"]] = [Finding(f["name"], f["side"], f["site"], f["severity"]) for f in row["findings"]]
+    annotation = read_json(data / "annotation.json")
+    for i, row in enumerate(annotation["train"]):
+        rng = np.random.default_rng([recipe.seed, SPLITS.index("train"), i, 1])
+        row["report"], _ = write_report(truth[row["id"]], rng, recipe.phantom, noisy=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "annotation.json").write_text(json.dumps(annotation, indent=1), encoding="utf-8")
+    shutil.copyfile(data / "truth.jsonl", folder / "truth.jsonl")
+    (folder / "images").symlink_to(Path("..") / "data" / "images")
 
 
 def noise_rates(pairs: Iterable[tuple[list[str], list[str]]]) -> dict[str, float]:

@@ -5,11 +5,13 @@ Native CLIP models and BiomedCLIP's layout (timm vision tower, Hugging Face BERT
 text context is split into windows of whole sentences whose embeddings are averaged: nothing is cut off.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -119,6 +121,22 @@ class Expert:
         texts = self.text_features([text for group in groups for text in group]).view(len(groups), len(groups[0]), -1)
         cosine = image_text_similarity(self.image_features(images, ids), texts).cpu()
         return cosine.masked_fill(torch.tensor([[not plain(text) for text in group] for group in groups]), -1.0)
+
+
+def with_errors(similarity: Callable, deviation: float) -> Callable:
+    """Eq. 6's function with a random error of that standard deviation in each (study, text), always the same one: an
+    expert that errs, but not by language prior (the control of docs/results.md). 0: the function itself."""
+
+    def error(study_id: str, text: str) -> float:
+        seed = hashlib.sha256(f"{study_id}\n{text}".encode()).digest()
+        return deviation * np.random.default_rng(list(seed)).standard_normal()
+
+    def erring(images, ids, groups):
+        s = similarity(images, ids, groups)  # (B, G)
+        errors = torch.tensor([[error(key, text) for text in group] for key, group in zip(ids, groups, strict=True)])
+        return torch.where(s > -1, s + errors, s)  # an unreadable text stays last
+
+    return erring if deviation else similarity
 
 
 def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:

@@ -9,7 +9,7 @@ from config import Config
 from rewards import Scorers
 from scorers.bertscore import load_bertscore
 from scorers.chexbert import load_chexbert
-from scorers.expert import load_expert
+from scorers.expert import load_expert, with_errors
 from scorers.radgraph_rules import rule_radgraph
 
 
@@ -43,4 +43,5 @@ def load_scorers(cfg: Config, device="cpu", with_expert: bool = True, without: C
         radgraph = PackageRadGraph(s.radgraph, s.radgraph_dir, s.radgraph_level, device)
     elif "--scorers.radgraph" not in without:
         radgraph = partial(rule_radgraph, level=s.radgraph_level)
-    return Scorers(label, bertscore, radgraph, load_expert(s.expert, device).similarity if with_expert else None)
+    similarity = with_errors(load_expert(s.expert, device).similarity, s.expert_noise) if with_expert else None
+    return Scorers(label, bertscore, radgraph, similarity)

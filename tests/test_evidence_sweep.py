@@ -1,13 +1,16 @@
 """The sweep over seeds: each arm is a command that parses, needs come first, the tables say what was seen."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from config import Config, parse
+from config import Config, DataConfig, parse
 from evidence import figures, sweep, sweep_tables
 from evidence.tables import columns
+
+CLEAN = DataConfig(path="phantom:data_clean")
 
 
 @pytest.fixture
@@ -19,8 +22,8 @@ def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cf
     """The arms against VALOR: the same settings but for the fields that make the arm."""
     tasks = sweep.make_tasks(cfg, [])
     commands = {t.title: t.flags for t in tasks if t.script == "train.py"}
-    assert len(commands) == 2 * len(sweep.ARMS)
-    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"]) for arm in sweep.ARMS}
+    assert len(commands) == 2 * (len(sweep.EVALUATED) - 1)
+    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"]) for arm in sweep.EVALUATED[1:]}
     assert all(c.seed == 1 and c.run.endswith("runs/1") for c in configs.values())
     valor = configs["valor"]
     assert (valor.stage, valor.rewards.lambda_vis, valor.rewards.rank) == ("2", 0.5, "soft")
@@ -29,6 +32,11 @@ def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cf
     assert configs["projector_only"].stage2.trainable == "projector"
     assert configs["oracle_expert"].scorers.expert == "oracle"
     assert configs["noisy_expert"].scorers.expert == "phantom:expert_noisy"
+    assert configs["clean_text"] == replace(configs["stage1_continued"], name="clean_text", data=CLEAN, val_every=0)
+    assert configs["vis_05"].rewards.lambda_vis == 0.05 and configs["valor_dense"].rewards.k_clin == 1
+    assert configs["valor_rare"].init_from.endswith("runs/1/stage1_rare")
+    assert configs["mmedpo"].dpo.weighted and not configs["mmedpo_unweighted"].dpo.weighted
+    assert {c.dpo.steps for c in configs.values() if c.stage == "dpo"} == {160}
     for arm, c in configs.items():
         if c.stage == "2":  # fair: as many updates, the same learning rate, batch and group
             assert (c.stage2.steps, c.grpo, c.rollout) == (valor.stage2.steps, valor.grpo, valor.rollout), arm
@@ -45,28 +53,52 @@ def test_the_users_flags_do_not_change_what_an_arm_is(cfg):
 
 
 def test_an_arm_added_later_is_evaluated_too(cfg, tmp_path, monkeypatch):
-    """Even where the others, the last one of its half among them, have results."""
+    """Even where all the others have results."""
     for arm in sweep.EVALUATED:
         folder = tmp_path / "runs" / "0" / "eval" / "test" / arm
         folder.mkdir(parents=True)
         (folder / "results.json").write_text("{}")
 
     def evaluations():
-        return [task for task in sweep.make_tasks(cfg, []) if task.title == "seed 0: evaluation"]
+        return [task for task in sweep.make_tasks(cfg, []) if task.script == "evaluate.py" and "seed 0" in task.title]
 
-    assert len(evaluations()) == 2 and all(task.made() for task in evaluations())
-    arms = list(sweep.ARMS.items())
-    monkeypatch.setattr(sweep, "ARMS", dict([*arms[:3], ("new", sweep.ARMS["valor"]), *arms[3:]]))
-    monkeypatch.setattr(sweep, "EVALUATED", ["base", *sweep.ARMS])
-    unfinished = [task for task in evaluations() if not task.made()]
-    assert len(unfinished) == 1 and unfinished[0].flags[unfinished[0].flags.index("--policy") + 1] == "new"
-    assert "seed 0: new" in [task.title for task in unfinished[0].after]
+    assert len(evaluations()) == len(sweep.EVALUATED) and all(task.made() for task in evaluations())
+    monkeypatch.setitem(sweep.ARMS, "new", sweep.ARMS["valor"])
+    [unfinished] = [task for task in evaluations() if not task.made()]
+    assert unfinished.flags[unfinished.flags.index("--policy") + 1] == "new"
+    assert [task.title for task in unfinished.after] == ["seed 0: new"]
+
+
+def test_some_arms_bring_those_they_start_from_and_no_other_asset(cfg):
+    cfg.arms = ("clean_text", "dpo")
+    titles = [task.title for task in sweep.make_tasks(cfg, [])]
+    assert titles[:4] == ["assets: data", "assets: base", "assets: labeller", "assets: data_clean"]
+    assert [title for title in titles if title.startswith("seed 0")] == [
+        "seed 0: sft", "seed 0: stage1", "seed 0: clean_text", "seed 0: pairs", "seed 0: dpo",
+        *(f"seed 0: {name} judged" for name in ("base", "sft", "stage1", "clean_text", "dpo"))]  # fmt: skip
+    cfg.arms = ("best",)
+    with pytest.raises(ValueError, match="--arms best: arms.toml has sft, stage1"):
+        sweep.make_tasks(cfg, [])
+
+
+def test_an_arm_of_three_seeds_has_the_first_three(cfg):
+    cfg.seeds, cfg.arms = (4, 9, 2, 7), ("vis_05", "valor")
+    titles = [task.title for task in sweep.make_tasks(cfg, [])]
+    assert [seed for seed in cfg.seeds if f"seed {seed}: vis_05" in titles] == [4, 9, 2]
+    assert [seed for seed in cfg.seeds if f"seed {seed}: valor judged" in titles] == [4, 9, 2, 7]
+
+
+def test_an_arm_stands_below_the_one_it_starts_from(cfg, monkeypatch):
+    monkeypatch.setitem(sweep.ARMS, "sft", {"flags": "--stage 0", "after": "valor", "what": ""})
+    with pytest.raises(ValueError, match=r"\[sft\] must stand below \[valor\]"):
+        sweep.make_tasks(cfg, [])
 
 
 def test_arms_wait_for_their_predecessor_and_the_assets(cfg):
     tasks = {task.title: task for task in sweep.make_tasks(cfg, [])}
     assert {task.title for task in tasks["seed 1: valor"].after} >= {"seed 1: stage1", "assets: expert"}
     assert [task.title for task in tasks["seed 1: sft"].after] == ["assets: base"]
+    assert {task.title for task in tasks["seed 1: dpo"].after} >= {"seed 1: pairs"}
     assert [task.title for task in tasks["assets: base"].after] == ["assets: data"]
 
 
@@ -91,10 +123,10 @@ def test_tables_and_figures_show_every_arm_and_seed(tmp_path):
     keys = [column.key for column in columns("pairs")]
     arms = {arm: {key: estimate(0.3) for key in keys} for arm in ["fixed_template", *sweep.EVALUATED]}
     arms["valor"]["greedy/hallucination_rate"] = estimate(0.217)
-    later = {arm: arms[arm] for arm in list(sweep.ARMS)[1:]}
-    even = {arm: estimate(0.5) for arm in sweep.ARMS}
+    later = {arm: arms[arm] for arm in sweep.EVALUATED[2:]}
+    even = {arm: estimate(0.5) for arm in sweep.EVALUATED[1:]}
     part = {"n": 3, "arms": even, "versus": even}
-    about = {name: arm["what"] for name, arm in sweep.ARMS.items()}
+    about = {name: sweep.ARMS[name]["what"] for name in sweep.EVALUATED[1:]}
     results = {"seeds": [0, 1], "split": "test", "studies": 384, "about": about,
                "bleu_by_reference": {"true": part, "false": part},
                "assets": {"expert": {"retrieval": 0.8}}, "arms": arms, "versus": {"sft": later}}  # fmt: skip

@@ -90,6 +90,9 @@ def test_pairs_meet_their_studies_and_what_is_left_out_is_said(tmp_path, capsys)
     assert seen.rejected_image == tmp_path / "noised.png" and seen.weight == 1
     said = "5 pairs, left out 3: of no study of the split 2 (c, d), one report twice 1 (a)"
     assert capsys.readouterr().out == f"{path}: {said}\n"
+    assert load_pairs(str(path), studies, False, "text") == [text]
+    assert load_pairs(str(path), studies, False, "visual") == [seen]
+    assert "not visual 1 (a), one report twice 1 (a)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the pair of study a has no 'weight': give one, or set dpo.weighted = false"):
         load_pairs(str(path), studies, weighted=True)
     with pytest.raises(ValueError, match="5 pairs, left out 5: .*: none is left; a study of the split is e"):

@@ -207,6 +207,9 @@ def test_what_no_path_names_is_not_built(tmp_path, monkeypatch):
     assert (resolved.data.path, resolved.model.path) == ("/data/iu", "org/model")
     assert cfg.scorers.bert == "phantom:labeller"  # the given config stays as it is
     assert calls == ["data", "expert_noisy", "labeller"]
+    cfg.data.path = "phantom:data_clean"
+    cache.resolve(cfg, ("data", "expert"), fake_builders(calls := []))  # all data sets, all experts
+    assert calls == ["data_clean"]
 
 
 @pytest.mark.parametrize("path", ["phantom:bas", "phantom:", "phantom:..", "phantom:/etc", "phantom: base",

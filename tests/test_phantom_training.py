@@ -77,8 +77,8 @@ def test_batches_run_through_whole_epochs():
 def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
     recipe, data = cache.recipe_of(micro), cache.asset_dir(micro) / "data"
     studies, _, labels = training.read_studies(data, "expert")
-    texts, stated = training.noisy_reports(recipe, data, studies)
-    assert texts == training.noisy_reports(recipe, data, studies)[0]  # the same each time
+    _, _, texts, stated = training.expert_pairs(recipe, data, 1.0)
+    assert texts == training.expert_pairs(recipe, data, 1.0)[2]  # the same each time
     assert stated.shape == labels.shape
     for text, row in zip(texts, stated, strict=True):
         counts = reader.truth_counts(text, [name for name, on in zip(LABELS, row, strict=True) if on])
@@ -115,3 +115,17 @@ def test_an_excerpt_is_mostly_the_impression():
     drawn = Counter(training.excerpt(report, rng) for _ in range(500))
     assert drawn.keys() == {report, "FINDINGS: Small left effusion.", "IMPRESSION: Left effusion."}
     assert 250 < drawn["IMPRESSION: Left effusion."] < 350 and 60 < drawn[report] < 140
+
+
+def test_an_expert_learns_from_reports_as_noisy_as_it_is_said(tmp_path):
+    """0: true reports of its own studies; 1: the references' rates; None: the policy's pairs, but for the measuring."""
+    recipe = Recipe(PhantomConfig(expert=80, base=2, sft=30, train=20, val=2, test=2), AssetsConfig(), 0)
+    build(recipe, tmp_path / "data")
+    given = {noise: training.expert_pairs(recipe, tmp_path / "data", noise) for noise in (0.0, 0.5, 1.0, None)}
+    shown = given[0.0][3]
+    wrong = {noise: (given[noise][3] != shown).sum().item() for noise in (0.0, 0.5, 1.0)}
+    assert 0 == wrong[0.0] < wrong[0.5] < wrong[1.0]
+    studies, images, reports, labels = given[None]
+    assert len(studies) == len(images) == len(reports) == len(labels) == 10 + 30 + 20
+    assert [s.split for s in studies] == ["expert"] * 10 + ["sft"] * 30 + ["train"] * 20
+    assert reports[10:] == [s.report for s in studies[10:]]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from config import Config, merge
+from evidence.reader import truth_counts
 from phantom import world as phantom
 from phantom.config import AssetsConfig, PhantomConfig, Recipe
 from phantom.findings import LABELS, finding_of
@@ -197,3 +198,17 @@ def test_contact_sheet(folder, tmp_path):
     assert sheet.shape[1] > 1000
     for column in np.split(sheet[:, : sheet.shape[1] // 4 * 4], 4, axis=1):
         assert (column < 100).mean() > 0.1  # each has a film, which is dark
+
+
+def test_clean_references_state_what_each_training_image_shows_and_change_nothing_else(folder):
+    clean = folder.with_name("phantom_clean")
+    (folder.with_name("data")).symlink_to(folder)
+    phantom.build_clean(Recipe(TINY, AssetsConfig(), 0), clean)
+    old, new = (json.loads((path / "annotation.json").read_text()) for path in (folder, clean))
+    assert {s for s in new if new[s] != old[s]} == {"train"}
+    truth = {row["id"]: row["labels"] for row in map(json.loads, (clean / "truth.jsonl").read_text().splitlines())}
+    for before, after in zip(old["train"], new["train"], strict=True):
+        assert before | {"report": ""} == after | {"report": ""}
+        counts = truth_counts(after["report"], truth[after["id"]])
+        assert counts["hallucinated"] == counts["omitted"] == 0
+    assert (clean / "images" / new["train"][0]["image_path"][0]).is_file()

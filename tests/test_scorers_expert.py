@@ -389,3 +389,17 @@ def test_biomedclip_as_it_is_published(tmp_path):
         with pytest.raises(ValueError, match="cannot load") as caught:
             expert.load_expert(folder)
         assert "\n" not in str(caught.value)
+
+
+def test_errors_are_each_texts_own_of_the_given_deviation_and_never_lift_the_unreadable():
+    def similarity(images, ids, groups):
+        return torch.tensor([[-1.0 if not text else 0.5 for text in group] for group in groups])
+
+    groups = [[f"text {i}" for i in range(1000)], ["text 0", ""] * 500]
+    erring = expert.with_errors(similarity, 0.1)
+    found = erring([None] * 2, ["a", "b"], groups)
+    assert abs(found[0].mean() - 0.5) < 0.01 and abs(found[0].std() - 0.1) < 0.01
+    assert (found[1, 1::2] == -1).all() and found[1, 0] == found[1, 2]  # one text, one error
+    assert found[1, 0] != found[0, 0]  # another study's
+    torch.testing.assert_close(erring([None], ["b"], [["text 0"]])[0, 0], found[1, 0])  # whenever it is asked
+    assert expert.with_errors(similarity, 0) is similarity

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, parse
+from evidence.baselines import BASELINES
 from evidence.figures import draw_arms, draw_curves
 from evidence.sweep_tables import collect_results, markdown
 from evidence.tables import write_json
@@ -44,7 +45,7 @@ class SweepConfig(Config):
 
 def chosen_arms(cfg: SweepConfig) -> dict[str, dict]:
     """The arms to run and those before them, in the file's order; ValueError for a name or an order that cannot be."""
-    wanted = set(cfg.arms or ARMS)
+    wanted = {"sft", *(cfg.arms or ARMS)}
     if unknown := wanted - ARMS.keys():
         raise ValueError(f"--arms {min(unknown)}: arms.toml has {', '.join(ARMS)}")
     for place, (name, arm) in reversed([*enumerate(ARMS.items())]):
@@ -64,7 +65,8 @@ def needed_assets(name: str, arm: dict) -> list[str]:
 def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
     """All commands of the sweep, those that unlock the most first; each has a log in `<root>/log/`."""
     arms, assets = chosen_arms(cfg), {}
-    for name in dict.fromkeys(["data", *(asset for item in arms.items() for asset in needed_assets(*item))]):
+    needed = ["data", "base", "labeller", "expert", *(asset for item in arms.items() for asset in needed_assets(*item))]
+    for name in dict.fromkeys(needed):
         words, log = ["--build", name, *flags], Path(cfg.root) / "log" / f"assets_{name}.txt"
         assets[name] = Task(f"assets: {name}", "phantom.assets", words, ASSETS.get(name, 330),
                             list(assets.values())[:1], [asset_dir(cfg) / name], log)  # fmt: skip
@@ -73,9 +75,10 @@ def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
 
 
 def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, dict], assets: dict) -> list[Task]:
-    """The arms of the nth seed, each with its evaluation."""
+    """The arms of the nth seed, each with its evaluation, and the baselines."""
     seed, both = cfg.seeds[nth], cfg.stage1.steps + cfg.stage2.steps
-    run, logs, tasks, evaluations = Path(cfg.root) / str(seed), Path(cfg.root) / "log", {}, []
+    run, logs, tasks, judged = Path(cfg.root) / str(seed), Path(cfg.root) / "log", {}, {}
+    results = run / "eval" / cfg.data.test_split
     common = [*flags, "--run", str(run), "--seed", str(seed)]
     for name, arm in {"base": {}, **arms}.items():
         if nth >= arm.get("seeds", nth + 1):
@@ -89,11 +92,14 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, 
             tasks[name] = Task(f"seed {seed}: {name}", arm.get("script", "train.py"), words, arm.get("seconds", 160),
                                after, [makes], logs / f"{seed}_{name}.txt")  # fmt: skip
         if "script" not in arm:
-            made, words = run / "eval" / cfg.data.test_split / name / "results.json", ["--policy", name, *common]
-            after = [tasks[name]] if arm else [assets["base"], assets["labeller"]]
-            evaluations.append(Task(f"seed {seed}: {name} judged", "evaluate.py", [*words, "--eval.samples", "8"], 60,
-                                    after, [made], logs / f"{seed}_evaluation_{name}.txt"))  # fmt: skip
-    return [*tasks.values(), *evaluations]
+            words, base = ["--policy", name, *common, "--eval.samples", "8"], [assets["base"], assets["labeller"]]
+            after = [tasks[name]] if arm else base
+            judged[name] = Task(f"seed {seed}: {name} judged", "evaluate.py", words, 60, after,
+                                [results / name / "results.json"], logs / f"{seed}_evaluation_{name}.txt")  # fmt: skip
+    rest = Task(f"seed {seed}: baselines", "evidence.baselines", [*common, "--eval.samples", "8"], 100,
+                [judged["base"], judged["sft"], assets["expert"]],
+                [results / name / "results.json" for name in BASELINES], logs / f"{seed}_baselines.txt")  # fmt: skip
+    return [*tasks.values(), *judged.values(), rest]
 
 
 def main() -> None:

@@ -72,10 +72,11 @@ def test_an_arm_added_later_is_evaluated_too(cfg, tmp_path, monkeypatch):
 def test_some_arms_bring_those_they_start_from_and_no_other_asset(cfg):
     cfg.arms = ("clean_text", "dpo")
     titles = [task.title for task in sweep.make_tasks(cfg, [])]
-    assert titles[:4] == ["assets: data", "assets: base", "assets: labeller", "assets: data_clean"]
+    assert [title[8:] for title in titles[:5]] == ["data", "base", "labeller", "expert", "data_clean"]
     assert [title for title in titles if title.startswith("seed 0")] == [
         "seed 0: sft", "seed 0: stage1", "seed 0: clean_text", "seed 0: pairs", "seed 0: dpo",
-        *(f"seed 0: {name} judged" for name in ("base", "sft", "stage1", "clean_text", "dpo"))]  # fmt: skip
+        *(f"seed 0: {name} judged" for name in ("base", "sft", "stage1", "clean_text", "dpo")),
+        "seed 0: baselines"]  # fmt: skip
     cfg.arms = ("best",)
     with pytest.raises(ValueError, match="--arms best: arms.toml has sft, stage1"):
         sweep.make_tasks(cfg, [])

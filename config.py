@@ -129,7 +129,7 @@ class GRPOConfig:
     micro_batch: Size = 2  # studies per pass, as sft.micro_batch; on a CPU a few stay in its cache [ours]
     micro_group: Count = 0  # candidates of a study per pass, 0 = all: where one study is still too much [ours]
     lr: Positive = 1.5e-3  # of AdamW; the tiny phantom needs far more than the paper's [paper: 1e-6]
-    lr_scheduler_type: Literal["constant", "linear"] = "constant"  # linear: falls to 0 over each stage [TRL's name]
+    lr_scheduler_type: Literal["constant", "linear"] = "linear"  # linear: falls to 0 over each stage [TRL]
     beta: Weight = 0.04  # Eq. 10 weight of the KL to the SFT policy [DeepSeekMath; not in the paper]
     eps_low: Share = 0.2  # Eq. 10 lower clip range of the importance ratio [DeepSeekMath; not in the paper]
     eps_high: Positive = 0.2  # Eq. 10 upper clip range of the importance ratio [DeepSeekMath; not in the paper]

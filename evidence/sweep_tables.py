@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from evidence.compare import estimate, load_runs, spread
+from evidence.compare import load_runs
 from evidence.protocols import NOTES
+from evidence.statistics import estimate, spread
 from evidence.tables import columns
 from formats.files import read_jsonl
 

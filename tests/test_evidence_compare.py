@@ -1,4 +1,4 @@
-"""Paired comparison: values by hand, pairing by seed and study, intervals that know what they rest on."""
+"""Paired comparison: pairing by seed and study, what the table says, what is refused."""
 
 import io
 import json
@@ -29,59 +29,32 @@ def write(root, seed, name, stated, hallucinated, ids=None, **settings):
     (folder / "reports.jsonl").write_text("".join(json.dumps({"id": i}) + "\n" for i in ids))
 
 
-def test_differences_by_hand():
-    a = {0: truth([2, 2], [1, 1]), 1: truth([4, 4], [1, 1])}  # 2/4 = .5 and 2/8 = .25
-    b = {0: truth([2, 2], [0, 1]), 1: truth([4, 4], [1, 2])}  # 1/4 = .25 and 3/8 = .375
-    found = compare.estimate(b, "greedy/hallucination_rate", minus=a)
-    assert found["seeds"] == {0: pytest.approx(-0.25), 1: pytest.approx(0.125)}
-    assert found["mean"] == pytest.approx(-0.0625)
-    assert found["lo"] <= -0.25 and found["hi"] >= 0.125  # a resample may hold one seed alone
-
-
-def test_the_same_policy_differs_by_exactly_nothing():
-    rng = np.random.default_rng(0)
-    runs = {s: truth(rng.integers(1, 5, 30), rng.integers(0, 2, 30)) for s in range(3)}
-    found = compare.estimate(runs, "greedy/hallucination_rate", minus=runs)
-    assert (found["mean"], found["lo"], found["hi"]) == (0, 0, 0)
-
-
-def test_pairing_removes_what_the_studies_share():
-    """Studies differ a lot, the policies by the same little in each: a paired interval is narrow, an unpaired not."""
-    stated, wrong = np.full(200, 10), np.tile([0, 9], 100)
-    a, b = {0: truth(stated, wrong + 1)}, {0: truth(stated, wrong)}
-    paired = compare.estimate(b, "greedy/hallucination_rate", minus=a)
-    alone = compare.estimate(b, "greedy/hallucination_rate")
-    assert paired["hi"] - paired["lo"] < 1e-9 and paired["mean"] == pytest.approx(-0.1)
-    assert alone["hi"] - alone["lo"] > 0.1
-
-
-def test_seeds_that_disagree_widen_the_interval():
-    same = {s: truth([10] * 50, [3, 4] * 25) for s in range(4)}
-    mixed = {s: truth([10] * 50, [3 + 2 * (s % 2), 4 + 2 * (s % 2)] * 25) for s in range(4)}
-    widths = [found["hi"] - found["lo"] for found in
-              (compare.estimate(runs, "greedy/hallucination_rate") for runs in (same, mixed))]  # fmt: skip
-    assert widths[1] > 5 * widths[0]
-
-
-def test_the_bootstrap_is_the_percentiles_of_its_resamples():
-    runs = {0: truth([1, 1, 1, 1], [0, 0, 1, 1])}
-    draws = np.random.default_rng(0).multinomial(4, np.full(4, 1 / 4), size=compare.RESAMPLES)
-    by_hand = draws[:, 2:].sum(axis=1) / 4
-    found = compare.estimate(runs, "greedy/hallucination_rate")
-    assert [found["lo"], found["hi"]] == pytest.approx(np.percentile(by_hand, (2.5, 97.5)))
-
-
 def test_the_table_shows_every_seed_and_the_sign(tmp_path):
-    for seed, (before, after) in {0: (5, 3), 1: (6, 5), 4: (4, 1)}.items():
+    for seed, (before, after) in {0: (5, 3), 1: (6, 5), 4: (4, 2)}.items():
         write(tmp_path, seed, "without", [10] * 8, [before] * 8)
         write(tmp_path, seed, "with", [10] * 8, [after] * 8)
     write(tmp_path, 9, "without", [10] * 8, [5] * 8)
     table = compare.compare((f"{tmp_path}/*/without", f"{tmp_path}/*/with"), "test")
-    [row] = [line.split() for line in table.splitlines() if "halluc." in line]
-    assert row[:3] == ["halluc.", "%", "-20.0"] and row[5] == "*" and row[-3:] == ["-20.0", "-10.0", "-30.0"]
-    assert "seeds 0, 1, 4" in table and "on one side only: seeds 9" in table
+    [row] = [line.split() for line in table.splitlines() if line.startswith("  halluc.")]
+    # -20, -10, -20: deviation 5.7735, mean -16.7 +- 4.3027 x 5.7735 / sqrt(3)
+    assert row == ["halluc.", "%", "-16.7", "[-31.0,", "-2.3]", "*", "-20.0", "-10.0", "-20.0"]
+    assert "seeds 0, 1, 4;" in table and "t over both" in table and "on one side only: seeds 9" in table
     one = compare.compare((f"{tmp_path}/0/without", f"{tmp_path}/0/with"), "test")
-    assert "over studies only" in one and "one seed" in one
+    assert "over studies only" in one and "one seed" in one and "Holm" not in one
+
+
+def test_primary_metrics_come_first_with_holms_p(tmp_path):
+    """Sampled F1 of 10 stated, 10 true, c correct: c / 10. Differences .1, .1, .2: t = 4, p = .0572, and a
+    deviation of 5.77 points needs 32 seeds for the margin of 3."""
+    for seed, correct in enumerate((1, 1, 2)):
+        for name, more in (("without", 0), ("with", correct)):
+            write(tmp_path, seed, name, [10] * 4, [5] * 4)
+            stats = {"sampled/truth": np.array([[10, 5, 10, 5, 0, 5 + more, 0, 0]] * 4, float)}
+            np.savez(tmp_path / f"{seed}/eval/test/{name}/stats.npz", **stats)
+    lines = compare.compare((f"{tmp_path}/*/without", f"{tmp_path}/*/with"), "test").splitlines()
+    heads = next(i for i, line in enumerate(lines) if "Holm's p" in line)
+    assert lines[heads + 1].split()[:6] == ["sampl.", "F1", "+13.3", "[-1.0,", "+27.7]", "0.057"]
+    assert lines[heads + 1].split()[6:9] == ["32", "for", "3"]
 
 
 @pytest.mark.parametrize(

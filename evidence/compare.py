@@ -37,17 +37,22 @@ def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
         settings = read_result(path)["settings"]
         seed = settings.pop("seed")
         settings["ids"] = [row.get("id") for row in read_jsonl(path.with_name("reports.jsonl"))]
+        spill = path.parents[2] / "spill" / path.parent.name / "results.json"
+        if spill.exists():
+            settings["spill"] = read_result(spill)["settings"] | {"seed": None}
         shared = shared or settings
         if seed in runs:
             raise ValueError(f"--compare: {pattern}: seed {seed} occurs twice ({path.parent})")
         check_alike(path, settings, found[0], shared)
         runs[seed] = load_stats(path.with_name("stats.npz"), settings["n"])
+        if spill.exists():
+            runs[seed] |= load_stats(spill.with_name("stats.npz"), settings["spill"]["n"])
     return runs, shared
 
 
 def check_alike(name, settings: dict, other, others: dict) -> None:
     """ValueError when two evaluations differ in what they are of, or in how they were made."""
-    for key in settings.keys() | others.keys():
+    for key in (settings.keys() | others.keys()) - {"spill"} | settings.keys() & others.keys():
         if settings.get(key) != others.get(key):
             raise ValueError(f"--compare: {name} was evaluated with another '{key}' than {other}")
 

@@ -9,8 +9,8 @@ ROUGE-L), on the tokens of protocols.py; sacrebleu and rouge-score, which the re
 same text. bleu_mean, the mean of BLEU-1..4, is what some papers call BLEU. METEOR: meteor.py. Label precision, recall
 and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a
 label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN's mean is over the readable
-answers. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts. All values are
-fractions, lengths are words; nothing by nothing is NaN.
+answers. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts, but for
+`equal_hallucination` and those of spill.py. All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math
@@ -24,13 +24,17 @@ from tqdm import tqdm
 from data import Study
 from evidence.meteor import corpus_meteor
 from evidence.protocols import tokens
-from evidence.reader import truth_counts
+from evidence.reader import BOTH, UNSIDED, read_report, truth_counts
+from phantom.findings import LABELS as SIDED_LABELS
 from rewards import format_reward, strip_tags
 
 LABELS, FIVE = list(range(14)), [1, 4, 5, 7, 9]  # all of chexbert.CHEXPERT_LABELS, the places of chexbert.FIVE
 MEASURES = ("precision", "recall", "f1")
 TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correct", "sentences", "unread")
-WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8}  # k of a family's (n, k); 2 for all others
+# of each counterfactual study: reports a film; how many state the guess where neither it nor its cause, the cause, or
+# both are on the film; the same of the cause, reports first, where nothing else suggests it
+SPILL_KEYS = ("reports", "guess_neither", "guess_cause", "guess_both", "free", "cause_neither", "cause_cause")
+WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8, "spill": 7}  # k of (n, k); 2 for all others
 AT_ONCE = 2**23  # numbers of a bootstrap's draws in memory
 
 
@@ -95,6 +99,35 @@ def label_average(sums: np.ndarray, measure: str, average: str, labels: list[int
     return label_scores(counts)[place, ..., 0]
 
 
+def stated_labels(text: str, labels: list[str]) -> set[str]:
+    """The phantom's labels that a text states; a finding without its side: on the first side that `labels` have it."""
+    found = [(name, side or [*(s for s in BOTH if f"{name}_{s}" in labels), BOTH[0]][0])
+             for name, side in read_report(text).stated]  # fmt: skip
+    return {name if name in UNSIDED else f"{name}_{side}" for name, side in found}
+
+
+def levels(texts: list[str], labels: list[str]) -> np.ndarray:
+    """(2 * (K + 1),) how many labels are stated by 0, 1, ..., K of a study's K texts: of those in the image, then of
+    all others. Sums over studies are all that `equal_hallucination` needs."""
+    said = Counter(label for text in texts for label in stated_labels(text, labels))
+    sides = [[said[label] for label in SIDED_LABELS if (label in labels) == true] for true in (True, False)]
+    return np.concatenate([np.bincount(np.array(side, int), minlength=len(texts) + 1) for side in sides])
+
+
+def equal_hallucination(sums: np.ndarray) -> np.ndarray:
+    """(..., 2 * (K + 1)) sums of `levels` -> (...): hallucination at an equal number of stated findings.
+
+    All pairs of a study and a label are ordered by the share of the study's K samples that state them, and the first n
+    are taken as stated, n the number of findings in the images: alike for all policies, however much they say. Given is
+    the share of these n that the image lacks: 1 - precision at n. Of pairs with one share, where the n end among them,
+    an equal part of the true and the false is taken: the expected value of a random order. NaN without any finding.
+    """
+    counts = sums.reshape(*sums.shape[:-1], 2, -1)[..., ::-1]  # (..., true or false, K + 1), most often stated first
+    tied, n = counts.sum(-2), counts[..., 0, :].sum(-1, keepdims=True)  # (..., K + 1), (..., 1)
+    part = np.nan_to_num(divide(np.clip(n - (tied.cumsum(-1) - tied), 0, tied), tied))  # taken of those tied
+    return divide((part * counts[..., 1, :]).sum(-1), n[..., 0])
+
+
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b, NaN where b is 0."""
     a, b = np.asarray(a, float), np.asarray(b, float)
@@ -110,6 +143,12 @@ def ratio(above: str, *below: str, factor: float = 1.0) -> Callable:
     """The function (..., 8) -> (...) that divides one of the TRUTH_KEYS by the sum of others."""
     a, b = TRUTH_KEYS.index(above), [TRUTH_KEYS.index(name) for name in below]
     return lambda sums: divide(factor * sums[..., a], sums[..., b].sum(-1))
+
+
+def effect(after: str, before: str, reports: str) -> Callable:
+    """The function (..., 7) -> (...): the difference of two of the SPILL_KEYS' counts as shares of the reports."""
+    a, b, n = map(SPILL_KEYS.index, (after, before, reports))
+    return lambda sums: divide(sums[..., a] - sums[..., b], sums[..., n])
 
 
 # name: (family of statistics, function of their sums); in which table, under which title: columns.toml
@@ -132,6 +171,10 @@ METRICS: dict[str, tuple[str, Callable]] = {
     "hallucination_rate": ("truth", ratio("hallucinated", "stated")),
     "omission_rate": ("truth", ratio("omitted", "true")),
     "wrong_side_rate": ("truth", ratio("wrong_side", "stated")),
+    "equal_hallucination": ("levels", equal_hallucination),
+    "prior_spill": ("spill", effect("guess_cause", "guess_neither", "reports")),
+    "own_effect": ("spill", effect("cause_cause", "cause_neither", "free")),
+    "own_effect_prior": ("spill", effect("guess_both", "guess_cause", "reports")),
     "unread_share": ("truth", ratio("unread", "sentences")),
     "format_rate": ("format", mean),
     "length": ("length", mean),
@@ -176,7 +219,10 @@ def collect(
     if labels is not None:
         found = [truth_counts(text, known) for known, group in zip(labels, texts, strict=True) for text in group]
         flat["truth"] = [[count[key] for key in TRUTH_KEYS] for count in found]
-    return {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
+    stats = {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
+    if labels is not None:
+        stats["levels"] = np.array([levels(*of) for of in zip(texts, labels, strict=True)], float)
+    return stats
 
 
 def with_one(values) -> np.ndarray:
@@ -211,7 +257,7 @@ def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ..
     """
     flat = {(row, family): values for row, stats in rows.items() for family, values in stats.items()}
     drawn = resample(flat, resamples, np.random.default_rng(seed))
-    results = {row: {"n": len(stats["length"])} for row, stats in rows.items()}
+    results = {row: {"n": len(next(iter(stats.values())))} for row, stats in rows.items()}
     for row, stats in rows.items():
         result, sums = results[row], {family: values.sum(0) for family, values in stats.items()}
         for name, (family, function) in METRICS.items():

@@ -63,7 +63,8 @@ def load_stats(path: Path, n: int) -> dict[str, np.ndarray]:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: damaged ({error}); evaluate this policy again") from None
     for name, values in stats.items():
-        width = WIDTHS.get(name.split("/")[-1], 2)
+        family = name.split("/")[-1]  # the width of `levels` hangs on the number of samples
+        width = values.shape[-1] if family == "levels" and values.ndim else WIDTHS.get(family, 2)
         if values.shape != (n, width) or values.dtype.kind != "f":
             raise ValueError(f"{path}: '{name}' is no {n} x {width} numbers; evaluate this policy again")
     return stats

@@ -7,6 +7,7 @@ the chest wall, `out = x` on the patient's left and `-x` on the right; one pixel
 
 import itertools
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,14 +179,23 @@ class Film:
         return drawn > 0.5
 
 
-def render(findings: list[Finding], rng: np.random.Generator, size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def render(findings: list[Finding], rng: np.random.Generator, size: int, without: Collection[str] = ()):
     """((size, size) uint8 image, {label: (size, size) bool mask}); rarely, a mask is empty (air under fluid, a site off
-    the film), and callers draw again."""
-    film = Film(findings, rng, size)
-    masks = film.anatomy(findings)
+    the film), and callers draw again.
+
+    without: labels of `findings` to leave out of the film, which else stays as it is: they use up their random numbers.
+    """
+    shown = [finding for finding in findings if finding.label not in without]
+    film = Film(shown, rng, size)
+    masks = film.anatomy(shown)
     for name in DRAWN:
         for finding in (f for f in findings if f.name == name):
-            masks[finding.label] = getattr(film, name)(finding, film.halves.get(finding.side))
+            before = film.image.copy()
+            mask = getattr(film, name)(finding, film.halves.get(finding.side))
+            if finding in shown:
+                masks[finding.label] = mask
+            else:
+                film.image = before
     for side in film.halves:  # air above fluid: what the fluid covers shows no air
         if {f"pneumothorax_{side}", f"effusion_{side}"} <= masks.keys():
             masks[f"pneumothorax_{side}"] &= ~masks[f"effusion_{side}"]

@@ -102,6 +102,24 @@ def make_study(cfg: PhantomConfig, seed: int, split: str, index: int) -> tuple[n
     return image, row, {"id": name, "split": split, "labels": labels_of(findings), "findings": shown, "stated": stated}
 
 
+def counterfactuals(cfg: PhantomConfig, seed: int, index: int) -> tuple[str, str, list[str], list[np.ndarray]]:
+    """(cause, guess, labels, images) number `index` of prior spill: the language priors take turns, and a study of no
+    split that has both of a prior's findings is filmed three times, with the same random numbers: as it is, without
+    the guess, without both. ValueError where the rates let no such study come about.
+    """
+    _, cause, guess = list(PRIORS)[index % len(PRIORS)]
+    rng = np.random.default_rng([seed, len(SPLITS), index])
+    for _ in range(DRAWS):
+        labels = labels_of(findings := sample_findings(rng, cfg))
+        if {cause, guess} <= set(labels):
+            drawn = int(rng.integers(2**32))
+            films = [render(findings, np.random.default_rng(drawn), cfg.image_size, without)
+                     for without in ((), (guess,), (cause, guess))]  # fmt: skip
+            if all(mask.any() for _, masks in films for mask in masks.values()):
+                return cause, guess, labels, [image for image, _ in films]
+    raise ValueError(f"phantom: no study has both {cause} and {guess}: change their rates")
+
+
 def build(recipe: Recipe, folder: Path) -> None:
     """Write the data set in R2Gen's layout with truth.jsonl and a contact sheet of test studies; print how wrong the
     references (sft, train, val, test) are. ValueError, see `sample_findings`."""

@@ -236,6 +236,44 @@ def test_truth_rates_by_hand():
     assert result["unread_share"]["value"] == 0
 
 
+def test_hallucination_at_an_equal_number_of_stated_findings_by_hand():
+    """Three findings are in the images, so three pairs count. Of two samples each, both state one true and one false
+    pair, and one states two true ones and a false one, of which the third place takes a third each."""
+    labels = [["effusion_left", "edema"], ["device"]]
+    texts = [
+        ["Left effusion. Large heart. Cardiomegaly.", "Left effusion. Cardiomegaly. Edema."],
+        ["There is a pacemaker.", "There is a right pneumothorax."],
+    ]
+    stats = metrics.collect(texts, ["a", "b"], labels=labels)
+    assert stats["levels"].tolist() == [[0, 1, 1, 12, 0, 1], [0, 1, 0, 13, 1, 0]]
+    result = summarise(stats, 50)["equal_hallucination"]
+    assert result["value"] == pytest.approx((1 + 1 / 3) / 3) and result["lo"] <= 4 / 9 <= result["hi"] + 1e-9
+    drawn_twice = stats["levels"][[0, 0]].sum(0)  # 4 places: 2 true and 2 false stated by both fill them
+    assert metrics.equal_hallucination(np.stack([drawn_twice, stats["levels"][1]])) == pytest.approx([2 / 4, 1 / 2])
+    assert metrics.equal_hallucination(np.array([2.0, 0, 28, 0])) == pytest.approx(28 / 30)  # by chance
+    assert math.isnan(metrics.equal_hallucination(np.array([0.0, 0, 14, 1])))
+    assert metrics.collect([["Edema."]], ["x"], labels=[[]])["levels"].tolist() == [[0, 0, 14, 1]]
+
+
+def test_a_policy_that_says_more_of_the_same_order_hallucinates_no_more_at_n():
+    said, more = np.array([2.0, 3, 5, 50, 4, 1]), np.array([0.0, 2, 3, 5, 0, 50, 4, 1])  # each pair by one sample more
+    assert metrics.equal_hallucination(more) == metrics.equal_hallucination(said) == pytest.approx((1 + 4 * 4 / 7) / 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "stated"),
+    [
+        ("Left effusion. Edema.", [], {"effusion_left", "edema"}),
+        ("Effusion.", ["effusion_right"], {"effusion_right"}),
+        ("Effusion.", ["edema"], {"effusion_left"}),
+        ("Effusion. Right effusion.", ["effusion_left"], {"effusion_right"}),
+        ("Bilateral effusions, no edema.", [], {"effusion_left", "effusion_right"}),
+    ],
+)
+def test_stated_labels(text, labels, stated):
+    assert metrics.stated_labels(text, labels) == stated
+
+
 def test_nothing_stated_is_nan_not_zero():
     stats = metrics.collect([["Clear."]], ["Clear."], labels=[[]])
     result = summarise(stats, 20)

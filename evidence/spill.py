@@ -1,0 +1,102 @@
+"""Prior spill, and what a finding does for its own statement: the same film with and without it, on the phantom.
+
+    python -m evidence.spill --run runs/phantom                                  # base and every stage of the run
+    python -m evidence.spill --run R --policy sft,stage2 --pairs 160
+
+A study with both findings of a language prior, its cause and its guess, is filmed as it is, without the guess, and
+without both (world.counterfactuals). Of each film a policy writes eval.samples reports, with the same random numbers.
+P is the share of reports that state a finding; all priors weigh alike where --pairs is a multiple of their number, 16.
+
+    prior_spill       P(guess | cause alone) - P(guess | neither)    who looks: 0; who writes by prior: the prior's rate
+    own_effect_prior  P(guess | both) - P(guess | cause alone)       who looks: 1; who writes by prior: 0
+    own_effect        P(cause | cause alone) - P(cause | neither)    where nothing in the film suggests the cause
+
+Counts by study in `<run>/eval/spill/<policy>/`, from where --compare and the sweep take them: metrics.SPILL_KEYS. The
+films are the same for all seeds and arms of one world. Without --config, the settings are those of the run's training.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import Config, to_dict
+from evidence.inputs import find_policies, settings
+from evidence.metrics import stated_labels, summarise
+from evidence.statistics import spread
+from evidence.tables import columns, save
+from model import load_policy
+from phantom.assets import resolve
+from phantom.cache import asset_dir
+from phantom.config import Updates
+from phantom.world import PRIORS, counterfactuals
+from rewards import strip_tags
+from rollout import generate_reports
+from running import parallel
+
+Studies = list[tuple[str, str, list[str], list[np.ndarray]]]  # counterfactuals': cause, guess, labels, three images
+
+
+@dataclass
+class SpillRun(Config):
+    policy: str = ""  # as evaluate.py's; empty = base and all of the run [ours]
+    pairs: Updates = 160  # studies, each filmed three times [ours]
+
+
+def write_reports(model, processor, studies: Studies, cfg: Config, what: str) -> list[list[list[str]]]:
+    """Raw outputs [study][film][K]; a study's films have one id, so the same random numbers."""
+    films = [(f"spill{i}", [Image.fromarray(image).convert("RGB")]) for i, study in enumerate(studies)
+             for image in study[3]]  # fmt: skip
+    outputs, size = [], cfg.eval.batch_size
+    for start in tqdm(range(0, len(films), size), desc=f"{what:<28}", unit="batch", mininterval=1):
+        ids, views = map(list, zip(*films[start : start + size], strict=True))
+        outputs += generate_reports(model, processor, views, cfg, ids=ids, samples=cfg.eval.samples)
+    return [outputs[i : i + 3] for i in range(0, len(outputs), 3)]
+
+
+def tally(studies: Studies, outputs: list[list[list[str]]]) -> np.ndarray:
+    """(n, 7) metrics.SPILL_KEYS of each study: how many of its K reports a film state the guess, and the cause; the
+    latter only in studies without another finding whose guess, by prior, is the cause."""
+    rows = []
+    for (cause, guess, labels, _), films in zip(studies, outputs, strict=True):
+        said = [[stated_labels(strip_tags(text), labels) for text in texts] for texts in films]
+        guesses, causes = ([sum(label in stated for stated in film) for film in said] for label in (guess, cause))
+        others, k = {*labels} - {guess}, len(films[0])
+        free = not any(other in others and suggested == cause for _, other, suggested in PRIORS)
+        rows.append([k, *guesses[::-1], *(free * count for count in (k, causes[2], causes[1]))])
+    return np.array(rows, float)
+
+
+def measure(cfg: SpillRun) -> None:
+    """Write and print the counterfactual effects of the chosen policies of a run."""
+    policies, cfg = find_policies(Path(cfg.run), cfg.policy), resolve(cfg, ("base",))
+    studies = [counterfactuals(cfg.phantom, cfg.assets_seed, index) for index in range(cfg.pairs)]
+    shared = {"split": "spill", "n": len(studies), "seed": cfg.seed, "assets": asset_dir(cfg).name,
+              "rollout": to_dict(cfg.rollout), "eval": {"samples": cfg.eval.samples}}  # fmt: skip
+    for name, adapter in policies.items():
+        model, processor = load_policy(cfg, adapter)
+        outputs = write_reports(model, processor, studies, cfg, f"{name}: with and without")
+        stats = {"sampled": {"spill": tally(studies, outputs)}}
+        found = summarise(stats, (), cfg.eval.bootstrap, cfg.seed)
+        rows = [{"cause": cause, "guess": guess, "labels": labels, "films": films}
+                for (cause, guess, labels, _), films in zip(studies, outputs, strict=True)]  # fmt: skip
+        result = {"policy": name, "adapter": str(adapter or ""), "settings": shared} | found
+        save(Path(cfg.run) / "eval" / "spill" / name, result, rows, stats)
+        numbers = [(c, c.entry(found)) for c in columns("pairs") if c.entry(found)]
+        print(f"{name}: " + ", ".join(f"{c.flat} {spread(e | {'mean': e['value']}, c.factor)}" for c, e in numbers))
+
+
+def main() -> None:
+    try:
+        cfg = settings(SpillRun(), sys.argv[1:], __doc__)
+        parallel.start(cfg.device, cfg.threads)
+        measure(cfg)
+    except (ValueError, OSError) as error:
+        sys.exit(f"spill: {error!s:.1500}")
+
+
+if __name__ == "__main__":
+    main()

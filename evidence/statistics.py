@@ -97,6 +97,38 @@ def marks(found: dict, margin: float) -> str:
     return "*" * (found["lo"] > 0 or found["hi"] < 0) + "=" * (-margin < found["lo"] and found["hi"] < margin)
 
 
+def verdict(found: dict, claim: str, margin: float, p: float | None) -> str:
+    """Whether a difference is "above 0", "below 0" or "equal" (inside the margin): holds, does not, or open.
+
+    p: of `found`, adjusted where the metric is primary; None, of one seed, leaves all open.
+    """
+    inside, (lo, hi) = "=" in marks(found, margin), (found["lo"], found["hi"])
+    if p is None or math.isnan(found["mean"]):
+        return "open"
+    if claim == "equal":
+        return "holds" if inside else "does not" if lo > margin or hi < -margin else "open"
+    lo, hi = {"above 0": (lo, hi), "below 0": (-hi, -lo)}[claim]
+    return "holds" if lo > 0 and p < 0.05 else "does not" if hi < 0 or inside else "open"
+
+
+def verdicts(arms: dict[str, Runs]) -> list[dict]:
+    """plan.toml's comparisons of arms {name: runs}, each with "found" {metric: estimate}, "p" of the primary metrics
+    after Holm, "seeds" compared, and "verdict": it holds where all its criteria do, and does not where one does not."""
+    judged = []
+    for plan in PLAN["comparison"]:
+        first, second = (arms.get(arm, {}) for arm in plan["arms"])
+        found = {key: estimate(first, key, minus=second) for key in {**MARGINS, **plan["holds_if"]}}
+        found = {key: value for key, value in found.items() if value is not None}
+        p = holm({key: found[key]["p"] for key in MARGINS if key in found})
+        said = {verdict(found[key], claim, MARGINS.get(key, 0), p.get(key, found[key]["p"])) if key in found
+                else "not measured" for key, claim in plan["holds_if"].items()}  # fmt: skip
+        order = ("not measured", "does not", "open", "holds")
+        final = next(word for word in order if word in said) if first and second else "not run"
+        seeds = len(first.keys() & second.keys())
+        judged.append(plan | {"found": found, "p": p, "seeds": seeds, "primary": list(MARGINS), "verdict": final})
+    return judged
+
+
 def spread(found: dict | None, factor: float, sign: str = "") -> str:
     """`31.9 [28.7, 34.9]`, or n/a where nothing was measured."""
     if found is None or found["mean"] is None or np.isnan(found["mean"]):

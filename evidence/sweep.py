@@ -2,6 +2,7 @@
 
     python -m evidence.sweep                        # seeds 5-10; SEEDS="5 6" ARMS="valor dpo" make seeds
     python -m evidence.sweep --seeds 5 6 --arms valor dpo --out DIR
+    python -m evidence.sweep --recompute results/counts.npz    # the tables anew, from the published counts alone
 
     data, base, labeller, experts           once, shared by all seeds
     seed s:  sft ──┬── stage1 ──┬── stage1_continued, valor, noisy_expert, clean_text, ...   from one checkpoint
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from config import Config, parse
 from evidence.baselines import BASELINES
+from evidence.counts import read_counts, write_counts
 from evidence.figures import draw_arms, draw_curves
 from evidence.sweep_tables import collect_results, markdown
 from evidence.tables import write_json
@@ -39,7 +41,8 @@ class SweepConfig(Config):
     # seeds of SFT, sampling and data order; images, references and small models are shared [ours]
     seeds: tuple[int, ...] = (5, 6, 7, 8, 9, 10)
     arms: tuple[str, ...] = ()  # arms of arms.toml to run, with those that they start from; empty = all [ours]
-    out: str = "results"  # folder of phantom.md, phantom.json and the figures [ours]
+    out: str = "results"  # folder of phantom.md, phantom.json, counts.npz and the figures [ours]
+    recompute: str = ""  # make phantom.md, phantom.json and arms.png of this counts.npz; nothing is run [ours]
     root: str = "runs/seeds"  # one run folder per seed in here [ours]
 
 
@@ -77,7 +80,7 @@ def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
 def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, dict], assets: dict) -> list[Task]:
     """The arms of the nth seed, each with its evaluation, and the baselines."""
     seed, both = cfg.seeds[nth], cfg.stage1.steps + cfg.stage2.steps
-    run, logs, tasks, judged = Path(cfg.root) / str(seed), Path(cfg.root) / "log", {}, {}
+    run, logs, tasks, judged, spilt = Path(cfg.root) / str(seed), Path(cfg.root) / "log", {}, {}, []
     results = run / "eval" / cfg.data.test_split
     common = [*flags, "--run", str(run), "--seed", str(seed)]
     for name, arm in {"base": {}, **arms}.items():
@@ -96,28 +99,35 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, 
             after = [tasks[name]] if arm else base
             judged[name] = Task(f"seed {seed}: {name} judged", "evaluate.py", words, 60, after,
                                 [results / name / "results.json"], logs / f"{seed}_evaluation_{name}.txt")  # fmt: skip
+            words = ["--policy", name, *common, "--eval.samples", "4"]
+            spilt.append(Task(f"seed {seed}: {name} spill", "evidence.spill", words, 40, after,
+                              [run / "eval" / "spill" / name / "results.json"],
+                              logs / f"{seed}_spill_{name}.txt"))  # fmt: skip
     rest = Task(f"seed {seed}: baselines", "evidence.baselines", [*common, "--eval.samples", "8"], 100,
                 [judged["base"], judged["sft"], assets["expert"]],
                 [results / name / "results.json" for name in BASELINES], logs / f"{seed}_baselines.txt")  # fmt: skip
-    return [*tasks.values(), *judged.values(), rest]
+    return [*tasks.values(), *judged.values(), *spilt, rest]
 
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is ours; all else goes to every command
-    for flag, count in (("--seeds", "*"), ("--arms", "*"), ("--out", None), ("--root", None)):
+    for flag, count in (("--seeds", "*"), ("--arms", "*"), ("--out", None), ("--root", None), ("--recompute", None)):
         own.add_argument(flag, nargs=count)
     cfg, passed, began = parse(SweepConfig, __doc__), own.parse_known_args()[1], time.time()
+    out, root = Path(cfg.out), Path(cfg.root)
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        run_tasks(make_tasks(cfg, passed))
-        about = {name: ARMS[name]["what"] for name in EVALUATED[1:]}
-        results = collect_results(Path(cfg.root), list(cfg.seeds), cfg.data.test_split, about, asset_dir(cfg))
+        if not cfg.recompute:
+            run_tasks(make_tasks(cfg, passed))
+            about = {name: arm["what"] for name, arm in chosen_arms(cfg).items() if "script" not in arm} | BASELINES
+            write_counts(out / "counts.npz", root, list(cfg.seeds), cfg.data.test_split, about, asset_dir(cfg))
+        results = collect_results(*read_counts(Path(cfg.recompute or out / "counts.npz")))
     except ValueError as error:
         sys.exit(f"sweep: {error}")
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "phantom.json", results)
     write_text(out / "phantom.md", markdown(results))
-    draw_curves([Path(cfg.root) / str(seed) for seed in cfg.seeds], out / "curves.png")
+    if not cfg.recompute:
+        draw_curves([root / str(seed) for seed in cfg.seeds], out / "curves.png")
     draw_arms(results, out / "arms.png")
     print(f"this call took {(time.time() - began) / 60:.0f} min; tables and figures are in {out}/")
 

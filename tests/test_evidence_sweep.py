@@ -1,13 +1,17 @@
 """The sweep over seeds: each arm is a command that parses, needs come first, the tables say what was seen."""
 
+import json
+import pickle
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from config import Config, DataConfig, parse
-from evidence import figures, sweep, sweep_tables
+from evidence import counts, statistics, sweep, sweep_tables
 from evidence.tables import columns
 
 CLEAN = DataConfig(path="phantom:data_clean")
@@ -75,7 +79,8 @@ def test_some_arms_bring_those_they_start_from_and_no_other_asset(cfg):
     assert [title[8:] for title in titles[:5]] == ["data", "base", "labeller", "expert", "data_clean"]
     assert [title for title in titles if title.startswith("seed 0")] == [
         "seed 0: sft", "seed 0: stage1", "seed 0: clean_text", "seed 0: pairs", "seed 0: dpo",
-        *(f"seed 0: {name} judged" for name in ("base", "sft", "stage1", "clean_text", "dpo")),
+        *(f"seed 0: {name} {what}" for what in ("judged", "spill")
+          for name in ("base", "sft", "stage1", "clean_text", "dpo")),
         "seed 0: baselines"]  # fmt: skip
     cfg.arms = ("best",)
     with pytest.raises(ValueError, match="--arms best: arms.toml has sft, stage1"):
@@ -114,26 +119,152 @@ def test_own_flags_stay_and_others_are_passed_on(monkeypatch):
     assert seen["flags"] == flags and seen["cfg"].seeds == (3, 4)
 
 
-def test_tables_and_figures_show_every_arm_and_seed(tmp_path):
-    rng = np.random.default_rng(0)
+def made_up_sweep(root, assets, seeds=(3, 4, 5)):
+    """Run folders of base, sft, stage1_continued and valor (its third seed missing) on 60 studies, and their truth."""
+    rng, ids = np.random.default_rng(0), [f"s{i}" for i in range(60)]
+    true = rng.integers(0, 4, 60)
+    for seed in seeds:
+        for arm, hits in {"base": 0.8, "sft": 0.5, "stage1_continued": 0.55, "valor": 0.75}.items():
+            if (arm, seed) == ("valor", seeds[-1]):
+                continue
+            stats = {}
+            for row, k in (("greedy", 1), ("sampled", 8)):
+                correct, extra = rng.binomial(true * k, hits), rng.poisson(0.9 - hits / 2, 60)
+                none = np.zeros(60)
+                truth = [correct + extra, extra, true * k, true * k - correct, none, correct, none + 9, none]
+                stats[row, "truth"] = np.stack(truth, axis=1)
+            stats["greedy", "bleu"] = rng.integers(10, 40, (60, 10))
+            stats["template", "bleu"] = np.full((60, 10), 5)
+            stats["greedy", "rouge_l"] = np.stack([rng.random(60), np.ones(60)], axis=1)
+            spill = rng.multinomial(4, [0.1, 0.2, 0.7], size=60)
+            stats["sampled", "spill"] = np.column_stack([4 + 0 * true, spill, 4 + 0 * true, spill[:, ::2]])
+            for split, row_names in (("test", ("greedy", "sampled", "template")), ("spill", ("sampled",))):
+                folder = root / str(seed) / "eval" / split / arm
+                folder.mkdir(parents=True)
+                np.savez(folder / "stats.npz", **{
+                    f"{row}/{family}": values.astype(float) for (row, family), values in stats.items()
+                    if row in row_names and (family == "spill") == (split == "spill")})  # fmt: skip
+                settings = {"seed": seed, "n": 60, "split": split, "eval": {"samples": 8}}
+                (folder / "results.json").write_text(json.dumps({"settings": settings}))
+                (folder / "reports.jsonl").write_text("".join(json.dumps({"id": i}) + "\n" for i in ids))
+    (assets / "data").mkdir(parents=True)
+    truth = [{"id": name, "labels": ["edema"], "stated": ["edema"] * (i % 2)} for i, name in enumerate(ids)]
+    (assets / "data/truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
+    (assets / "expert").mkdir()
+    (assets / "expert/quality.json").write_text('{"retrieval": 0.8}')
 
-    def estimate(value):
-        each = {seed: value + rng.normal(0, 0.01) for seed in (0, 1)}
-        return {"mean": value, "lo": value - 0.02, "hi": value + 0.02, "seeds": each}
 
-    keys = [column.key for column in columns("pairs")]
-    arms = {arm: {key: estimate(0.3) for key in keys} for arm in ["fixed_template", *sweep.EVALUATED]}
-    arms["valor"]["greedy/hallucination_rate"] = estimate(0.217)
-    later = {arm: arms[arm] for arm in sweep.EVALUATED[2:]}
-    even = {arm: estimate(0.5) for arm in sweep.EVALUATED[1:]}
-    part = {"n": 3, "arms": even, "versus": even}
-    about = {name: sweep.ARMS[name]["what"] for name in sweep.EVALUATED[1:]}
-    results = {"seeds": [0, 1], "split": "test", "studies": 384, "about": about,
-               "bleu_by_reference": {"true": part, "false": part},
-               "assets": {"expert": {"retrieval": 0.8}}, "arms": arms, "versus": {"sft": later}}  # fmt: skip
-    text = sweep_tables.markdown(results)
-    assert f"| valor |{4 * ' 30.0 [28.0, 32.0] |'} 21.7 [19.7, 23.7] |" in text
-    assert "+21.7 [+19.7, +23.7]" in text
-    assert all(text.count(f"| {arm} |") >= 4 for arm in sweep.EVALUATED)
-    figures.draw_arms(results, tmp_path / "arms.png")
-    assert (tmp_path / "arms.png").stat().st_size > 10_000
+def by_hand(stats, a, b):
+    """Sums of two columns of an array (n, k), one through the other."""
+    return stats[:, a].sum() / stats[:, b].sum()
+
+
+def test_every_number_is_recomputed_from_the_counts_alone(tmp_path, monkeypatch):
+    """Three numbers by hand, from a file beside which nothing else is left; and the same page as of the first time."""
+    made_up_sweep(tmp_path / "runs", tmp_path / "assets")
+    about = {name: f"what {name} is" for name in ("sft", "stage1_continued", "valor")}
+    counts.write_counts(tmp_path / "counts.npz", tmp_path / "runs", [3, 4, 5], "test", about, tmp_path / "assets")
+    with np.load(tmp_path / "counts.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file}
+    assert arrays["valor/greedy/truth"].shape == (2, 60, 8) and arrays["valor/greedy/truth"].dtype == np.uint8
+    assert arrays["sft/greedy/rouge_l"].dtype == np.float16 and "sft/sampled/spill" in arrays
+    original = [np.load(tmp_path / f"runs/{s}/eval/test/valor/stats.npz") for s in (3, 4)]
+    for name in ("runs", "assets"):
+        shutil.rmtree(tmp_path / name)
+    monkeypatch.setattr("sys.argv", ["sweep", "--recompute", f"{tmp_path}/counts.npz", "--out", f"{tmp_path}/again"])
+    sweep.main()
+    found = json.loads((tmp_path / "again/phantom.json").read_text())
+    # 1: an arm's mean, 2: a paired difference of the seeds that both have, 3: another family
+    hallucinated = [by_hand(stats["greedy/truth"], 1, 0) for stats in original]
+    mean = found["arms"]["valor"]["greedy/hallucination_rate"]
+    assert mean["mean"] == pytest.approx(np.mean(hallucinated)) and [*mean["seeds"]] == ["3", "4"]
+    omitted = [by_hand(arrays["sft/greedy/truth"][i].astype(int), 3, 2) for i in (0, 1)]
+    valor = [by_hand(stats["greedy/truth"], 3, 2) for stats in original]
+    paired = found["versus"]["sft"]["valor"]["greedy/omission_rate"]
+    assert paired["mean"] == pytest.approx(np.mean(valor) - np.mean(omitted))
+    spilt = [(of[:, 2].sum() - of[:, 1].sum()) / of[:, 0].sum() for of in arrays["valor/sampled/spill"].astype(int)]
+    assert found["arms"]["valor"]["sampled/prior_spill"]["mean"] == pytest.approx(np.mean(spilt))
+    text = (tmp_path / "again/phantom.md").read_text()
+    assert text == sweep_tables.markdown(sweep_tables.collect_results(*counts.read_counts(tmp_path / "counts.npz")))
+    assert f"{100 * np.mean(hallucinated):.1f} [" in text and "valor (2 seeds)" in text
+    row = next(line for line in text.splitlines() if "truer than the same updates" in line)
+    assert "| valor - stage1_continued | 2 |" in row and ", p " in row and row.endswith("**not measured** |")
+    assert text.count("**not run**") >= 10 and text.index("## Primary metrics") < text.index("## Secondary metrics")
+    assert (tmp_path / "again/arms.png").stat().st_size > 10_000
+
+
+def test_the_published_counts_give_the_published_page():
+    folder = Path(sweep.__file__).parents[1] / "results"
+    if not (folder / "counts.npz").exists():
+        pytest.skip("results/counts.npz is not there: no sweep has been published yet")
+    runs, settings = counts.read_counts(folder / "counts.npz")
+    text, line = (folder / "phantom.md").read_text(), "{:.1f} [{:.1f}, {:.1f}]".format
+    for arm, key in (("valor", "sampled/sided_f1"), ("sft", "greedy/hallucination_rate"), ("base", "greedy/bleu_4")):
+        found = statistics.estimate(runs[arm], key)
+        cell = line(*(100 * found[name] for name in ("mean", "lo", "hi")))
+        assert any(f"| {arm} " in row and cell in row for row in text.splitlines()), (arm, key, cell)
+    assert (folder / "counts.npz").stat().st_size < 5e6 and len(settings["ids"]) == settings["studies"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{}", pickle.dumps({"settings": 1})])
+def test_damaged_counts_are_one_line(tmp_path, content):
+    (tmp_path / "counts.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="counts.npz: no file of counts") as stop:
+        counts.read_counts(tmp_path / "counts.npz")
+    assert "\n" not in str(stop.value)
+
+
+def test_an_arm_without_any_result_is_named(tmp_path):
+    made_up_sweep(tmp_path / "runs", tmp_path / "assets", seeds=(3, 4))
+    given = tmp_path / "counts.npz", tmp_path / "runs"
+    with pytest.raises(ValueError, match="valor has no result for any of the seeds 4"):
+        counts.write_counts(*given, [4], "test", {"valor": ""}, tmp_path / "assets")
+    with pytest.raises(ValueError, match="has no results on split 'test'"):
+        counts.write_counts(*given, [3], "test", {"dpo": ""}, tmp_path / "assets")
+
+
+def test_the_plan_names_arms_metrics_and_claims_that_there_are():
+    assert set(statistics.MARGINS) == {column.key for column in columns("primary")}
+    for plan in statistics.PLAN["comparison"]:
+        assert set(plan["arms"]) <= set(sweep.EVALUATED) and plan["hypothesis"] and plan["row"], plan
+        assert {column.key for column in columns("pairs")} >= plan["holds_if"].keys(), plan
+        assert set(plan["holds_if"].values()) <= {"above 0", "below 0", "equal"}, plan
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "p", "claim", "said"),
+    [
+        (0.01, 0.09, 0.01, "above 0", "holds"),
+        (0.01, 0.09, 0.06, "above 0", "open"),  # not after Holm
+        (-0.09, -0.01, 0.01, "above 0", "does not"),
+        (-0.09, -0.01, 0.01, "below 0", "holds"),
+        (-0.02, 0.02, 0.9, "below 0", "does not"),  # at most as large as the margin
+        (-0.02, 0.04, 0.5, "above 0", "open"),
+        (-0.02, 0.02, 0.9, "equal", "holds"),
+        (0.01, 0.02, 0.01, "equal", "holds"),
+        (0.04, 0.09, 0.01, "equal", "does not"),
+        (-0.02, 0.04, 0.5, "equal", "open"),
+        (0.01, 0.09, None, "above 0", "open"),  # one seed
+    ],
+)
+def test_verdicts_by_hand(lo, hi, p, claim, said):
+    assert statistics.verdict({"mean": (lo + hi) / 2, "lo": lo, "hi": hi}, claim, 0.03, p) == said
+
+
+def test_a_comparison_holds_where_all_its_criteria_do(monkeypatch):
+    """Sampled F1 (up, in each seed) and greedy length (down; not primary, so without Holm)."""
+    def runs(f1, words):
+        return {s: {"sampled/truth": np.array([[10, 0, 10, 0, 0, f1 + s % 2, 9, 0]] * 4, float),
+                    "greedy/length": np.array([[words + s % 2, 1.0]] * 4)} for s in range(5)}  # fmt: skip
+
+    claims = {"sampled/sided_f1": "above 0", "greedy/length": "below 0"}
+    plan = [{"row": "x", "hypothesis": "h", "arms": [first, "b"], "holds_if": claims} for first in ("a", "c", "d")]
+    monkeypatch.setitem(statistics.PLAN, "comparison", plan)
+    a, b, c = runs(6, 20), runs(3, 30), runs(2, 20)
+    a[0]["sampled/truth"][:, 5] += 1
+    good, bad, absent = statistics.verdicts({"a": a, "b": b, "c": c})
+    assert (good["verdict"], bad["verdict"], absent["verdict"]) == ("holds", "does not", "not run")
+    assert good["seeds"] == 5 and good["p"] == {"sampled/sided_f1": good["found"]["sampled/sided_f1"]["p"]}
+    for run in a.values():
+        del run["greedy/length"]
+    assert statistics.verdicts({"a": a, "b": b})[0]["verdict"] == "not measured"

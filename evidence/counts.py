@@ -1,0 +1,86 @@
+"""Per-study counts of every arm and seed in one compressed file: all that the tables of a sweep are made of.
+
+counts.npz holds "<arm>/<row>/<family>", (seeds, n studies, k) as metrics.collect counts them, in the smallest integers
+that hold them; ROUGE-L, BERTScore and other fractions are float16. "settings" is JSON: seeds by arm, ids of the studies
+and what the tables say beside numbers. The sweep makes its own tables from this file, so whoever recomputes them
+(`python -m evidence.sweep --recompute results/counts.npz`) gets the same digits.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evidence.compare import check_alike, load_runs
+from evidence.metrics import METRICS
+from evidence.protocols import NOTES
+from evidence.statistics import Runs
+from evidence.tables import columns
+from formats.files import read_jsonl
+from running.folder import write_bytes
+from running.weights import check_zip
+
+
+def write_counts(path: Path, root: Path, seeds: list[int], split: str, about: dict[str, str], assets: Path) -> None:
+    """Collect a sweep's evaluated runs, a folder per seed in `root`: the base and the arms `about` {arm: what it is}.
+
+    assets: the folder of the phantom's models. ValueError for an arm without a result for any of the seeds.
+    """
+    wanted, arms, shared = {_family(column.key) for column in columns("pairs")}, {}, None
+    for arm in ["base", *about]:
+        found, settings = load_runs(str(root / "*" / arm), split)
+        shared = shared or settings
+        check_alike(arm, settings, "base", shared)
+        arms[arm] = {seed: found[seed] for seed in seeds if seed in found}
+        if not arms[arm]:
+            raise ValueError(f"{arm} has no result for any of the seeds {', '.join(map(str, seeds))}")
+    arms["fixed_template"] = {
+        seed: {name.replace("template/", "greedy/"): stats[name] for name in stats if name.startswith("template/")}
+        for seed, stats in arms["base"].items()
+    }
+    arrays = {f"{arm}/{name}": _small(np.stack([stats[name] for stats in runs.values()])) for arm, runs in arms.items()
+              for name in sorted(wanted) if all(name in stats for stats in runs.values())}  # fmt: skip
+    truth = {row["id"]: row for row in read_jsonl(assets / "data" / "truth.jsonl")}
+    pairs = [(set(truth[i]["stated"]), set(truth[i]["labels"])) for i in shared["ids"]]
+    settings = {
+        "seeds": {arm: list(runs) for arm, runs in arms.items()}, "about": about, "ids": shared["ids"],
+        "split": shared["split"], "studies": shared["n"], "torch": torch.__version__,
+        "protocol": NOTES[shared["eval"].get("protocol", "raw")],
+        "assets": {p.parent.name: json.loads(p.read_text()) for p in sorted(assets.glob("*/quality.json"))},
+        "kinds": {"reference states exactly what the image shows": [stated == true for stated, true in pairs],
+                  "reference hallucinates": [bool(stated - true) for stated, true in pairs]},
+    }  # fmt: skip
+    file = io.BytesIO()
+    np.savez_compressed(file, settings=np.array(json.dumps(settings)), **arrays)
+    write_bytes(path, file.getbuffer())
+
+
+def read_counts(path: Path) -> tuple[dict[str, Runs], dict]:
+    """({arm: {seed: {"<row>/<family>": (n, k)}}}, settings) of `write_counts`' file; ValueError for a damaged one."""
+    try:
+        check_zip(path)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file}
+        settings = json.loads(str(arrays.pop("settings")))
+        runs = {arm: {seed: {} for seed in seeds} for arm, seeds in settings["seeds"].items()}
+        for name, values in arrays.items():
+            arm, _, key = name.partition("/")
+            for seed, of in zip(settings["seeds"][arm], values.astype(float), strict=True):
+                runs[arm][seed][key] = of
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no file of counts ({error}); make it again by python -m evidence.sweep") from None
+    return runs, settings
+
+
+def _family(key: str) -> str:
+    """"<row>/<metric>" -> "<row>/<family>"."""
+    row, metric = key.split("/")
+    return f"{row}/{METRICS[metric][0]}"
+
+
+def _small(values: np.ndarray) -> np.ndarray:
+    """Counts as the smallest unsigned integers that hold them, anything else as float16."""
+    whole = values.min() >= 0 and (values == np.rint(values)).all()
+    return values.astype(np.min_scalar_type(int(values.max())) if whole else np.float16)

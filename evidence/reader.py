@@ -27,21 +27,18 @@ class Reading(NamedTuple):
 
 
 RULES = tomllib.loads(Path(__file__).with_name("reader_rules.toml").read_text(encoding="utf-8"))
-FEW = r"\b(?: (?!not\b|no\b)\w+){0,4}? "  # a few words, none of them a negation
+FEW = r"\b(?: (?!not\b|no\b|but\b|otherwise\b|enlarge)\w+){0,4}? "  # a few words, none of them a negation
 EVENTS = RULES["normal"] | RULES["findings"] | RULES["words"]  # name: its patterns, the order matters
 EVENT = re.compile("|".join(f"(?P<{name}>{'|'.join(EVENTS[name])})" for name in EVENTS).replace("<few>", FEW))
 FINDINGS, DENIES = RULES["findings"], RULES["denies"]
+NAMES, SEPARATORS = {*FINDINGS, *DENIES}, {"comma", "and", "or", "break"}
 NOTHING_WRONG = re.compile("|".join(RULES["nothing_wrong"]))
 NEW = re.compile(rf" (?:{'|'.join(RULES['new'])})\b")
-HEART = re.compile(r"\b(?:heart|cardiac|cardio\w+|silhouette)\b")
-PLAINER = (  # done before the events are looked for: a doubt is a statement here, and no change is no denial
-    (re.compile(r"\b(?:cannot|can not|could not|not) (?:be )?(?:\w+ly )?(?:excluded|ruled out)\b"), "possible"),
-    (re.compile(r"\b(?:no|without) (?:\w+ ){0,2}change\b|\bnot (?:\w+ )?changed\b"), "unchanged"),
-    (re.compile(r"\bwithin normal limits\b"), "normal"),
-    (re.compile(r"\b(?:left (?:and|or) right|right (?:and|or) left)\b"), "bilateral"),
-)
-AFTER = re.compile(r"\W*(?:is |are |was |seen |noted |present )*(?:in|at|on|of|along|within) (?:a |an |the )?(?:\w+ )??"
-                   r"(left|right|both|bilateral)\b")  # fmt: skip
+HEART, AFTER = re.compile(r"\b(?:heart|cardiac|cardio\w+|silhouette)\b"), re.compile(RULES["after"])
+PLAINER = [(re.compile("|".join(patterns)), plain) for plain, patterns in RULES["plainer"].items()]
+BESIDE = rf"\W|\b(?:{'|'.join(RULES['new'] + RULES['filler'])})\b"  # what may stand beside a side, in both below
+JOINT = re.compile(rf"(?:{BESIDE})*?\b(?:and|n?or|plus|than)\b(?:{BESIDE})*")  # "moderate right [and small] left ..."
+SHORT = re.compile(rf"(?:{'|'.join([BESIDE, *sum((EVENTS[name] for name in (*SIDES, 'verb')), [])])})*")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -52,25 +49,103 @@ def split_sentences(text: str) -> list[str]:
     return [" ".join(part.split()) for part in parts if re.search(r"\w", part)]
 
 
-def look_ahead(sentence: str, events: list[tuple[str, int, int]]) -> list[tuple[bool, str | None, str | None]]:
-    """What stands behind each event: (whether a negation reaches over it, the side of a finding placed "in the left
-    ...", the side word before the next finding, comma or break). From right to left, so that the work is linear.
+class Ahead(NamedTuple):
+    """What stands behind an event."""
+
+    negates: bool  # a negation reaches over it
+    lists: bool  # it is a comma in a list of bare nouns that "and" or "or" closes
+    placed: str | None  # the side of a finding placed "in the left ..."
+    side: str | None  # the first side word before the next finding or separator
+    names: bool  # a finding, or that all is well, comes before the next separator
+
+
+def look_ahead(sentence: str, events: list[tuple[str, int, int]]) -> list[Ahead]:
+    """What stands behind each event. From right to left, so that the work is linear.
 
     A negation reaches over a comma only in a list closed by "or" ("no effusion, nodule or edema", but not "no effusion,
     left nodule"); over "and" unless something new begins ("no effusion and a small nodule").
     """
-    found, stop, later, side = [], len(sentence), None, None
+    found, stop, later, closed, side, names = [], len(sentence), None, False, None, False
     for name, start, end in reversed(events):
-        goes_on = not NEW.match(sentence, end) if name == "and" else later == "or"
+        new = bool(NEW.match(sentence, end))
         placed = AFTER.match(sentence, end, stop) if name in FINDINGS else None
-        found.append((goes_on, placed and placed[1].replace("bilateral", "both"), side))
-        if name in ("break", "no", "or"):
-            later = name
+        found.append(Ahead(not new if name == "and" else later == "or", closed and not new,
+                           placed and placed[1].replace("bilateral", "both"), side, names))  # fmt: skip
+        later = name if name in ("break", "there", "no", "or") else later
+        closed = closed if name in FINDINGS or name == "comma" else name in ("and", "or") and not new
+        names = name in NAMES or names and name not in SEPARATORS
         if name in SIDES:
             side = name
-        elif name in FINDINGS or name in ("comma", "break"):
+        elif name in FINDINGS or name in SEPARATORS or name in ("there", "no"):
             stop, side = start, None
     return found[::-1]
+
+
+class Walk:
+    """One pass over a sentence's events, one *clause* after another: separators (comma, and, or, but ...) end them.
+
+    mentions: [finding, side, stated], where stated is None for what is only asked for. A clause that has a side, no
+    finding and little else speaks of the findings named last: "and one on the left", "but the left has cleared".
+    """
+
+    def __init__(self, sentence: str):
+        self.sentence, self.mentions, self.stated = sentence, [], True  # stated: what the next finding will be
+        self.group, self.told = [], False  # the mentions of the last list of nouns; whether it is over
+        # the last side, whether a finding had it, where it ends; whether the next side belongs to the finding before it
+        self.side, self.used, self.side_end, self.taken = None, False, 0, False
+        self.start, self.here, self.named = 0, None, False  # the clause: where it starts, its side, whether it names
+
+    def add(self, finding: str, side: str | None, stated: bool | None) -> list:
+        self.mentions.append([finding, None if finding in UNSIDED else side, stated])
+        self.named, self.used = True, self.used or finding not in UNSIDED
+        return self.mentions[-1]
+
+    def left_out(self, end: int, stated: bool | None) -> bool:
+        """Say so of the findings named last if the clause, up to `end`, leaves its finding out; whether it does."""
+        does = bool(self.here and not self.named and SHORT.fullmatch(self.sentence, self.start, end))
+        for finding in {finding for finding, *_ in self.group if does and finding not in UNSIDED}:
+            self.add(finding, self.here, stated)
+        return does
+
+    def separator(self, name: str, start: int, end: int, ahead: Ahead) -> None:
+        shared = ahead.side and not re.search(r"\b(?:on|in|at)\b", self.sentence[self.start : start])
+        if not (ahead.names and (shared or name in ("comma", "there"))):  # else its side is that of a finding to come
+            self.left_out(start, self.stated)
+        self.start, self.here, self.named = end, None, False
+        if name in ("break", "there") or name == "comma" and not ahead.lists:
+            self.told, self.side = True, None if self.used else self.side
+        self.stated = self.stated if name == "or" or name in ("and", "comma") and ahead.negates else True
+
+    def step(self, name: str, start: int, end: int, ahead: Ahead) -> None:
+        if name in FINDINGS:
+            behind = ahead.placed or (None if self.side else ahead.side)
+            self.group, self.told, self.taken = [] if self.told else self.group, False, bool(ahead.placed or ahead.side)
+            self.group.append(self.add(name, behind or self.side, self.stated))
+            for mention in self.group:  # "effusion and atelectasis on the left"
+                mention[1] = mention[1] or (None if mention[0] in UNSIDED else behind)
+        elif name in DENIES:
+            side = self.side if self.side in BOTH and not self.used else None
+            for finding in DENIES[name]:
+                self.add(finding, side, False)
+        elif name in SIDES:
+            joint = self.side and not self.used and JOINT.fullmatch(self.sentence, self.side_end, start)
+            self.side, self.used, self.side_end = "both" if joint and name != self.side else name, self.taken, end
+            self.here, self.taken = None if self.used else self.side, False
+        elif name == "absent" and not (self.stated and (self.named or not ahead.names and not ahead.side)):
+            self.stated = not self.stated  # "has not resolved"; "unlikely left effusion"
+        elif name == "absent":
+            if not self.left_out(start, False) and (self.named or not self.here):
+                for mention in self.group:
+                    mention[2] = False
+        elif name in ("no", "asks"):
+            self.start, self.here, self.named = (start, None, False) if self.named else (self.start, self.here, False)
+            self.stated, self.told = None if name == "asks" else False, True
+        elif name == "verb":
+            self.told = True
+        elif name == "there" and self.here and not self.named:  # "but on the left there is one"
+            self.stated = True
+        else:
+            self.separator(name, start, end, ahead)
 
 
 def read_sentence(sentence: str) -> tuple[set, set]:
@@ -78,29 +153,13 @@ def read_sentence(sentence: str) -> tuple[set, set]:
     heart = HEART.search(sentence)  # only a heart can be "enlarged"
     found = [match for match in EVENT.finditer(sentence) if heart or not match.group().startswith("enlarge")]
     events = [(match.lastgroup, match.start(), match.end()) for match in found]  # left to right, not overlapping
-    stated, denied = set(), set()
-    negated, side, used, latest = False, None, False, []
-    for (name, _, _), (goes_on, placed, following) in zip(events, look_ahead(sentence, events), strict=True):
-        if name in DENIES:
-            denied.update((finding, None) for finding in DENIES[name])
-        elif name in SIDES:
-            side, used = name, False
-        elif name == "no":
-            negated = True
-        elif name == "absent" and not negated:  # "a left effusion is not seen"
-            stated.difference_update(latest)
-            denied.update(latest)
-        elif name in ("break", "comma"):
-            negated = negated and name == "comma" and goes_on
-            side = None if used else side  # "on the right, an effusion": a side nobody used yet is carried on
-        elif name == "and":
-            negated = negated and goes_on
-        elif name in FINDINGS:
-            place = None if name in UNSIDED else placed or side or following
-            latest = [(name, s) for s in (BOTH if place == "both" else [place])]
-            used = used or name not in UNSIDED
-            (denied if negated else stated).update(latest)
-    return stated, denied
+    walk = Walk(sentence)
+    for event, ahead in zip(events, look_ahead(sentence, events), strict=True):
+        walk.step(*event, ahead)
+    walk.left_out(len(sentence), walk.stated)
+    pairs = [(finding, s, stated) for finding, side, stated in walk.mentions
+             for s in (BOTH if side == "both" else [side])]  # fmt: skip
+    return tuple({(finding, side) for finding, side, stated in pairs if stated is wanted} for wanted in (True, False))
 
 
 @lru_cache(maxsize=10_000)

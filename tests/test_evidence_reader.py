@@ -1,5 +1,9 @@
 """The evaluation's reader: hand-written sentences for each rule, and everything the phantom writes read back."""
 
+import csv
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +16,10 @@ from phantom.text import AUTHORS, NORMAL_TEMPLATE
 from phantom.training import labelled_texts
 
 CFG = PhantomConfig()
+
+
+# labelled by hand, before the rules were held against them: columns kind, text, stated, denied
+SENTENCES = list(csv.DictReader(Path(__file__).with_name("reader_sentences.csv").open(encoding="utf-8", newline="")))
 
 
 def labels_of(pairs):
@@ -46,7 +54,7 @@ def labels_of(pairs):
         ("Nodule in the left upper lobe.", "lesion_left"),
         ("Right effusion and a nodule in the left lung.", "effusion_right lesion_left"),
         ("On the right, there is a pneumothorax.", "pneumothorax_right"),
-        ("Pleural effusion, left.", "effusion"),
+        ("Pleural effusion, left.", "effusion_left"),
         ("Left effusion, fracture.", "effusion_left fracture"),
         ("The right costophrenic angle is blunted.", "effusion_right"),
         ("A pleural line is seen with a small left pneumothorax.", "pneumothorax_left"),
@@ -79,6 +87,27 @@ def test_stated(text, expected):
 )
 def test_denied(text, expected):
     assert labels_of(read_report(text).denied) == set(expected.split())
+
+
+@pytest.mark.parametrize("row", SENTENCES, ids=lambda row: f"{row['kind']}: {row['text']}")
+def test_hard_sentences(row):
+    reading = read_report(row["text"])
+    assert labels_of(reading.stated) == set(row["stated"].split())
+    assert labels_of(reading.denied) == set(row["denied"].split())
+
+
+def test_hard_sentences_say_the_same_in_a_report_of_two_sections():
+    """Around each sentence stands one that says something else, so that nothing may leak over a border."""
+    for row in SENTENCES:
+        if row["kind"] != "two sections" and "device" not in row["stated"] + row["denied"]:
+            reading = read_report(f"FINDINGS: Pacemaker in place. {row['text']} IMPRESSION: Pacemaker. {row['text']}")
+            assert labels_of(reading.stated) == {"device", *row["stated"].split()}, row["text"]
+            assert labels_of(reading.denied) == set(row["denied"].split()), row["text"]
+
+
+def test_each_kind_of_hard_sentence_stands_there_several_times():
+    kinds = Counter(row["kind"] for row in SENTENCES)
+    assert len(kinds) == 18 and min(kinds.values()) >= 3 and len({row["text"] for row in SENTENCES}) == len(SENTENCES)
 
 
 def test_unread_counts_only_sentences_that_say_nothing_known():

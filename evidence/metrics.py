@@ -9,8 +9,9 @@ ROUGE-L), on the tokens of protocols.py; sacrebleu and rouge-score, which the re
 same text. bleu_mean, the mean of BLEU-1..4, is what some papers call BLEU. METEOR: meteor.py. Label precision, recall
 and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a
 label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN's mean is over the readable
-answers. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts, but for
-`equal_hallucination` and those of spill.py. All values are fractions, lengths are words; nothing by nothing is NaN.
+answers. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts and, what one section
+says against the other, of `sections.section_counts`, but for `equal_hallucination` and those of spill.py. All values
+are fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math
@@ -25,6 +26,7 @@ from data import Study
 from evidence.meteor import corpus_meteor
 from evidence.protocols import tokens
 from evidence.reader import BOTH, UNSIDED, read_report, truth_counts
+from evidence.sections import SECTION_KEYS, repeats, section_counts
 from phantom.findings import LABELS as SIDED_LABELS
 from rewards import format_reward, strip_tags
 
@@ -34,7 +36,8 @@ TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correc
 # of each counterfactual study: reports a film; how many state the guess where neither it nor its cause, the cause, or
 # both are on the film; the same of the cause, reports first, where nothing else suggests it
 SPILL_KEYS = ("reports", "guess_neither", "guess_cause", "guess_both", "free", "cause_neither", "cause_cause")
-WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8, "spill": 7}  # k of (n, k); 2 for all others
+# k of a family's (n, k); 2 for all others
+WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8, "sections": 5, "spill": 7}
 AT_ONCE = 2**23  # numbers of a bootstrap's draws in memory
 
 
@@ -139,9 +142,9 @@ def mean(sums: np.ndarray) -> np.ndarray:
     return divide(sums[..., 0], sums[..., 1])
 
 
-def ratio(above: str, *below: str, factor: float = 1.0) -> Callable:
-    """The function (..., 8) -> (...) that divides one of the TRUTH_KEYS by the sum of others."""
-    a, b = TRUTH_KEYS.index(above), [TRUTH_KEYS.index(name) for name in below]
+def ratio(above: str, *below: str, factor: float = 1.0, keys: tuple[str, ...] = TRUTH_KEYS) -> Callable:
+    """The function (..., len(keys)) -> (...) that divides one of the keys by the sum of others."""
+    a, b = keys.index(above), [keys.index(name) for name in below]
     return lambda sums: divide(factor * sums[..., a], sums[..., b].sum(-1))
 
 
@@ -176,6 +179,10 @@ METRICS: dict[str, tuple[str, Callable]] = {
     "own_effect": ("spill", effect("cause_cause", "cause_neither", "free")),
     "own_effect_prior": ("spill", effect("guess_both", "guess_cause", "reports")),
     "unread_share": ("truth", ratio("unread", "sentences")),
+    "section_disagreement_rate": ("sections", ratio("disagreeing", "reports", keys=SECTION_KEYS)),
+    "contradicted_rate": ("sections", ratio("contradicted", "stated", keys=SECTION_KEYS)),
+    "impression_only_rate": ("sections", ratio("impression_only", "stated", keys=SECTION_KEYS)),
+    "repetition_rate": ("repeats", mean),
     "format_rate": ("format", mean),
     "length": ("length", mean),
 }
@@ -206,6 +213,7 @@ def collect(
         "bleu": bleu_and_rouge[:, :10],
         "rouge_l": with_one(bleu_and_rouge[:, 10]),
         "length": with_one([len(text.split()) for text in candidates]),
+        "repeats": with_one([repeats(text) for text in candidates]),
     }
     if formats is not None:
         flat["format"] = with_one([value for group in formats for value in group])
@@ -219,6 +227,7 @@ def collect(
     if labels is not None:
         found = [truth_counts(text, known) for known, group in zip(labels, texts, strict=True) for text in group]
         flat["truth"] = [[count[key] for key in TRUTH_KEYS] for count in found]
+        flat["sections"] = [list(section_counts(text).values()) for text in candidates]
     stats = {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
     if labels is not None:
         stats["levels"] = np.array([levels(*of) for of in zip(texts, labels, strict=True)], float)
@@ -266,6 +275,7 @@ def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ..
                 result[name] = {"value": float(function(sums[family])), "lo": lo, "hi": hi}
         if "truth" in stats:
             result["counts"] = dict(zip(TRUTH_KEYS, sums["truth"].astype(int).tolist(), strict=True))
+            result["sections"] = dict(zip(SECTION_KEYS, sums["sections"].astype(int).tolist(), strict=True))
         if "green" in stats:
             result["green"]["unread"] = int(sums["green"][2])
         if "labels" in stats:

@@ -17,6 +17,8 @@ from running.folder import lock, write_bytes, write_text
 from running.weights import check_zip
 
 tabulate.MIN_PADDING = 0  # no column is wider than what stands in it
+SECTIONS = "Reports with FINDINGS and IMPRESSION that state different findings; findings stated that the other section "
+SECTIONS += "denies, or that the IMPRESSION alone states; reports with a sentence twice in a section (%)"
 SHOWN = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
 
 
@@ -147,8 +149,9 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
         studies = f"{settings['n']} studies, {settings['split']}"
         spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
         titles = {"main": f"{studies}; protocol {protocol}", "spans": f"{spans}; protocol {protocol}"}
-        if any(column.entry(row) for column in columns("clinical") for row in rows.values()):
-            titles["clinical"] = f"CheXbert labels and model-based scores, {studies}"
+        more = {"clinical": "CheXbert labels and model-based scores", "sections": SECTIONS}
+        titles |= {where: f"{title}, {studies}" for where, title in more.items()
+                   if any(column.entry(row) for column in columns(where) for row in rows.values())}  # fmt: skip
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
         parts = [part for where, title in titles.items() for part in (title, grid(rows, where, weights, markdown=True))]
         write_text(folder / "results.md", "\n\n".join([*parts, *label_table(rows), *notes]) + "\n")
@@ -177,7 +180,7 @@ def draw(heads: list[str], body: list[list[str]], markdown: bool = False) -> str
 
 
 def grid(rows: dict[str, dict], where: str, weights: dict, markdown: bool = False) -> str:
-    """The table main, spans or clinical; what no row was measured on is left out, but METEOR is n/a without Java.
+    """One table of columns.toml; what no row was measured on is left out, but METEOR is n/a without Java.
     Starred is what `weights` make a reward; not in comparisons and sweeps, whose policies had rewards of their own."""
     shown = [c for c in columns(where) if c.key == "greedy/meteor" or any(c.entry(row) for row in rows.values())]
 

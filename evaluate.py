@@ -4,7 +4,7 @@
     python evaluate.py --run R --policy sft,path/to/adapter --split val
     python evaluate.py --predictions P.jsonl --references R.jsonl      # rows {"id", "report"}; no model needed
     python evaluate.py --compare R/stage1 R/stage2                     # paired differences, also over several seeds
-    python evaluate.py --image X.png --run R                           # one report (PNG, JPG or DICOM)
+    python evaluate.py --image X.png --run R --attention OUT.png       # one report (PNG, JPG or DICOM), and a picture
     torchrun --nproc-per-node 8 evaluate.py --run-dir R                # studies shared out over the GPUs
 
 A policy writes greedy reports and `eval.samples` sampled ones. Always beside it stand two rows that need no eyes: the
@@ -27,6 +27,7 @@ import numpy as np
 
 from config import Config
 from data import load_studies, target_text
+from evidence.attention import draw_image
 from evidence.compare import compare
 from evidence.generate import generate_split
 from evidence.inputs import find_policies, read_pairs, settings
@@ -61,6 +62,7 @@ class EvalRun(Config):
     # paired differences of evaluated policies to the first: stage folders, or quoted globs over seeds [ours]
     compare: tuple[str, ...] = ()
     image: str = ""  # write the report of this one image: PNG, JPG or DICOM [ours]
+    attention: str = ""  # with --image: a PNG of where the policy looks while it writes each sentence [ours]
 
 
 def evaluate(
@@ -144,6 +146,8 @@ def report_image(cfg: EvalRun) -> None:
     cfg = resolve(cfg, ("base",))
     model, processor = load_policy(cfg, adapter)
     text = strip_tags(generate_reports(model, processor, [[image]], cfg, ids=[cfg.image], samples=0)[0][0])
+    if cfg.attention:
+        draw_image(model, processor, image, cfg, Path(cfg.attention))
     # its whole path, as R2Gen calls every study's first image 0.png
     path = run / "images" / f"{str(Path(cfg.image).resolve()).lstrip('/')}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +177,8 @@ def main() -> None:
         parallel.start(cfg.device, cfg.threads)
         if parallel.world() > 1 and (cfg.compare or cfg.image or cfg.predictions):
             raise ValueError("several processes are for --run; start this without torchrun")
+        if cfg.attention and not cfg.image:
+            raise ValueError("--attention is for the report of one --image")
         if cfg.compare:
             print(compare(cfg.compare, cfg.split or cfg.data.test_split))
         elif cfg.image:

@@ -192,15 +192,17 @@ def report_start(positions: Tensor) -> Tensor:
     return positions.view(-1, *positions.shape[-2:])[0, :, -1] + 1
 
 
-def completion_logps(model, inputs: dict, completions: Tensor, completion_mask: Tensor, rules: SamplingRules) -> Tensor:
+def completion_logps(
+    model, inputs: dict, completions: Tensor, completion_mask: Tensor, rules: SamplingRules, packing=None
+) -> Tensor:
     """log pi(o_t | image, prompt, o_<t) of every report token, Eq. 1's factors: (N, T) float32, 0 where masked.
 
     inputs: B encoded prompts; N = B * G, row b * G + g is candidate g of study b. completions: (N, T) token ids,
-    right-padded. completion_mask: (N, T), 1 up to and including the first EOS, by position.
+    right-padded. completion_mask: (N, T), 1 up to and including the first EOS, by position. packing: their `pack`.
     """
     base, mask = get_base(model), inputs["attention_mask"]  # (B, P)
     group = len(completions) // len(mask)  # G
-    packing = pack(mask, completion_mask, base.dtype)  # S slots a row for the reports' tokens
+    packing = packing or pack(mask, completion_mask, base.dtype)  # S slots a row for the reports' tokens
     tokens = completions[:, :-1].reshape(len(mask), -1).gather(1, packing.order)  # (B, S)
     embeds = torch.cat([embed_prompt(base, inputs), base.get_input_embeddings()(tokens)], dim=1)  # (B, P + S, D)
     before = prompt_positions(base, inputs)  # (B, P) or (3, B, P)

@@ -191,7 +191,7 @@ def test_policies_by_name_and_folder(world, tmp_path):
 def test_settings_come_from_the_run_and_flags_win(world, tmp_path, monkeypatch):
     trained = dataclasses.replace(world, seed=5, run="moved since")
     config = to_dict(trained)
-    for name in ("policy", "split", "predictions", "references", "compare", "image"):
+    for name in ("policy", "split", "predictions", "references", "compare", "image", "attention"):
         config.pop(name)
     (tmp_path / "run/sft/config.json").write_text(json.dumps(config))
     cfg = settings("--run", str(tmp_path / "run"), "--eval.samples", "1")
@@ -493,6 +493,7 @@ def test_other_error_lines(tmp_path, monkeypatch, capsys):
     path.write_bytes(b'{"id": 1, "report": "\xff"}\n')
     assert "UTF-8" in call(monkeypatch, capsys, "--predictions", path, "--references", path)[0]
     assert "No such file" in call(monkeypatch, capsys, "--image", tmp_path / "x.png", "--run", tmp_path)[0]
+    assert "is for the report of one --image" in call(monkeypatch, capsys, "--attention", "x.png", "--run", tmp_path)[0]
 
 
 # ----------------------------------------------------------------------------------------------------- small parts

@@ -21,7 +21,7 @@ from model import (
 )
 from rollout import sample
 from vlm import attention
-from vlm.attention import Decoding, causal_mask, pack
+from vlm.attention import Decoding, Recording, causal_mask, pack
 from vlm.families import encode_images, select_studies
 
 G, T = 3, 9
@@ -268,3 +268,30 @@ def test_a_model_that_would_not_ask_the_plan_is_refused(family):
     get_base(model).model.language_model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="does not attend as 'shared_prefix': call model.prepare"):
         completion_logps(model, *given)
+
+
+def test_recorded_weights_are_the_softmax_of_q_and_k(family, monkeypatch):
+    """Of every report token, in every layer, also where the prompt is padded; and the log-probs stay what they are."""
+    monkeypatch.setattr(attention, "STRIP", 3)
+    model, inputs, completions, mask, rules = load(*family, "language")
+    expected, seen = completion_logps(model, inputs, completions, mask, rules), []
+
+    class Watched(Recording):
+        def attend(self, layer, query, key, value, scaling):
+            seen.append((query.detach(), key.detach().repeat_interleave(query.shape[1] // key.shape[1], 1), scaling))
+            return super().attend(layer, query, key, value, scaling)
+
+    prompts = inputs["attention_mask"].bool()
+    plan, length = pack(prompts, mask, torch.float32, Watched), prompts.shape[1]
+    logps = completion_logps(model, inputs, completions, mask, rules, plan)
+    torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
+    assert len(plan.weights) == len(seen) == len(get_base(model).model.language_model.layers)
+    for recorded, (query, key, scaling) in zip(plan.weights, seen, strict=True):
+        assert recorded.shape == (2, 1 + plan.order.shape[1], length)
+        for report, n in enumerate(mask.sum(1).tolist()):
+            study, rows = report // G, plan.outputs[report // G, report % G].tolist()
+            for t in range(n):
+                places = [*prompts[study].nonzero()[:, 0].tolist(), *rows[1 : t + 1]]  # the prompt and its own past
+                weights = (key[study][:, places] @ query[study, :, rows[t], :, None] * scaling).softmax(1)  # (H, k, 1)
+                naive = torch.zeros(length).masked_scatter(prompts[study], weights.mean(dim=0)[:, 0].detach())
+                torch.testing.assert_close(recorded[study, rows[t] - (length - 1)], naive, atol=1e-6, rtol=0)

@@ -25,9 +25,9 @@ In sampling each report is a row of one new token, with its own keys and values 
 prefix's stay one copy per study. One softmax runs over both: softmax([ q @ prefix_keys.T | q @ own_keys.T ] / sqrt(d)).
 The prefix's cost does not grow with G, and the result is that of G separate forwards, up to float rounding.
 
-How a plan reaches a layer: `run_layers` passes `plan=` (a `Packing` or a `Decoding`) to the language model, whose
-layers hand on keywords that they do not know to their attention function: `attend`, registered with transformers under
-NAME, chosen by `model.prepare`. Without a plan (`generate`, a plain forward) it is transformers' `sdpa`.
+How a plan reaches a layer: `run_layers` passes `plan=` (a `Packing`, `Recording` or `Decoding`) to the language model,
+whose layers hand on keywords that they do not know to their attention function: `attend`, registered with transformers
+under NAME, chosen by `model.prepare`. Without a plan (`generate`, a plain forward) it is transformers' `sdpa`.
 """
 
 from dataclasses import dataclass, field
@@ -84,14 +84,42 @@ class Packing:
         groups, sizes = query.shape[1] // key.shape[1], [query.shape[2] - self.order.shape[1], self.order.shape[1]]
         pairs = (x.split(sizes, dim=2) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
         (query, queries), (key, keys), (value, values) = pairs  # the prefix's (B, H, P, d), the reports' (B, H, S, d)
-        causal = self.prefix_mask is None
-        outputs = [scaled_dot_product_attention(query, key, value, self.prefix_mask, is_causal=causal, scale=scaling)]
+        outputs = [self.mix(query, key, value, self.prefix_mask, scaling)]
         for first, last, start, mask in self.strips:
             seen_keys = torch.cat([key, keys[:, :, start:last]], dim=2)  # (B, H, P + last - start, d)
             seen_values = torch.cat([value, values[:, :, start:last]], dim=2)  # the same
             strip = queries[:, :, first:last]  # (B, H, last - first, d)
-            outputs.append(scaled_dot_product_attention(strip, seen_keys, seen_values, mask, scale=scaling))
+            outputs.append(self.mix(strip, seen_keys, seen_values, mask, scaling))
         return torch.cat(outputs, dim=2)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """softmax(q @ k.T) @ v: queries (B, H, q, d), keys (B, H, k, d), a mask or None = causal -> (B, H, q, d)."""
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
+
+
+@dataclass
+class Recording(Packing):
+    """A packing whose layers attend by explicit weights, and which keeps those of the tokens that write the reports.
+
+    weights: per layer (B, 1 + S, P), mean over the heads, on the CPU: what the prefix's last token and each report
+    token look at in the prefix. Report token t of candidate g is written by row outputs[b, g, t] - (P - 1).
+    """
+
+    weights: list[Tensor] = field(default_factory=list)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.kept: list[Tensor] = []  # (B, 1, P), then (B, last - first, P) of each strip
+        output = super().attend(layer, query, key, value, scaling)
+        self.weights.append(torch.cat(self.kept, dim=1).cpu())
+        return output
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        if mask is None:
+            mask = additive(torch.ones(query.shape[2], key.shape[2], device=key.device).tril() > 0, key.dtype)
+        weights = (query @ key.transpose(2, 3) * scaling + mask).softmax(dim=3, dtype=torch.float32)  # (B, H, q, k)
+        mean = weights.detach().mean(dim=1)  # (B, q, k)
+        self.kept.append(mean[..., : self.kept[0].shape[2]] if self.kept else mean[:, -1:])  # the prefix comes first
+        return weights.to(value.dtype) @ value
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,8 +137,9 @@ def causal_mask(prompt_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     return additive((causal & prompt_mask.bool()[:, None, :] | itself)[:, None], dtype)  # padding sees itself, not NaN
 
 
-def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torch.float32) -> Packing:
-    """Plan for prompts (B, P), left-padded, and their reports (B * G, T), right-padded; 1 = real; the model's dtype."""
+def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torch.float32, plan=Packing) -> Packing:
+    """Plan for prompts (B, P), left-padded, and their reports (B * G, T), right-padded; 1 = real; the model's dtype.
+    plan: Packing, or Recording."""
     (b, prefix), length = prompt_mask.shape, completion_mask.shape[1]
     is_input = completion_mask[:, 1:].reshape(b, -1).bool()  # (B, G * (T - 1))
     slots = int(is_input.sum(dim=1).max()) if length > 1 else 0
@@ -121,7 +150,7 @@ def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torc
     first = torch.full((b, len(completion_mask) // b, 1), prefix - 1, device=order.device)  # (B, G, 1)
     outputs = torch.cat([first, after_first.view(b, first.shape[1], -1)], dim=2)  # (B, G, T)
     strips = list(strips_of(prompt_mask.bool(), order // max(length - 1, 1), real, dtype))
-    return Packing(order, step, outputs, causal_mask(prompt_mask, dtype), strips)
+    return plan(order, step, outputs, causal_mask(prompt_mask, dtype), strips)
 
 
 def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dtype):

@@ -1,0 +1,251 @@
+"""Where a policy looks while it writes a finding: the paper's Figure 5, and beside it a number.
+
+    python -m evidence.attention --run runs/phantom        # every stage -> <run>/attention/attention.md, .json, .png
+    python evaluate.py --image X.png --attention OUT.png   # any policy, any image: a panel a sentence
+
+Its greedy report is read once more by a plan that keeps its attention weights (vlm/attention.Recording). A word's map:
+what the tokens that write it look at in the image, mean over layers and heads. The *share* of a finding that the report
+rightly states is its words' mean attention inside the finding's mask, over the mean of the whole image: 1 = chance. A
+policy that looks where such findings mostly are has more than 1 too. So it is held against the mask's mirror image
+(findings with a side), and against the masks of other studies with the same label. Intervals: bootstrap over studies.
+"""
+
+import math
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import Config
+from data import load_studies, read_views
+from evidence.inputs import find_policies, settings
+from evidence.metrics import interval, resample
+from evidence.phrases import mark_report, sentence_spans
+from evidence.tables import draw, write_json
+from formats.files import read_jsonl
+from model import completion_logps, get_base, load_policy, sampling_rules
+from phantom.assets import resolve
+from phantom.image import decode_mask
+from rollout import EVALUATION, rollout
+from running.folder import write_text
+from vlm.attention import Recording, pack
+
+RESAMPLES = 2000
+SHOWN = 3  # studies in the picture
+SCALE = 2  # the colours go from 2 halvings to 2 doublings of an even share
+RATIOS = {"share": (0, 1), "own / others'": (2, 3), "own / mirrored": (4, 5)}  # of `summarise`'s sums
+
+
+@dataclass
+class AttentionRun(Config):
+    policy: str = ""  # as in evaluate.py: base, names of folders inside the run, or adapter folders [ours]
+    split: str = ""  # split whose reports are looked at; empty = data.test_split [ours]
+
+
+class Look(NamedTuple):
+    """A greedy report: its raw text, where in it each of the T tokens begins (and the last ends), maps (L, T, h, w) of
+    the weight that layer l gives each patch while token t is written, and the picture (H, W) in which they lie."""
+
+    text: str
+    places: list[int]
+    maps: np.ndarray
+    picture: np.ndarray
+
+    def during(self, start: int, end: int) -> list[int]:
+        """The tokens that write text[start:end]."""
+        spans = enumerate(zip(self.places, self.places[1:], strict=False))
+        return [t for t, (first, last) in spans if first < end and last > start]
+
+
+@torch.no_grad()
+def look(model, processor, images: list, cfg: Config, ids: list[str]) -> list[Look]:
+    """Write a greedy report of each image and record where the model looks. ValueError for a study of two images."""
+    out, texts, inputs = rollout(model, processor, images, ids, cfg, EVALUATION, samples=0)
+    base, decode = get_base(model), processor.tokenizer.decode
+    if len(inputs["image_counts"]) < inputs["image_counts"].sum():
+        raise ValueError("attention is drawn over one image: set data.views = 1")
+    plan = pack(inputs["attention_mask"], out.completion_mask, base.dtype, Recording)
+    completion_logps(model, inputs, out.completions, out.completion_mask, sampling_rules(model, processor, cfg), plan)
+    weights, looks = torch.stack(plan.weights), []  # (L, B, 1 + S, P)
+    first = inputs["attention_mask"].shape[1] - 1  # the row of `outputs` that is recorded first
+    for i, [text] in enumerate(texts):
+        tokens = out.completions[i, : int(out.completion_mask[i].sum() - out.finished[i].long())].tolist()
+        rows = (plan.outputs[i, 0, : len(tokens)] - first).cpu()  # (T,)
+        patches = (inputs["input_ids"][i] == base.config.image_token_id).nonzero()[:, 0].cpu()  # (image tokens,)
+        height = width = math.isqrt(len(patches))  # LLaVA: a square, which may follow a class token
+        if "image_grid_thw" in inputs:
+            height, width = (inputs["image_grid_thw"][i, 1:] // base.model.visual.spatial_merge_size).tolist()
+        maps = weights[:, i][:, rows][:, :, patches[-height * width :]].unflatten(-1, (height, width))
+        places = [len(decode(tokens[:n], skip_special_tokens=True)) for n in range(len(tokens) + 1)]
+        view = images[i][0] if isinstance(images[i], list) else images[i]
+        seen = view.convert("L") if "image_grid_thw" in inputs else inputs["pixel_values"][i].mean(dim=0).float().cpu()
+        looks.append(Look(text, places, maps.float().numpy(), np.asarray(seen)))
+    return looks
+
+
+def share(weights: np.ndarray, mask: np.ndarray) -> float:
+    """Mean weight of the patches (h, w) over the pixels inside a mask (H, W), relative to all pixels': 1 = chance."""
+    rows, columns = (np.arange(n) * k // n for n, k in zip(mask.shape, weights.shape, strict=True))
+    pixels = weights[rows][:, columns]  # (H, W)
+    return float(pixels[mask].mean() / pixels.mean())
+
+
+def measure(looks: dict[str, Look], masks: dict[str, dict[str, np.ndarray]]) -> list[dict]:
+    """A row for each finding that a report rightly states, with its side: the shares of its mask and of the controls.
+
+    looks: by study; masks: by study and label (H, W), of all that the image shows.
+    """
+    rows = []
+    for study, seen in looks.items():
+        words: dict[str, list[int]] = {}
+        for phrase in mark_report(seen.text, [*masks[study]])[0]:
+            for label in masks[study].keys() & set(phrase.labels) if phrase.mark == "right" else ():
+                words.setdefault(label, []).extend(seen.during(phrase.start, phrase.end))
+        for label, tokens in sorted(words.items()):
+            layers, own = seen.maps[:, tokens].mean(axis=1), masks[study][label]  # (L, h, w), (H, W)
+            mean, others = layers.mean(axis=0), [m[label] for s, m in masks.items() if s != study and label in m]
+            rows.append({"id": study, "label": label, "tokens": tokens, "own": share(mean, own),
+                         "others": float(np.mean([share(mean, mask) for mask in others])) if others else None,
+                         "mirrored": share(mean, own[:, ::-1]) if "_" in label else None,
+                         "layers": [share(layer, own) for layer in layers]})  # fmt: skip
+    return rows
+
+
+def summarise(rows: list[dict], seed: int) -> dict:
+    """{"findings", "studies", "layers": share by layer, each of RATIOS: {"value", "lo", "hi"}} of `measure`'s rows."""
+    sums: dict[str, np.ndarray] = {}
+    for row in rows:
+        pairs = [(row["own"], row[other]) if row[other] is not None else (0, 0) for other in ("others", "mirrored")]
+        sums[row["id"]] = sums.get(row["id"], 0) + np.array([row["own"], 1, *pairs[0], *pairs[1]], dtype=float)
+    found = {"findings": len(rows), "studies": len(sums)}
+    if rows:
+        found["layers"] = np.mean([row["layers"] for row in rows], axis=0).tolist()
+        table = np.stack([*sums.values()])  # (studies, 6)
+        drawn = np.vstack([table.sum(0), resample({"": table}, RESAMPLES, np.random.default_rng(seed))[""]])
+        with np.errstate(invalid="ignore"):
+            ratios = {name: drawn[:, above] / drawn[:, below] for name, (above, below) in RATIOS.items()}
+        found |= {name: dict(zip(("value", "lo", "hi"), (float(values[0]), *interval(values[1:])), strict=True))
+                  for name, values in ratios.items()}  # fmt: skip
+    return found
+
+
+def markdown(found: dict[str, dict], what: str) -> str:
+    """attention.md: a row for each policy."""
+
+    def cell(entry: dict | None) -> str:
+        return "n/a" if not entry or math.isnan(entry["value"]) else "{value:.2f} [{lo:.2f}, {hi:.2f}]".format(**entry)
+
+    body = [[name, f"{row['findings']} ({row['studies']})", *(cell(row.get(ratio)) for ratio in RATIOS),
+             " ".join(f"{value:.2f}" for value in row.get("layers", []))] for name, row in found.items()]  # fmt: skip
+    notes = ("share: attention inside the mask of a rightly stated finding while its words are written, in even shares "
+             "(1 = chance). others': the same label's masks in other studies. mirrored: findings with a side alone. "
+             "95% intervals, bootstrap over studies.")  # fmt: skip
+    heads = ["", "findings (studies)", *RATIOS, "share by layer"]
+    return f"{what}\n\n{draw(heads, body, markdown=True)}\n\n{notes}\n"
+
+
+def overlay(axis, seen: Look, tokens: list[int], title: str):
+    """The picture in grey; over it, orange where a patch gets more than an even share of attention, purple: less."""
+    weights, (height, width) = seen.maps[:, tokens].mean(axis=(0, 1)), seen.picture.shape  # (h, w)
+    doublings = np.log2(np.maximum(weights / weights.mean(), 2.0**-SCALE))
+    axis.imshow(seen.picture, cmap="gray")
+    axis.set_title(title, fontsize=8)
+    axis.set_axis_off()
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)
+    strength = 0.7 * np.minimum(np.abs(doublings), 1)  # a patch with its even share stays as it is
+    axis.imshow(doublings, cmap="PuOr_r", vmin=-SCALE, vmax=SCALE, alpha=strength, extent=place)
+
+
+def save(figure, axes, path: Path) -> None:
+    """Write a figure of overlays with the key to their colours."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(ScalarMappable(Normalize(-SCALE, SCALE), "PuOr_r"), ax=axes, shrink=0.8, aspect=30)
+    ticks = range(-SCALE, SCALE + 1)
+    bar.set_ticks(ticks, labels=[f"{2.0**tick:g}" for tick in ticks])
+    bar.set_label("attention, in even shares", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_image(model, processor, image, cfg: Config, path: Path) -> None:
+    """Write a picture of where the policy looks while it writes each sentence of its report of an image."""
+    from matplotlib.figure import Figure  # a second of every script's start
+
+    [seen] = look(model, processor, [[image]], cfg, [cfg.image])
+    spans = sentence_spans(seen.text)
+    if not spans:
+        raise ValueError(f"--attention: the report of {cfg.image} has no sentence")
+    width, height = min(4, len(spans)), -(-len(spans) // 4)
+    figure = Figure(figsize=(2.3 * width + 1, 2.7 * height), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (start, end) in zip(axes.flat, spans, strict=False):
+        overlay(axis, seen, seen.during(start, end), textwrap.fill(seen.text[start:end], 32))
+    save(figure, axes, path)
+
+
+def draw_studies(looks: dict[str, dict[str, Look]], rows: dict[str, list[dict]], masks: dict, path: Path) -> None:
+    """A column for each policy, a row for each of the first SHOWN studies of which all policies rightly state some
+    finding with a side: the one with the smallest mask, outlined. Nothing is drawn where there is no such study."""
+    from matplotlib.figure import Figure
+
+    stated = set.intersection(*({(row["id"], row["label"]) for row in found} for found in rows.values()))
+    chosen: dict[str, str] = {}
+    for study, label in sorted(stated, key=lambda pair: (pair[0], masks[pair[0]][pair[1]].sum())):
+        if "_" in label and len(chosen) < SHOWN:
+            chosen.setdefault(study, label)
+    if not chosen:
+        return
+    figure = Figure(figsize=(2 * len(looks) + 1, 2.2 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), len(looks), squeeze=False)
+    for line, (study, label) in zip(axes, chosen.items(), strict=True):
+        for axis, (name, seen) in zip(line, looks.items(), strict=True):
+            row = next(row for row in rows[name] if (row["id"], row["label"]) == (study, label))
+            title = f"{name.replace('_', ' ')}: {row['own']:.2f}\n{study} {label.replace('_', ' ')}"
+            overlay(axis, seen[study], row["tokens"], title)
+            axis.contour(masks[study][label], levels=[0.5], colors=["#56B4E9"], linewidths=1.2)
+    save(figure, axes, path)
+
+
+def measure_run(cfg: AttentionRun) -> None:
+    """Measure and draw the chosen policies of a run; ValueError for data without masks."""
+    policies, cfg = find_policies(Path(cfg.run), cfg.policy), resolve(cfg, ("data", "base"))
+    split, truth = cfg.split or cfg.data.test_split, Path(cfg.data.path) / "truth.jsonl"
+    if not truth.exists():
+        raise ValueError(f"{truth}: no such file; only the phantom knows its findings' masks")
+    studies, known = load_studies(cfg.data, split), {row["id"]: row["findings"] for row in read_jsonl(truth)}
+    masks = {study.id: {f["label"]: decode_mask(f["mask"]) for f in known[study.id]} for study in studies}
+    looks: dict[str, dict[str, Look]] = {}
+    for name, adapter in policies.items():
+        (model, processor), looks[name] = load_policy(cfg, adapter), {}
+        for start in tqdm(range(0, len(studies), cfg.eval.batch_size), desc=f"{name:<28}", unit="batch"):
+            batch = studies[start : start + cfg.eval.batch_size]
+            ids, views = [study.id for study in batch], [read_views(study) for study in batch]
+            looks[name] |= zip(ids, look(model, processor, views, cfg, ids), strict=True)
+    rows, folder = {name: measure(seen, masks) for name, seen in looks.items()}, Path(cfg.run) / "attention"
+    found = {name: summarise(row, cfg.seed) for name, row in rows.items()}
+    text = markdown(found, f"{len(studies)} studies, {split}, greedy reports")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "attention.md", text)
+    write_json(folder / "attention.json", {"policies": found, "findings": rows})
+    draw_studies(looks, rows, masks, folder / "attention.png")
+    print(f"\n{text}\nwritten: {folder}/attention.md, .json, .png")
+
+
+def main() -> None:
+    try:
+        measure_run(settings(AttentionRun(), sys.argv[1:], __doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"attention: {error!s:.1500}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
-"""The two figures of results/: what happened over the updates (the paper's Figure 7), and where each arm ended."""
+"""The figures of results/: what happened over the updates (the paper's Figure 7), where each arm ended, and where the
+arms of the two sweeps over lambda_vis and k_clin did (its Figure 6)."""
 
 from pathlib import Path
 
@@ -13,10 +14,17 @@ import pandas as pd
 ARMS = {"stage1": ("#555555", "-", "Stage 1"), "stage1_continued": ("#D55E00", "--", "Stage 1 continued"),
         "valor": ("#0072B2", "-", "Stage 2")}  # fmt: skip
 PARTS = {"bleu4": ("#0072B2", "BLEU-4"), "rouge_l": ("#56B4E9", "ROUGE-L"), "bertscore": ("#009E73", "BERTScore"),
-         "chexbert": ("#D55E00", "CheXbert F1"), "radgraph": ("#CC79A7", "RadGraph F1")}  # fmt: skip
+         "chexbert": ("#D55E00", "CheXbert F1"), "radgraph": ("#CC79A7", "RadGraph F1"),
+         "similarity": ("#E69F00", "image-text similarity"), "format": ("#999999", "format")}  # fmt: skip
 WINDOW = 9  # updates in the running mean of a reward: one batch is 8 studies, noisy
 ENDS = {"greedy/hallucination_rate": "hallucinated, % of stated", "greedy/sided_f1": "sided F1, %",
         "greedy/bleu_4": "BLEU-4", "sampled/hallucination_rate": "hallucinated %, sampled"}  # fmt: skip
+# what is swept: {its value: arm}; both stages at each k_clin
+SWEEPS = {"lambda_vis": {0: "stage1_continued", 0.05: "vis_05", 0.1: "vis_10", 0.25: "vis_25", 0.5: "valor",
+                         1: "visual_only"},
+          "k_clin": {1: "valor_dense", 4: "valor", 16: "valor_rare"}}  # fmt: skip
+SWEPT = {"greedy/bleu_4": "BLEU-4", "greedy/rouge_l": "ROUGE-L, %", "greedy/f1_micro": "CheXbert F1, %",
+         "sampled/sided_f1": "sided F1, %, sampled", "greedy/hallucination_rate": "hallucinated, %"}  # fmt: skip
 
 
 def series(runs: list[Path], arm: str, key: str) -> pd.DataFrame:
@@ -33,12 +41,13 @@ def curve(axis, values: pd.DataFrame, colour: str, line: str = "-", label: str |
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:
-    """Reward components, KL, validation hallucination and BLEU-4 over the policy updates of both stages.
+    """Reward components, KL, validation hallucination and BLEU-4 over the policy updates of both stages, with the first
+    clinical reward and the beginning of Stage 2.
 
     runs: run folders, one per seed, with the stages sft, stage1, stage1_continued and valor.
     """
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    border = series(runs, "stage1", "reward/total").index[-1]
+    border, clinical = series(runs, "stage1", "reward/total").index[-1], series(runs, "stage1", "reward/chexbert").index
 
     def smooth(arm: str, key: str) -> pd.DataFrame:  # the mean over the updates within WINDOW // 2 of each
         values = series(runs, arm, key)
@@ -57,7 +66,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         curve(axes[0, 1], smooth(arm, "kl"), *style)
         curve(axes[1, 0], validation(arm, "val/hallucination_rate"), *style)
         curve(axes[1, 1], validation(arm, "val/bleu_4"), *style)
-    axes[0, 0].margins(y=0.3)  # room for the legend
+    axes[0, 0].set_ylim(bottom=0)  # room for the legend
     titles = ("rewards of sampled reports, Stage 1 then Stage 2", "KL to the SFT policy, nats per token",
               "validation: hallucinated, % of stated (greedy)", "validation: BLEU-4 (greedy)")  # fmt: skip
     for axis, title in zip(axes.flat, titles, strict=True):
@@ -67,7 +76,10 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         if axis.has_data():
             axis.legend(fontsize=8, frameon=False, ncols=3 if axis is axes[0, 0] else 1)
             axis.axvline(border + 0.5, color="black", linewidth=0.8, linestyle=":")
-    figure.suptitle(f"mean of {len(runs)} seeds, band = their range; dotted: Stage 2 begins; 0 = SFT", fontsize=9)
+            for first in clinical[:1]:
+                axis.axvline(first, color="black", linewidth=0.8, linestyle="--")
+    marks = "dashed: first clinical reward; dotted: Stage 2 begins; 0 = SFT"
+    figure.suptitle(f"mean of {len(runs)} seeds, band = their range; {marks}", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -95,4 +107,35 @@ def draw_arms(results: dict, path: Path) -> None:
     what = f"{results['studies']} test studies; dot: mean of {len(results['seeds'])} seeds; line: 95% interval"
     figure.suptitle(f"{what}; ticks: each seed", fontsize=9)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_sweeps(results: dict, path: Path, sweeps: dict[str, dict[float, str]] = SWEEPS) -> None:
+    """A row for each sweep {value: arm}, a column for each of SWEPT: dot and 95% interval of each arm that `results`
+    have, a tick per seed; one value beside the other, not to scale. Nothing is drawn where no sweep has two arms."""
+    known = {name: {value: results["arms"][arm] for value, arm in grid.items() if arm in results["arms"]}
+             for name, grid in sweeps.items()}  # fmt: skip
+    known = {name: grid for name, grid in known.items() if len(grid) > 1}
+    if not known:
+        return
+    size = (2.7 * len(SWEPT), 2.6 * len(known) + 0.3)
+    figure, axes = plt.subplots(len(known), len(SWEPT), figsize=size, squeeze=False, layout="constrained")
+    for line, (name, grid) in zip(axes, known.items(), strict=True):
+        for axis, (key, title) in zip(line, SWEPT.items(), strict=True):
+            found = {place: arm[key] for place, arm in enumerate(grid.values()) if key in arm}
+            for place, each in found.items():
+                seeds = [100 * value for value in each["seeds"].values()]
+                axis.plot([place, place], [100 * each["lo"], 100 * each["hi"]], color="#0072B2", linewidth=1.6)
+                axis.plot([place] * len(seeds), seeds, "_", color="#555555", markersize=7)
+            means = [100 * each["mean"] for each in found.values()]
+            axis.plot([*found], means, "o:", color="#0072B2", markersize=6, linewidth=0.8)
+            axis.set_xticks(range(len(grid)), [f"{value:g}" for value in grid])
+            axis.set_xlim(-0.5, len(grid) - 0.5)
+            axis.set_xlabel(name)
+            axis.set_title(title, fontsize=9)
+            axis.grid(axis="y", alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+    what = f"{results['studies']} test studies; dot: mean over the seeds; line: 95% interval; ticks: each seed"
+    figure.suptitle(what, fontsize=9)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

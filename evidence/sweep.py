@@ -1,4 +1,4 @@
-"""Evidence over seeds on the phantom: every arm, several seeds, one table (results/phantom.md) and two figures.
+"""Evidence over seeds on the phantom: every arm, several seeds, one table (results/phantom.md) and its figures.
 
     python -m evidence.sweep                        # seeds 5-10; SEEDS="5 6" ARMS="valor dpo" make seeds
     python -m evidence.sweep --seeds 5 6 --arms valor dpo --out DIR
@@ -24,7 +24,7 @@ from pathlib import Path
 from config import Config, parse
 from evidence.baselines import BASELINES
 from evidence.counts import read_counts, write_counts
-from evidence.figures import draw_arms, draw_curves
+from evidence.figures import draw_arms, draw_curves, draw_sweeps
 from evidence.sweep_tables import collect_results, markdown
 from evidence.tables import write_json
 from evidence.tasks import Task, run_tasks
@@ -129,6 +129,7 @@ def main() -> None:
     if not cfg.recompute:
         draw_curves([root / str(seed) for seed in cfg.seeds], out / "curves.png")
     draw_arms(results, out / "arms.png")
+    draw_sweeps(results, out / "sweeps.png")
     print(f"this call took {(time.time() - began) / 60:.0f} min; tables and figures are in {out}/")
 
 

@@ -1,5 +1,6 @@
 """The sweep over seeds: each arm is a command that parses, needs come first, the tables say what was seen."""
 
+import itertools
 import json
 import pickle
 import shutil
@@ -268,3 +269,46 @@ def test_a_comparison_holds_where_all_its_criteria_do(monkeypatch):
     for run in a.values():
         del run["greedy/length"]
     assert statistics.verdicts({"a": a, "b": b})[0]["verdict"] == "not measured"
+
+
+def test_both_sweeps_stand_in_one_figure(tmp_path, monkeypatch):
+    """Dots at the arms' means, in the order of the values; arms without results are left out, and so is a lone one."""
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    arms = {arm: {key: {"mean": i / 10, "lo": i / 10 - 0.02, "hi": i / 10 + 0.03, "seeds": {0: i / 10 - 0.01}}
+                  for key in figures.SWEPT}
+            for i, arm in enumerate(("stage1_continued", "vis_10", "valor"))}  # fmt: skip
+    assert {arm for grid in figures.SWEEPS.values() for arm in grid.values()} <= set(sweep.ARMS)
+    figures.draw_sweeps({"studies": 384, "arms": arms}, tmp_path / "sweeps.png")
+    [figure] = drawn
+    axes = figure.axes[: len(figures.SWEPT)]
+    assert len(axes) == len(figures.SWEPT) == len([axis for axis in figure.axes if axis.has_data()])
+    for axis in axes:
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "0.1", "0.5"]
+        spans = [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "-"]
+        assert spans == [pytest.approx([10 * i - 2, 10 * i + 3]) for i in range(3)]
+        [dots] = [line for line in axis.lines if line.get_linestyle() == ":"]
+        assert list(dots.get_ydata()) == pytest.approx([0, 10, 20])
+    figures.draw_sweeps({"studies": 384, "arms": {"valor": arms["valor"]}}, tmp_path / "none.png")
+    assert (tmp_path / "sweeps.png").stat().st_size > 10_000 and not (tmp_path / "none.png").exists()
+
+
+def test_the_curves_mark_where_clinical_rewards_and_stage_2_begin(tmp_path, monkeypatch):
+    drawn, rng = [], np.random.default_rng(0)
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    updates = {"sft": range(1, 4), "stage1": range(1, 13)} | dict.fromkeys(("stage1_continued", "valor"), range(13, 25))
+    for seed, (stage, ks) in itertools.product("01", updates.items()):
+        rows = []
+        for k in ks:
+            row = {"k": k, "reward/total": rng.random(), "reward/bleu4": rng.random(), "kl": rng.random()}
+            row |= {"reward/chexbert": rng.random()} if k % 4 == 0 else {}
+            row |= {"val/hallucination_rate": 0.3, "val/bleu_4": 0.2} if k % 3 == 0 else {}
+            rows.append(json.dumps(row) + "\n")
+        (tmp_path / seed / stage).mkdir(parents=True)
+        (tmp_path / seed / stage / "metrics.jsonl").write_text("".join(rows))
+    figures.draw_curves([tmp_path / "0", tmp_path / "1"], tmp_path / "curves.png")
+    for axis in drawn[0].axes:
+        marks = {line.get_linestyle(): line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1}
+        assert marks == {":": 12.5, "--": 4}
+    assert {"BLEU-4", "CheXbert F1"} == {text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()}
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from config import Config, DataConfig, parse
-from evidence import counts, statistics, sweep, sweep_tables
+from evidence import counts, figures, statistics, sweep, sweep_tables
 from evidence.tables import columns
 
 CLEAN = DataConfig(path="phantom:data_clean")

@@ -17,8 +17,10 @@ from running.folder import lock, write_bytes, write_text
 from running.weights import check_zip
 
 tabulate.MIN_PADDING = 0  # no column is wider than what stands in it
-SECTIONS = "Reports with FINDINGS and IMPRESSION that state different findings; findings stated that the other section "
-SECTIONS += "denies, or that the IMPRESSION alone states; reports with a sentence twice in a section (%)"
+MORE = {
+    "clinical": "CheXbert labels and model-based scores",
+    "sections": "Sections that disagree, findings the other section denies or the IMPRESSION adds, repeated sentences",
+}
 SHOWN = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
 
 
@@ -149,8 +151,7 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
         studies = f"{settings['n']} studies, {settings['split']}"
         spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
         titles = {"main": f"{studies}; protocol {protocol}", "spans": f"{spans}; protocol {protocol}"}
-        more = {"clinical": "CheXbert labels and model-based scores", "sections": SECTIONS}
-        titles |= {where: f"{title}, {studies}" for where, title in more.items()
+        titles |= {where: f"{title}, {studies}" for where, title in MORE.items()
                    if any(column.entry(row) for column in columns(where) for row in rows.values())}  # fmt: skip
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
         parts = [part for where, title in titles.items() for part in (title, grid(rows, where, weights, markdown=True))]

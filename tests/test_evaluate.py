@@ -150,8 +150,8 @@ def test_files_of_a_policy(world, tmp_path):
     assert result["settings"]["scorers"] == used and result["adapter"].endswith("sft/adapter")
     text = (folder / "results.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert sum(row[0].startswith(":--") for row in cells) == 4 == [row[0] for row in cells].count("") + 1
-    assert [row[0] for row in cells].count("sft, image shuffled") == 3
+    assert sum(row[0].startswith(":--") for row in cells) == 5 == [row[0] for row in cells].count("") + 1
+    assert [row[0] for row in cells].count("sft, image shuffled") == 4
     # the policy states cardiomegaly and an effusion once each, the references nothing
     assert ["Cardiomegaly", "0", "0.0 / 0.0 / 0.0"] in [row[:3] for row in cells] and "4 studies, test" in text
     assert not list(folder.rglob("*.tmp"))

@@ -229,9 +229,9 @@ def collect(
         flat["truth"] = [[count[key] for key in TRUTH_KEYS] for count in found]
         flat["sections"] = [list(section_counts(text).values()) for text in candidates]
     stats = {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
-    if labels is not None:
-        stats["levels"] = np.array([levels(*of) for of in zip(texts, labels, strict=True)], float)
-    return stats
+    if labels is None:
+        return stats
+    return stats | {"levels": np.array([levels(*of) for of in zip(texts, labels, strict=True)], float)}
 
 
 def with_one(values) -> np.ndarray:

@@ -200,8 +200,7 @@ def collect(
     scorers {family: function} -> m floats, where green's None (no readable answer) is left out of its mean. A family
     whose function or data is not given, or gives None, is left out.
     """
-    per_study = len(texts[0])
-    candidates = [text for group in texts for text in group]
+    per_study, candidates = len(texts[0]), [text for group in texts for text in group]
     repeated = [reference for reference, group in zip(references, texts, strict=True) for _ in group]
     pairs = list(zip(candidates, repeated, strict=True))
     distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}  # normal reports are often alike

@@ -223,14 +223,17 @@ def collect(
         flat["green"] = [(s or 0.0, s is not None, s is None) for s in green(candidates, repeated)]
     if meteor is not None and (counts := meteor(*map(list, zip(*words, strict=True)))) is not None:
         flat["meteor"] = counts[at]
-    if labels is not None:
-        found = [truth_counts(text, known) for known, group in zip(labels, texts, strict=True) for text in group]
-        flat["truth"] = [[count[key] for key in TRUTH_KEYS] for count in found]
-        flat["sections"] = [list(section_counts(text).values()) for text in candidates]
-    stats = {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
-    if labels is None:
-        return stats
-    return stats | {"levels": np.array([levels(*of) for of in zip(texts, labels, strict=True)], float)}
+    stats = {} if labels is None else against_truth(texts, labels)
+    return stats | {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
+
+
+def against_truth(texts: list[list[str]], labels: list[list[str]]) -> dict[str, np.ndarray]:
+    """The families of `collect` that hold texts [study][sample] against the exact labels of each study's image."""
+    counts = [[truth_counts(text, known) for text in group] for group, known in zip(texts, labels, strict=True)]
+    truth = [np.sum([[count[key] for key in TRUTH_KEYS] for count in group], axis=0) for group in counts]
+    sections = [np.sum([list(section_counts(text).values()) for text in group], axis=0) for group in texts]
+    said = [levels(*of) for of in zip(texts, labels, strict=True)]
+    return {name: np.array(of, float) for name, of in (("truth", truth), ("sections", sections), ("levels", said))}
 
 
 def with_one(values) -> np.ndarray:

@@ -85,15 +85,19 @@ def test_who_always_says_the_same_has_no_effects(studies):
 
 
 def test_counts_by_hand():
-    """Edema suggests the cardiomegaly of the second study, so that study says nothing of own_effect."""
-    two = [
+    """Edema suggests the cardiomegaly of the second study, so that it says nothing of own_effect. The third one's guess
+    would suggest its cause, but is on neither of the two films that count."""
+    studies = [
         ("fracture_left", "pneumothorax_left", ["edema", "pneumothorax_left", "fracture_left"], []),
         ("cardiomegaly", "effusion_left", ["cardiomegaly", "edema", "effusion_left"], []),
+        ("effusion_left", "atelectasis_left", ["effusion_left", "atelectasis_left"], []),
     ]
     a, b, none = "Left pneumothorax. Left fracture.", "Left rib fracture. Pneumothorax.", "Clear lungs."
     outputs = [[[a, b], [a, none], [none, none]], [["Large heart."] * 2, ["Left effusion.", none], ["Effusion.", none]]]
-    assert spill.tally(two, outputs).tolist() == [[2, 0, 1, 2, 2, 0, 1], [2, 1, 1, 0, 0, 0, 0]]
-    assert effects(two, outputs) == [pytest.approx((2 - 1) / 4), 1 / 2, pytest.approx(0.0)]
+    outputs.append([["Left effusion."] * 2, ["Left effusion."] * 2, [none] * 2])
+    rows = [[2, 0, 1, 2, 2, 0, 1], [2, 1, 1, 0, 0, 0, 0], [2, 0, 0, 0, 2, 0, 2]]
+    assert spill.tally(studies, outputs).tolist() == rows
+    assert effects(studies, outputs) == pytest.approx([(2 - 1) / 6, (1 + 2) / 4, (2 - 2) / 6])
 
 
 def test_the_command_writes_what_compare_shows(studies, tmp_path, monkeypatch, capsys):

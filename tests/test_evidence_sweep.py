@@ -169,6 +169,8 @@ def test_every_number_is_recomputed_from_the_counts_alone(tmp_path, monkeypatch)
         arrays = {name: file[name] for name in file}
     assert arrays["valor/greedy/truth"].shape == (2, 60, 8) and arrays["valor/greedy/truth"].dtype == np.uint8
     assert arrays["sft/greedy/rouge_l"].dtype == np.float16 and "sft/sampled/spill" in arrays
+    read = counts.read_counts(tmp_path / "counts.npz")[0]["valor"][3]
+    assert {values.dtype for values in read.values()} == {np.dtype(float)}  # halves would lose digits in their sums
     original = [np.load(tmp_path / f"runs/{s}/eval/test/valor/stats.npz") for s in (3, 4)]
     for name in ("runs", "assets"):
         shutil.rmtree(tmp_path / name)

@@ -1,7 +1,8 @@
 """The phantom's own models, small versions of the real components in their real layouts on disk.
 
     data       R2Gen's layout                                     world.py writes it; data_clean: true references
-    base       LlavaForConditionalGeneration + processor          sees, but hallucinates as a Med-VLM does
+    base       LlavaForConditionalGeneration + processor          sees, but hallucinates as a Med-VLM does;
+               base_pooled: over a tower whose patches need not tell every label each
     expert     open_clip folder                                   frozen scorer of Eq. 6, learnt from true reports;
                expert_noisy: from the policy's own references; expert_50, ...: at 50%, ... of their rates of error
     labeller   BERT folder + chexbert.pth in CheXbert's format    clinical reward of Eq. 4, and BERTScore's encoder
@@ -18,7 +19,8 @@ from phantom import cache
 from phantom.training import build_base, build_expert, build_labeller
 from phantom.world import build, build_clean
 
-BUILDERS = {"data": build, "data_clean": build_clean, "base": build_base, "labeller": build_labeller,
+BUILDERS = {"data": build, "data_clean": build_clean, "base": build_base,
+            "base_pooled": partial(build_base, pooled=True), "labeller": build_labeller,
             "expert": build_expert, "expert_noisy": partial(build_expert, noise=None),
             **{f"expert_{rate}": partial(build_expert, noise=rate / 100) for rate in (50, 100, 150, 200)}}  # fmt: skip
 resolve = partial(cache.resolve, builders=BUILDERS)

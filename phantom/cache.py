@@ -21,8 +21,8 @@ from phantom.config import Recipe
 from running.folder import atomic_folder, lock, writing
 from running.weights import check_model, check_open_clip, check_torch_file, require
 
-Name = Literal["data", "data_clean", "base", "expert", "expert_noisy", "expert_50", "expert_100", "expert_150",
-               "expert_200", "labeller"]  # fmt: skip
+Name = Literal["data", "data_clean", "base", "base_pooled", "expert", "expert_noisy", "expert_50", "expert_100",
+               "expert_150", "expert_200", "labeller"]  # fmt: skip
 NAMES = get_args(Name)
 Builders = Mapping[Name, Callable[[Recipe, Path], object]]  # name -> function(recipe, folder to fill)
 
@@ -76,7 +76,7 @@ def check_asset(folder: Path) -> None:
             check_open_clip(folder)
         else:
             check_model(folder)
-            require(folder, "processor_config.json" if folder.name == "base" else "chexbert.pth")
+            require(folder, "processor_config.json" if folder.name.startswith("base") else "chexbert.pth")
         if folder.name == "labeller":
             check_torch_file(folder / "chexbert.pth")
     except (OSError, ValueError) as error:

@@ -89,16 +89,16 @@ def normalise(images: Tensor) -> Tensor:
     return ((images.float() / 255 - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
 
 
-def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor) -> float:
+def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor, pooled: bool) -> float:
     """Teach the vision tower LABELS; returns its micro-F1 on the held-out studies. Every patch token must tell all the
-    labels by itself: what the language model reads later is any one of them."""
+    labels by itself, as what the language model reads later is any one of them; pooled: only their mean must."""
     head, held = nn.Linear(tower.config.hidden_size, labels.shape[1]), held_out(len(images))
 
     def classify(rows) -> Tensor:  # (B, patches, 15)
         return head(tower(pixel_values=normalise(images[rows])).last_hidden_state[:, 1:])
 
     def loss(rows: list[int]) -> Tensor:
-        logits = classify(rows)
+        logits = classify(rows).mean(dim=1, keepdim=True) if pooled else classify(rows)
         return F.binary_cross_entropy_with_logits(logits, labels[rows][:, None].expand_as(logits).float())
 
     fit(nn.ModuleList([tower, head]), loss, len(images), 64, recipe.assets.vision_steps, 1e-3, recipe.seed, "tower")
@@ -107,8 +107,8 @@ def train_tower(recipe: Recipe, tower: nn.Module, images: Tensor, labels: Tensor
     return (2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)).item()
 
 
-def build_base(recipe: Recipe, folder: Path) -> None:
-    """Train the base model: its vision tower as a classifier, then, tower frozen, projection and language model on
+def build_base(recipe: Recipe, folder: Path, pooled: bool = False) -> None:
+    """Train the base model: its vision tower (`train_tower`), then, tower frozen, projection and language model on
     captions. With the tower trained along, random early gradients wreck it and the model stays blind (F1 1 for 60)."""
     studies, images, labels = read_studies(folder.with_name("data"), "base")
     # a few reports are tagged: LoRA cannot make a token likely whose output row was never once the right answer
@@ -117,7 +117,7 @@ def build_base(recipe: Recipe, folder: Path) -> None:
     tokenizer = policy_tokenizer(reports + texts + [f"USER: {PROMPT} ASSISTANT:"] * 100)
     processor, model = (new(tokenizer, recipe.phantom.image_size) for new in (new_processor, new_llava))
     model.model.language_model.set_attn_implementation(attention.NAME)
-    f1 = train_tower(recipe, model.model.vision_tower, images, labels)
+    f1 = train_tower(recipe, model.model.vision_tower, images, labels, pooled)
     model.model.vision_tower.requires_grad_(False)
     prompt = encode_prompts(processor, [read_image(studies[0].image)], PROMPT, "cpu")  # batch 1
 

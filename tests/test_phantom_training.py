@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,23 @@ def test_word_pieces_are_the_same_each_time_and_know_every_word(tmp_path):
     assert tokenizer.get_vocab() == again.get_vocab()
     assert tokenizer.tokenize("Small EFFUSION.") == ["small", "effusion", "."]
     assert tokenizer.tokenize("odd1") == ["o", "##d", "##d", "##1"] and tokenizer("x")["input_ids"][0] == 2
+
+
+def test_the_pooled_tower_answers_for_the_mean_of_its_patches_alone(monkeypatch):
+    """A stand-in tower of two patches, logits +2 and -2 of a label that is there: their mean says 1/2, each by itself
+    1 / (1 + e^-2) and 1 / (1 + e^2)."""
+    losses = []
+    monkeypatch.setattr(training, "fit", lambda model, loss, *rest: losses.append(loss([0]).item()))
+    monkeypatch.setattr(training.nn, "Linear", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(training, "normalise", lambda images: images)
+    hidden = torch.tensor([9.0, 2.0, -2.0]).view(1, 3, 1)  # the class token is not asked
+    tower = torch.nn.Module()
+    tower.config, tower.forward = SimpleNamespace(hidden_size=1), lambda pixel_values: SimpleNamespace(
+        last_hidden_state=hidden)  # fmt: skip
+    recipe = Recipe(PhantomConfig(), AssetsConfig(), 0)
+    for pooled in (False, True):
+        training.train_tower(recipe, tower, torch.zeros(1, 1), torch.ones(1, 1) > 0, pooled)
+    assert losses == pytest.approx([(np.log1p(np.exp(-2)) + np.log1p(np.exp(2))) / 2, np.log(2)])
 
 
 def test_by_length_keeps_every_row():

@@ -39,6 +39,7 @@ class DataConfig:
     # r2gen: annotation.json; openi: ecgen-radiology/*.xml; kaggle: indiana_reports.csv and indiana_projections.csv
     # (each with images/); mimic: PhysioNet's files/ and tables (formats/) [R2Gen]
     format: Literal["r2gen", "openi", "kaggle", "mimic"] = "r2gen"
+    labels: str = ""  # table of gold labels in the folder, the truth of real images (formats/gold.py); "" = none [ours]
     views: Size = 1  # most images per study that the policy sees, frontal first; the expert sees one [ours]
     target: Literal["findings", "impression", "both"] = "both"  # sections written and scored [paper: both]
     prompt: str = "Write the report."  # the instruction after the image; the paper's prompts are not published [ours]

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from formats.gold import Gold
 from formats.images import check_image, read_image
 from formats.iu_xray import kaggle_rows, openi_rows, r2gen_rows
 from formats.mimic import chexpert_lines, mimic_rows
@@ -31,7 +32,7 @@ class Study:
     images: list[Path]  # the views that the policy sees, frontal first; never empty
     report: str  # the target text, without <report> tags
     split: str
-    labels: list[str] | None = None  # what the image really shows ("<finding>_<side>"), where truth.jsonl says so
+    labels: list[str] | None = None  # what the image shows ("<finding>_<side>"): truth.jsonl's, or gold labels
     view_known: bool = True  # False: the first image may be a lateral one
 
     @property
@@ -99,7 +100,7 @@ def read_split(cfg, split: str) -> tuple[list[Study], dict[str, list[str]]]:
     folder = Path(cfg.path)
     if not folder.is_dir():
         raise ValueError(f"data.path: {folder} is no folder")
-    studies, skips, seen = [], {}, set()
+    studies, skips, seen, gold = [], {}, set(), Gold(folder, cfg.labels) if cfg.labels else None
     for row in tqdm(ROWS[cfg.format](folder, split), f"reading {split}", delay=5, mininterval=5, leave=False):
         if cfg.limit and len(studies) == cfg.limit:
             break
@@ -112,7 +113,8 @@ def read_split(cfg, split: str) -> tuple[list[Study], dict[str, list[str]]]:
         if reason:
             skips.setdefault(reason, []).append(row.id)
         else:
-            studies.append(Study(row.id, views, text, split, row.labels, row.view_known))
+            labels = gold[row.id] if gold else row.labels
+            studies.append(Study(row.id, views, text, split, labels, row.view_known))
     if not studies or skips and cfg.strict:
         why = "data.strict forbids skips" if studies else f"no usable study among {len(seen)}"
         why = why if seen else "the split holds no study"
@@ -159,7 +161,7 @@ def card(cfg, tokenizer=None) -> str:
             tokens = tokenizer([study.report for study in studies], add_special_tokens=False, verbose=False)
             line += f"  tokens {_percentiles([len(ids) for ids in tokens['input_ids']])}"
         line += f"  {np.mean([len(study.images) for study in studies]):.2f} views a study" if cfg.views > 1 else ""
-        lines.append(line + ("" if studies[0].labels is None else "  with exact labels"))
+        lines.append(line + ("" if studies[0].labels is None else f"  with {'gold' if cfg.labels else 'exact'} labels"))
         notes = remarks(cfg, studies, skips) + chexpert_lines(Path(cfg.path), {study.id for study in studies})
         lines += [f"{'':10}{note}" for note in notes]
     return "\n".join(lines)

@@ -106,7 +106,9 @@ def check_data(cfg: Config) -> Iterator[Item]:
         try:
             studies, skips = read_split(replace(data, limit=8), split)
         except (OSError, ValueError) as error:
-            command = "" if path.is_dir() else SOURCES["data"][data.format].format(path=path, up=path.parent)
+            gold = data.labels and any(name in str(error) for name in (data.labels, "reports.csv"))
+            command = SOURCES["data"]["gold" if gold else data.format] if gold or not path.is_dir() else ""
+            command = command.format(path=path, up=path.parent, labels=data.labels)
             yield "missing", "data", str(error), command
             return
         said = "; ".join([f"the first {len(studies)} studies can be read", *remarks(data, studies, skips)])

@@ -23,7 +23,7 @@ REPORT = "FINDINGS: The heart is large. IMPRESSION: Cardiomegaly."
 
 def config(path, **changes):
     base = {"path": str(path), "format": "r2gen", "target": "both", "limit": 0, "strict": False, "views": 1}
-    splits = {"sft_split": "train", "rl_split": "train", "val_split": "val", "test_split": "test"}
+    splits = {"labels": "", "sft_split": "train", "rl_split": "train", "val_split": "val", "test_split": "test"}
     return SimpleNamespace(**(base | splits | changes))
 
 

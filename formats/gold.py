@@ -18,8 +18,9 @@ from pathlib import Path
 
 from formats.files import read_csv
 
-GOLD = tomllib.loads(Path(__file__).with_name("gold_labels.toml").read_text(encoding="utf-8"))
-COLUMNS = sorted({column for finding in GOLD.values() for column in finding["columns"]})
+RULES = tomllib.loads(Path(__file__).with_name("gold_labels.toml").read_text(encoding="utf-8"))
+FINDINGS = tuple(RULES["findings"])
+COLUMNS = sorted({column for table in RULES.values() for rule in table.values() for column in rule["columns"]})
 SIDES = {"left": ("left",), "right": ("right",), "bilateral": ("left", "right"), "lingula": ("left",),
          "middle lobe": ("right",)}  # fmt: skip
 
@@ -47,11 +48,15 @@ class Gold:
             self.rows[uid] = row
 
     def __getitem__(self, study_id: str) -> list[str]:
+        return self.coded(study_id, "findings")
+
+    def coded(self, study_id: str, table: str) -> list[str]:
+        """What of a table of gold_labels.toml a study has, `findings` or `chexpert`."""
         uid = uid_of(study_id)
-        for path, table in ((self.path, self.rows), (self.mesh_path, self.mesh)):
-            if uid not in table:
+        for path, known in ((self.path, self.rows), (self.mesh_path, self.mesh)):
+            if uid not in known:
                 raise ValueError(f"{path}: no row for study {study_id}")
-        return findings(self.rows[uid], self.mesh[uid])
+        return met(RULES[table], self.rows[uid], self.mesh[uid])
 
 
 def uid_of(study_id: str) -> str:
@@ -60,10 +65,10 @@ def uid_of(study_id: str) -> str:
     return match[1] if match else ""
 
 
-def findings(row: dict[str, str], headings: list[list[str]]) -> list[str]:
-    """The findings of a study by its row of 0 and 1 and its MeSH headings, [[heading, qualifier, ...], ...]."""
+def met(rules: dict[str, dict], row: dict[str, str], headings: list[list[str]]) -> list[str]:
+    """The names in `rules` met by a row of 0 and 1, or by one of the MeSH headings [[heading, qualifier, ...], ...]."""
     found = []
-    for name, rule in GOLD.items():
+    for name, rule in rules.items():
         wanted = [pattern.split("/") for pattern in rule["mesh"]]
         hits = [h for h in headings if any(h[0] == first and {*more} <= {*h} for first, *more in wanted)]
         sides = sorted({side for hit in hits for word in hit for side in SIDES.get(word, ())})
@@ -72,3 +77,8 @@ def findings(row: dict[str, str], headings: list[list[str]]) -> list[str]:
         elif hits or any(row[column] == "1" for column in rule["columns"]):
             found.append(name)
     return found
+
+
+def plain(labels: list[str]) -> list[str]:
+    """The findings of `labels` without their sides, each once."""
+    return list(dict.fromkeys(label.partition("_")[0] for label in labels))

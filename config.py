@@ -19,6 +19,7 @@ import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from phantom.config import AssetsConfig, PhantomConfig
+from tiny.config import TinyConfig
 
 if sys.flags.optimize > 1:  # every script comes through here before it loads transformers
     sys.exit("python -OO and PYTHONOPTIMIZE=2 take away the docstrings that transformers reads: start without them")
@@ -53,7 +54,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    # folder or hub name of the base: LLaVA in Hugging Face layout, LLaVA-Med v1.5, Qwen2.5-VL [paper: LLaVA-Med v1.5]
+    # base: folder or hub name of LLaVA, LLaVA-Med v1.5, Qwen2.5-VL; or tiny:base, tiny/build.py [paper: LLaVA-Med v1.5]
     path: str = "phantom:base"
     # Qwen2.5-VL: pixels to which larger images are scaled down, 784 a token; 0 = the folder's 12.8 million or so [ours]
     max_pixels: Count = 0
@@ -99,6 +100,7 @@ class ScorerConfig:
     # policy's own references; `oracle` knows the exact labels (an upper bound) [paper: not named]
     expert: str = "phantom:expert"
     expert_noise: Weight = 0.0  # deviation of a random error in each similarity: a control of experiments [ours]
+    expert_sees: Literal["own", "other"] = "own"  # another study's image: does a gain need the right one? [ours]
     # checkpoint in CheXbert's format: path, or hf-hub:StanfordAIMI/RRG_scorers/chexbert.pth [Smit et al. 2020]
     chexbert: str = "phantom:labeller/chexbert.pth"
     bert: str = "phantom:labeller"  # its BERT, folder or hub name: bert-base-uncased, mostly [Smit et al. 2020]
@@ -213,6 +215,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     assets: AssetsConfig = field(default_factory=AssetsConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    tiny: TinyConfig = field(default_factory=TinyConfig)
 
 
 def merge(default: Config, values: dict) -> Config:

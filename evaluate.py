@@ -17,7 +17,6 @@ which shares no code with the rewards. In `<run>/eval/<split>/`: `<policy>/resul
 Without --config, the settings are those the run was trained with; flags win.
 """
 
-import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,28 +25,25 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from data import load_studies, target_text
+from data import load_studies
 from evidence.attention import draw_image
 from evidence.compare import compare
+from evidence.copies import COPIES
+from evidence.forced_choice import forced_choice
 from evidence.generate import generate_split
-from evidence.inputs import find_policies, read_pairs, settings
+from evidence.inputs import find_policies, normal_template, read_pairs, settings
 from evidence.judge import Judge, Outputs, Wanted, describe
 from evidence.tables import finish, save
 from formats.images import read_image
 from model import load_policy
 from phantom.assets import resolve
-from phantom.text import NORMAL_TEMPLATE
 from rewards import OPEN, strip_tags
 from rollout import generate_reports
 from running import parallel
 from running.folder import write_text
 from scorers.load import may_judge
 
-# what many a normal report of a real collection says; says nothing about the image
-GENERIC_TEMPLATE = (
-    "FINDINGS: The heart size and mediastinal contours are within normal limits. The lungs are clear. There is no "
-    "focal airspace consolidation. No pleural effusion or pneumothorax. IMPRESSION: No acute cardiopulmonary disease."
-)
+Written = tuple[str, Path | None, Outputs, Outputs | None, tuple[dict, dict]]
 
 
 @dataclass
@@ -66,12 +62,13 @@ class EvalRun(Config):
 
 
 def evaluate(
-    cfg: EvalRun, wanted: Wanted, written: Iterable[tuple[str, Path | None, Outputs, Outputs | None]], folder: Path, *,
+    cfg: EvalRun, wanted: Wanted, written: Iterable[Written], folder: Path, *,
     without: Collection[str], tagged: bool = True, shuffled_as: str = "image shuffled", notes: Iterable[str] = (),
 ) -> None:  # fmt: skip
     """Score reports, save each policy's results in `folder`, then print the table of all policies evaluated there.
 
-    written: (name of the policy, its adapter, greedy outputs, sampled outputs or None), one policy after another.
+    written: (name of the policy, its adapter, greedy outputs, sampled outputs or None, what forced_choice.py gave or
+    empty ones), one policy after another.
     shuffled_as, notes: what the tables say. without, tagged: see Judge.
     """
     first, n, shared = parallel.rank() == 0, len(wanted.ids), describe(cfg, wanted)
@@ -79,18 +76,18 @@ def evaluate(
         notes = [*notes, f"not scored for want of {', '.join(without)}: the phantom's scorers know only its reports"]
     if first:
         judge = Judge(cfg, wanted, without, tagged)
-        template = judge.score([[normal_template(wanted, cfg.data.target)]] * n, "template")
+        always = judge.always(normal_template(wanted, cfg.data))
     parallel.barrier()  # loading the judge may take longer than a process waits for another inside a pass
-    for name, adapter, greedy, sampled in written:  # every process writes reports, the first one scores them
+    for name, adapter, greedy, sampled, (aucs, forced) in written:  # every process writes, the first one scores
         if first:
-            stats = {"greedy": judge.score(greedy, "greedy")}
+            stats = {"greedy": judge.score(greedy, "greedy") | forced}
             if sampled is not None:
                 stats["sampled"] = judge.score(sampled, "sampled")
-            if n > 1:  # a greedy report hangs on its image alone: giving it to another study swaps the images
-                stats["shuffled"] = judge.score([greedy[i] for i in derangement(n, cfg.seed)], "shuffled")
-            stats["template"] = template
+            if n > 1:
+                judge.shuffled(stats, greedy, sampled, derangement(n, cfg.seed))
+            stats |= always
             result = {"policy": name, "adapter": str(adapter or ""), "settings": shared, "shuffled_as": shuffled_as,
-                      "notes": [*notes, *judge.notes()]}  # fmt: skip
+                      "forced_choice": aucs, "notes": [*notes, *judge.notes()]}  # fmt: skip
             save(folder / name, result | judge.summarise(stats), judge.report_rows(greedy, sampled), stats)
         parallel.barrier()  # and so may judging
     if first:
@@ -100,23 +97,29 @@ def evaluate(
 
 def evaluate_run(cfg: EvalRun) -> None:
     """Evaluate the chosen policies of a run on a split."""
-    split, policies = cfg.split or cfg.data.test_split, find_policies(Path(cfg.run), cfg.policy)
+    split, copies = cfg.split or cfg.data.test_split, COPIES if cfg.data.labels else {}
+    policies = find_policies(Path(cfg.run), cfg.policy, copies)
     without = may_judge(cfg, with_expert=False)
-    cfg = resolve(cfg, ("data", "base") if without else ("data", "base", "labeller"))
+    expert = ["expert"] * ("retrieved" in policies)
+    cfg = resolve(cfg, ("data", "base", *expert) if without else ("data", "base", "labeller", *expert))
     studies = load_studies(cfg.data, split)
     labels = None if studies[0].labels is None else [study.labels for study in studies]
     wanted = Wanted(split, [study.id for study in studies], [study.report for study in studies], labels)
 
-    def written() -> Iterator[tuple[str, Path | None, Outputs, Outputs | None]]:
+    def written() -> Iterator[Written]:
         model = None
         for name, adapter in policies.items():
+            if adapter is None and name in COPIES:
+                yield name, None, COPIES[name](cfg, studies), None, ({}, {})
+                continue
             del model  # before the next one is loaded
             model, processor = load_policy(cfg, adapter)
             greedy, sampled = generate_split(model, processor, studies, cfg, what=f"{name}: greedy"), None
             if cfg.eval.samples:
                 what = f"{name}: {cfg.eval.samples} samples"
                 sampled = generate_split(model, processor, studies, cfg, cfg.eval.samples, what)
-            yield name, adapter, greedy, sampled
+            looks = forced_choice(model, processor, studies, cfg) if cfg.data.labels else ({}, {})
+            yield name, adapter, greedy, sampled, looks
 
     evaluate(cfg, wanted, written(), Path(cfg.run) / "eval" / split, without=without)
 
@@ -129,7 +132,7 @@ def evaluate_predictions(cfg: EvalRun) -> None:
     without = may_judge(cfg, with_expert=False, on_phantom=wanted.labels is not None)
     path, outputs = Path(cfg.predictions), [[report] for report in reports]
     tagged = any(OPEN in report for report in reports)  # another system may know no tags at all
-    evaluate(cfg if without else resolve(cfg, ("labeller",)), wanted, [(path.stem, None, outputs, None)],
+    evaluate(cfg if without else resolve(cfg, ("labeller",)), wanted, [(path.stem, None, outputs, None, ({}, {}))],
              path.with_name(f"{path.stem}_eval"), without=without, notes=notes, tagged=tagged,
              shuffled_as="references shuffled")  # fmt: skip
 
@@ -161,14 +164,6 @@ def derangement(n: int, seed: int) -> list[int]:
     places = np.empty(n, dtype=int)
     places[order] = np.roll(order, 1)
     return places.tolist()
-
-
-def normal_template(wanted: Wanted, target: str) -> str:
-    """The normal report in the references' form: their sections, and headers only where they have them."""
-    text, _ = target_text(NORMAL_TEMPLATE if wanted.labels else GENERIC_TEMPLATE, target)
-    if target == "both" and not any("FINDINGS:" in reference for reference in wanted.references):
-        text = re.sub(r"(FINDINGS|IMPRESSION): ", "", text)
-    return text
 
 
 def main() -> None:

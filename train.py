@@ -40,7 +40,7 @@ from formats.preferences import Pair, load_pairs, read_pairs
 from grpo import group_advantages, grpo_loss
 from model import SamplingRules, completion_logps, get_base, load_policy, require_finite, sampling_rules, use_reference
 from phantom.assets import resolve
-from phantom.oracle import exact_labels, oracle_similarity
+from phantom.oracle import stand_in
 from rewards import Scorers, compute_rewards, require_format
 from rollout import Rollout, rollout
 from running import parallel, preflight
@@ -180,10 +180,10 @@ def load_stage(cfg: Config, stage: int | str, init: Path | None, reference: Path
     trainable, scorers = getattr(cfg, FOLDERS[stage]).trainable, None
     model, processor = load_policy(cfg, init, new_lora=init is None, trainable=trainable, reference=reference)
     if stage not in FROM_TEXTS:
-        oracle, visual = cfg.scorers.expert == "oracle", stage == 2 and cfg.rewards.lambda_vis > 0
-        scorers = load_scorers(cfg, model.device, with_expert=visual and not oracle)
-        if oracle and visual:
-            scorers.similarity = oracle_similarity(exact_labels(cfg))
+        visual = stage == 2 and cfg.rewards.lambda_vis > 0
+        scorers = load_scorers(cfg, model.device, with_expert=visual and cfg.scorers.expert != "oracle")
+        if visual:
+            scorers.similarity = stand_in(cfg, scorers.similarity)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=stage_settings(cfg, stage).lr, weight_decay=0.0)
     return model, processor, scorers, optimizer
@@ -229,7 +229,7 @@ def run_stage(cfg: Config, stage: int | str, folder: Path, init: Path | None, re
         row["seconds"] = time.perf_counter() - began
         if held_out and (step + 1) % cfg.val_every == 0:
             outputs = generate_split(model.eval(), processor, held_out, cfg)
-            row |= validation_row(outputs, held_out, cfg.rewards.required_sections)
+            row |= validation_row(outputs, held_out, cfg)
         log.write(k, row, None if step % cfg.sample_every else sample)
         bar.set_postfix(shown(row), refresh=False)  # drawn with the bar, so that a log file is not flooded
         if (step + 1) % cfg.save_every == 0 and rank == 0:

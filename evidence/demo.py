@@ -1,10 +1,12 @@
-"""The whole method in one command: phantom, SFT, Stage 1, two branches of equal length, evaluation, table.
+"""The whole method in one command: small models, SFT, Stage 1, two branches of equal length, evaluation, table.
 
     assets ──▶ sft ──▶ stage1 ──┬──▶ stage1_continued   (lambda_vis = 0: text rewards only)
                                 └──▶ stage2             (lambda_vis = 0.5: VALOR)
 
-Both branches start from the same Stage-1 checkpoint, take equally many updates on the same studies and train the same
-weights. Flags are passed on to every step; an interrupted demo goes on where it stopped when started again.
+The assets are the phantom and its models or, where the config names `tiny:` ones, models of a data set of your own
+(`make iu-xray`). Both branches start from the same Stage-1 checkpoint, take equally many updates on the same studies
+and train the same weights. Flags are passed on to every step; an interrupted demo goes on where it stopped when started
+again.
 """
 
 import json
@@ -16,32 +18,52 @@ from pathlib import Path
 from config import Config, parse
 from evidence.tasks import CORES, Task, run_tasks
 
+OWN_STUDIES = 300  # of a validation split of one's own, about; a test split twice as many: for the time to go
+
 
 def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     """The demo's commands. Their seconds: what an update or a study took on two quiet cores."""
-    p, a = cfg.phantom, cfg.assets
-    studies = p.expert + p.base + p.sft + p.train + p.val + p.test
+    p = cfg.phantom
     branch, look = ["--stage", "2", *flags], ["--policy", "sft", "--split", cfg.data.val_split, "--eval.samples", "0"]
     text_only = [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
 
-    def build(title: str, name: str, seconds: float, *after: Task) -> Task:
-        return Task(title, "phantom.assets", ["--build", name, *flags], seconds, list(after))
-
-    data = build("phantom data set", "data", 10 + 0.0016 * studies)
-    labeller = build("labeller", "labeller", 10 + 0.18 * a.labeller_steps)
-    base = build("base model", "base", 0.08 * a.vision_steps + 0.2 * a.base_steps, data)
-    expert = build("expert", "expert", 0.5 * a.expert_steps, data)
+    own = cfg.model.path.startswith("tiny:")
+    assets = (tiny_assets if own else phantom_assets)(cfg, flags)
+    labeller, base, expert = assets[-3:]
+    n_val, n_test = (OWN_STUDIES, 2 * OWN_STUDIES) if own else (p.val, p.test)
     sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.4 * cfg.sft.steps, [base])
-    gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.06 * p.val, [sft, labeller],
+    gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.06 * n_val, [sft, labeller],
                 cores=CORES, check=partial(check_gate, cfg))  # fmt: skip
     stage1 = Task("Stage 1: text rewards", "train.py", ["--stage", "1", *flags], 1.1 * cfg.stage1.steps,
                   [gate, expert], cores=CORES)  # fmt: skip
     branches = [Task("text rewards go on", "train.py", text_only, 1.6 * cfg.stage2.steps, [stage1]),
                 Task("visual reward mixed in", "train.py", branch, 1.6 * cfg.stage2.steps, [stage1])]  # fmt: skip
     tables = [Task(f"evaluation: {names}", "evaluate.py", ["--policy", names, "--eval.samples", "2", *flags],
-                   0.13 * p.test, branches)
-              for names in ("base,sft,stage1", "stage1_continued,stage2")]  # fmt: skip
-    return [data, labeller, base, expert, sft, gate, stage1, *branches, *tables]
+                   0.13 * n_test, branches)
+              for names in ("base,sft,stage1", "nearest,retrieved," * own + "stage1_continued,stage2")]  # fmt: skip
+    return [*assets, sft, gate, stage1, *branches, *tables]
+
+
+def build(title: str, name: str, flags: list[str], seconds: float, *after: Task) -> Task:
+    return Task(title, "phantom.assets", ["--build", name, *flags], seconds, list(after))
+
+
+def phantom_assets(cfg: Config, flags: list[str]) -> list[Task]:
+    """The data set, labeller, base and expert."""
+    p, a = cfg.phantom, cfg.assets
+    studies = p.expert + p.base + p.sft + p.train + p.val + p.test
+    data = build("phantom data set", "data", flags, 10 + 0.0016 * studies)
+    return [data, build("labeller", "labeller", flags, 10 + 0.18 * a.labeller_steps),
+            build("base model", "base", flags, 0.08 * a.vision_steps + 0.2 * a.base_steps, data),
+            build("expert", "expert", flags, 0.5 * a.expert_steps, data)]  # fmt: skip
+
+
+def tiny_assets(cfg: Config, flags: list[str]) -> list[Task]:
+    """Labeller, base and expert of the data set's own; the longest first, as they need nothing of each other."""
+    t = cfg.tiny
+    return [build("labeller", "tiny:labeller", flags, 30 + 2.0 * t.labeller_steps),
+            build("base model", "tiny:base", flags, 30 + 0.1 * t.vision_steps + t.base_steps),
+            build("experts", "tiny:expert", flags, 30 + 0.8 * t.folds * t.expert_steps)]  # fmt: skip
 
 
 def check_gate(cfg: Config) -> None:

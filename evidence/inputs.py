@@ -1,14 +1,23 @@
 """What an evaluation is asked about: the settings that a run was trained with, its policies, files of reports."""
 
 import argparse
+import re
+from collections.abc import Collection
 from pathlib import Path
 
-from config import Config, from_recorded, parse
+from config import Config, DataConfig, from_recorded, parse
+from data import target_text
 from evidence.judge import Wanted
 from formats.files import exact_labels, read_jsonl
+from phantom.text import NORMAL_TEMPLATE
 from rewards import strip_tags
 from running.weights import require, tensor_shapes
 
+# what many a normal report of a real collection says; says nothing about the image
+GENERIC_TEMPLATE = (
+    "FINDINGS: The heart size and mediastinal contours are within normal limits. The lungs are clear. There is no "
+    "focal airspace consolidation. No pleural effusion or pneumothorax. IMPRESSION: No acute cardiopulmonary disease."
+)
 NO_RUN = {"--config", "--predictions", "--compare", "--help", "-h"}  # with one of these, no run's settings matter
 
 
@@ -27,8 +36,9 @@ def settings(default: Config, argv: list[str], description: str) -> Config:
     return parse(type(default), description, argv, default)
 
 
-def find_policies(run: Path, chosen: str) -> dict[str, Path | None]:
-    """{name: adapter folder, None for the base} of the flag --policy; ValueError for one that does not exist.
+def find_policies(run: Path, chosen: str, copies: Collection[str] = ()) -> dict[str, Path | None]:
+    """{name: adapter folder, None for the base and `copies`} of the flag --policy; ValueError for one that does not
+    exist.
 
     An adapter folder elsewhere is called by its own name, which must be no name of this run's.
     """
@@ -36,7 +46,7 @@ def find_policies(run: Path, chosen: str) -> dict[str, Path | None]:
     if "base" in own or not (own or chosen):
         raise ValueError(f"{own['base']}: this name is the base model's, rename the folder" if own else
                          f"{run} has no trained policy; for the base model alone give --policy base")  # fmt: skip
-    own = {"base": None} | own
+    own = {"base": None} | own | {name: None for name in copies if name not in own}
     words = [word.strip() for word in chosen.split(",") if word.strip()] if chosen else list(own)
     if not words:
         raise ValueError(f"--policy '{chosen}' names no policy; {run} has {', '.join(own)}")
@@ -104,3 +114,11 @@ def read_pairs(predictions: str, references: str) -> tuple[Wanted, list[str], li
     texts = [row["report"] for row in wanted.values()]
     texts = [strip_tags(text) if "report>" in text else text for text in texts]
     return Wanted(references, list(wanted), texts, None if unknown or not any(labels) else labels), reports, notes
+
+
+def normal_template(wanted: Wanted, data: DataConfig) -> str:
+    """The normal report in the references' form: their sections, and headers only where they have them."""
+    text, _ = target_text(NORMAL_TEMPLATE if wanted.labels and not data.labels else GENERIC_TEMPLATE, data.target)
+    if data.target == "both" and not any("FINDINGS:" in reference for reference in wanted.references):
+        text = re.sub(r"(FINDINGS|IMPRESSION): ", "", text)
+    return text

@@ -3,8 +3,11 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+
 from config import Config, to_dict
 from evidence import metrics, reader
+from evidence.findings import read_findings
 from evidence.meteor import Meteor
 from rewards import format_reward, strip_tags, unwrap
 from running.parallel import pick_device
@@ -24,7 +27,7 @@ class Wanted:
     source: str  # a split, or a file of references
     ids: list[str]
     references: list[str]
-    labels: list[list[str]] | None  # exact labels of each image, where they are known
+    labels: list[list[str]] | None  # exact or gold labels of each image, where they are known
 
 
 class Judge:
@@ -35,6 +38,7 @@ class Judge:
 
     def __init__(self, cfg: Config, wanted: Wanted, without: Collection[str] = (), tagged: bool = True):
         self.cfg, self.wanted, self.tagged, self.meteor = cfg, wanted, tagged, Meteor()
+        self.gold = bool(cfg.data.labels and wanted.labels)
         device = pick_device(cfg.device)
         frozen = load_scorers(cfg, device, with_expert=False, without=without)
         quick = {"label": frozen.label, "bertscore": frozen.bertscore, "radgraph": frozen.radgraph}
@@ -44,28 +48,48 @@ class Judge:
         if cfg.eval.ratescore:
             self.costly["ratescore"] = load_ratescore(cfg.eval.ratescore)
 
+    def always(self, template: str) -> dict[str, dict]:
+        """The rows that stand beside any policy's: the fixed normal template and, with gold labels, the references
+        themselves, in which the reader finds no more than it can."""
+        rows = {"template": self.score([[template]] * len(self.wanted.ids), "template")}
+        if self.gold:
+            rows["references"] = self.score([[text] for text in self.wanted.references], "template")
+        return rows
+
+    def shuffled(self, stats: dict[str, dict], greedy: Outputs, sampled: Outputs | None, other: list[int]) -> None:
+        """Add to `stats` the rows of reports given to other studies: study i gets those of other[i]. A greedy
+        report hangs on its image alone, so this swaps the images."""
+        stats["shuffled"] = self.score([greedy[i] for i in other], "shuffled")
+        if sampled is not None and self.gold:
+            stats["shuffled_sampled"] = self.score([sampled[i] for i in other], "shuffled_sampled")
+            both = [stats[row]["truth"] for row in ("sampled", "shuffled_sampled")]
+            stats["sampled"]["looked"] = np.concatenate(both, axis=1)  # (n, 16)
+
     def notes(self) -> list[str]:
-        """What the tables must say of METEOR."""
+        """What the tables must say of METEOR and of the truth."""
         many = f"METEOR of the greedy reports alone, as there are more than {MANY:,} studies"
-        return [note for note in (self.meteor.note, many * (len(self.wanted.ids) > MANY)) if note]
+        gold = ("Truth: gold labels, counted by finding without sides, as `sided F1` too. The row `references` tells "
+                "how well the rules read: the others' ceiling.")  # fmt: skip
+        return [note for note in (self.meteor.note, many * (len(self.wanted.ids) > MANY), gold * self.gold) if note]
 
     def text(self, output: str) -> str:
         """What is scored of an output."""
         return strip_tags(output) if self.tagged else output
 
     def score(self, outputs: Outputs, row: str) -> dict:
-        """Statistics of outputs for the row greedy, sampled, shuffled or template.
+        """Statistics of outputs for the row greedy, sampled, shuffled, shuffled_sampled or template.
 
         METEOR leaves out the many samples; GREEN's and RaTEScore's models, hours for some, judge greedy reports alone.
         """
         scorers, formats = self.quick | (self.costly if row == "greedy" else {}), None
-        if row == "greedy" or row != "sampled" and len(outputs) <= MANY:
+        scorers = {} if row == "shuffled_sampled" else scorers  # the truth alone
+        if row == "greedy" or "sampled" not in row and len(outputs) <= MANY:
             scorers["meteor"] = self.meteor
         if self.tagged and row != "template":
             formats = [format_reward(group, self.cfg.rewards.required_sections) for group in outputs]
         texts = [[self.text(output) for output in group] for group in outputs]
         return metrics.collect(texts, self.wanted.references, protocol=self.cfg.eval.protocol, formats=formats,
-                               labels=self.wanted.labels, **scorers)  # fmt: skip
+                               labels=self.wanted.labels, gold=self.gold, **scorers)  # fmt: skip
 
     def summarise(self, stats: dict[str, dict]) -> dict[str, dict]:
         """metrics.summarise of {row: statistics}."""
@@ -80,9 +104,10 @@ class Judge:
             if sampled is not None:
                 row["samples"] = [self.text(sample) for sample in sampled[i]]
             if wanted.labels is not None:
-                stated = reader.read_report(row["report"]).stated
+                stated = () if self.gold else reader.read_report(row["report"]).stated
+                stated = [f"{name}_{side}" if side else name for name, side in stated]
                 row["labels"] = wanted.labels[i]
-                row["stated"] = sorted(f"{name}_{side}" if side else name for name, side in stated)
+                row["stated"] = sorted(read_findings(row["report"])[0] if self.gold else stated)
             rows.append(row)
         return rows
 
@@ -96,6 +121,8 @@ def describe(cfg: Config, wanted: Wanted) -> dict:
     parts["scorers"] = {name: value for name, value in plain["scorers"].items() if name != "expert"}  # no metric's
     if cfg.scorers.radgraph == "auto":
         parts["scorers"]["radgraph"] = "rules"
+    if cfg.data.labels:
+        parts["data"]["labels"] = cfg.data.labels
     # what older evaluations did not know is named only where it is used
     parts["eval"] = {name: value for name, value in parts["eval"].items() if value not in ("", "raw")}
     sections = plain["rewards"]["required_sections"]  # of the format rate

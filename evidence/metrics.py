@@ -9,9 +9,9 @@ ROUGE-L), on the tokens of protocols.py; sacrebleu and rouge-score, which the re
 same text. bleu_mean, the mean of BLEU-1..4, is what some papers call BLEU. METEOR: meteor.py. Label precision, recall
 and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a
 label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN's mean is over the readable
-answers. The truth-based metrics (phantom only) are ratios of what `reader.truth_counts` counts and, what one section
-says against the other, of `sections.section_counts`, but for `equal_hallucination` and those of spill.py. All values
-are fractions, lengths are words; nothing by nothing is NaN.
+answers. The truth-based metrics are ratios of what `reader.truth_counts`, or `findings.finding_counts` for gold labels,
+counts and, what one section says against the other, of `sections.section_counts`, but for `equal_hallucination`,
+`looked_f1` and those of spill.py. All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math
@@ -22,11 +22,14 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
+from config import Config
 from data import Study
+from evidence.findings import finding_counts, read_findings
 from evidence.meteor import corpus_meteor
 from evidence.protocols import tokens
 from evidence.reader import BOTH, UNSIDED, read_report, truth_counts
 from evidence.sections import SECTION_KEYS, repeats, section_counts
+from formats.gold import FINDINGS, plain
 from phantom.findings import LABELS as SIDED_LABELS
 from rewards import format_reward, strip_tags
 
@@ -37,7 +40,7 @@ TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correc
 # both are on the film; the same of the cause, reports first, where nothing else suggests it
 SPILL_KEYS = ("reports", "guess_neither", "guess_cause", "guess_both", "free", "cause_neither", "cause_cause")
 # k of a family's (n, k); 2 for all others
-WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8, "sections": 5, "spill": 7}
+WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8, "sections": 5, "spill": 7, "looked": 16}
 AT_ONCE = 2**23  # numbers of a bootstrap's draws in memory
 
 
@@ -109,11 +112,13 @@ def stated_labels(text: str, labels: list[str]) -> set[str]:
     return {name if name in UNSIDED else f"{name}_{side}" for name, side in found}
 
 
-def levels(texts: list[str], labels: list[str]) -> np.ndarray:
+def levels(texts: list[str], labels: list[str], gold: bool = False) -> np.ndarray:
     """(2 * (K + 1),) how many labels are stated by 0, 1, ..., K of a study's K texts: of those in the image, then of
-    all others. Sums over studies are all that `equal_hallucination` needs."""
-    said = Counter(label for text in texts for label in stated_labels(text, labels))
-    sides = [[said[label] for label in SIDED_LABELS if (label in labels) == true] for true in (True, False)]
+    all others; gold labels without their sides. Sums over studies are all that `equal_hallucination` needs."""
+    names, labels = (FINDINGS, plain(labels)) if gold else (SIDED_LABELS, labels)
+    stated = [plain(sorted(read_findings(t)[0])) if gold else stated_labels(t, labels) for t in texts]
+    said = Counter(label for of in stated for label in of)
+    sides = [[said[label] for label in names if (label in labels) == true] for true in (True, False)]
     return np.concatenate([np.bincount(np.array(side, int), minlength=len(texts) + 1) for side in sides])
 
 
@@ -154,6 +159,7 @@ def effect(after: str, before: str, reports: str) -> Callable:
     return lambda sums: divide(sums[..., a] - sums[..., b], sums[..., n])
 
 
+F1 = ratio("correct", "stated", "true", factor=2)
 # name: (family of statistics, function of their sums); in which table, under which title: columns.toml
 METRICS: dict[str, tuple[str, Callable]] = {
     **{f"bleu_{n}": ("bleu", lambda sums, n=n: bleu(sums)[..., n - 1]) for n in range(1, 5)},
@@ -170,9 +176,13 @@ METRICS: dict[str, tuple[str, Callable]] = {
     "radgraph_f1": ("radgraph", mean),
     "green": ("green", mean),
     "ratescore": ("ratescore", mean),
-    "sided_f1": ("truth", ratio("correct", "stated", "true", factor=2)),
+    "sided_f1": ("truth", F1),
+    "truth_precision": ("truth", ratio("correct", "stated")),
+    "truth_recall": ("truth", ratio("correct", "true")),
     "hallucination_rate": ("truth", ratio("hallucinated", "stated")),
     "omission_rate": ("truth", ratio("omitted", "true")),
+    # of truth counts of reports, and of those given to other studies: what hangs on the image
+    "looked_f1": ("looked", lambda sums: F1(sums[..., :8]) - F1(sums[..., 8:])),
     "wrong_side_rate": ("truth", ratio("wrong_side", "stated")),
     "equal_hallucination": ("levels", equal_hallucination),
     "prior_spill": ("spill", effect("guess_cause", "guess_neither", "reports")),
@@ -183,6 +193,8 @@ METRICS: dict[str, tuple[str, Callable]] = {
     "contradicted_rate": ("sections", ratio("contradicted", "stated", keys=SECTION_KEYS)),
     "impression_only_rate": ("sections", ratio("impression_only", "stated", keys=SECTION_KEYS)),
     "repetition_rate": ("repeats", mean),
+    "forced_choice": ("forced", mean),
+    "distinct": ("distinct", lambda sums: sums[..., 0]),
     "format_rate": ("format", mean),
     "length": ("length", mean),
 }
@@ -190,22 +202,22 @@ METRICS: dict[str, tuple[str, Callable]] = {
 
 def collect(
     texts: list[list[str]], references: list[str], *, protocol: str = "raw",
-    formats: list[list[float]] | None = None, labels: list[list[str]] | None = None, label: Callable | None = None,
-    meteor: Callable | None = None, green: Callable | None = None, **scorers: Callable,
+    formats: list[list[float]] | None = None, labels: list[list[str]] | None = None, gold: bool = False,
+    label: Callable | None = None, meteor: Callable | None = None, green: Callable | None = None, **scorers: Callable,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Sufficient statistics {family: (n studies, k)} of `texts` [study][sample] against one reference a study.
 
-    formats [study][sample] are format rewards, labels the exact labels of each study's image. The functions take flat
-    lists: label(texts) -> (m, 14) bool; meteor(candidates, references) -> (m, 23) or None; green and the other
-    scorers {family: function} -> m floats, where green's None (no readable answer) is left out of its mean. A family
-    whose function or data is not given, or gives None, is left out.
+    formats [study][sample] are format rewards, labels each study's exact labels, or (gold) gold labels. The functions
+    take flat lists: label(texts) -> (m, 14) bool; meteor(candidates, references) -> (m, 23) or None; green and the
+    other scorers {family: function} -> m floats, where green's None (no readable answer) is left out of its mean. A
+    family whose function or data is not given, or gives None, is left out.
     """
     per_study, candidates = len(texts[0]), [text for group in texts for text in group]
     repeated = [reference for reference, group in zip(references, texts, strict=True) for _ in group]
     pairs = list(zip(candidates, repeated, strict=True))
     distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}  # normal reports are often alike
     at = [distinct[pair] for pair in pairs]
-    words = [tokens(*pair, protocol) for pair in distinct]
+    words, times = [tokens(*pair, protocol) for pair in distinct], Counter(candidates)
     bar = tqdm(words, "BLEU, ROUGE-L", delay=5, mininterval=1, leave=False)
     bleu_and_rouge = np.array([[*bleu_stats(c, r), rouge_l(c, r)] for c, r in bar], float)[at]
     flat = {
@@ -213,6 +225,7 @@ def collect(
         "rouge_l": with_one(bleu_and_rouge[:, 10]),
         "length": with_one([len(text.split()) for text in candidates]),
         "repeats": with_one([repeats(text) for text in candidates]),
+        "distinct": with_one([1 / times[text] for text in candidates]),  # their sum counts the distinct ones
     }
     if formats is not None:
         flat["format"] = with_one([value for group in formats for value in group])
@@ -223,17 +236,19 @@ def collect(
         flat["green"] = [(s or 0.0, s is not None, s is None) for s in green(candidates, repeated)]
     if meteor is not None and (counts := meteor(*map(list, zip(*words, strict=True)))) is not None:
         flat["meteor"] = counts[at]
-    stats = {} if labels is None else against_truth(texts, labels)
+    stats = {} if labels is None else against_truth(texts, labels, gold)
     return stats | {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
 
 
-def against_truth(texts: list[list[str]], labels: list[list[str]]) -> dict[str, np.ndarray]:
-    """The families of `collect` that hold texts [study][sample] against the exact labels of each study's image."""
-    counts = [[truth_counts(text, known) for text in group] for group, known in zip(texts, labels, strict=True)]
+def against_truth(texts: list[list[str]], labels: list[list[str]], gold: bool) -> dict[str, np.ndarray]:
+    """The families of `collect` that hold texts [study][sample] against the exact or gold labels of each study."""
+    read = finding_counts if gold else truth_counts
+    counts = [[read(text, known) for text in group] for group, known in zip(texts, labels, strict=True)]
     truth = [np.sum([[count[key] for key in TRUTH_KEYS] for count in group], axis=0) for group in counts]
-    sections = [np.sum([list(section_counts(text).values()) for text in group], axis=0) for group in texts]
-    said = [levels(*of) for of in zip(texts, labels, strict=True)]
-    return {name: np.array(of, float) for name, of in (("truth", truth), ("sections", sections), ("levels", said))}
+    stats = {"truth": truth, "levels": [levels(*of, gold) for of in zip(texts, labels, strict=True)]}
+    if not gold:
+        stats["sections"] = [np.sum([list(section_counts(text).values()) for text in of], axis=0) for of in texts]
+    return {name: np.array(of, float) for name, of in stats.items()}
 
 
 def with_one(values) -> np.ndarray:
@@ -277,6 +292,7 @@ def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ..
                 result[name] = {"value": float(function(sums[family])), "lo": lo, "hi": hi}
         if "truth" in stats:
             result["counts"] = dict(zip(TRUTH_KEYS, sums["truth"].astype(int).tolist(), strict=True))
+        if "sections" in stats:
             result["sections"] = dict(zip(SECTION_KEYS, sums["sections"].astype(int).tolist(), strict=True))
         if "green" in stats:
             result["green"]["unread"] = int(sums["green"][2])
@@ -288,14 +304,14 @@ def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ..
     return results
 
 
-def validation_row(outputs: list[list[str]], studies: list[Study], sections: tuple[str, ...]) -> dict[str, float]:
-    """The val/* row of a pass during training, from raw greedy outputs [study][1]: BLEU-4, format rate and, with exact
-    labels, sided F1 and hallucination rate. sections: `rewards.required_sections`."""
+def validation_row(outputs: list[list[str]], studies: list[Study], cfg: Config) -> dict[str, float]:
+    """The val/* row of a pass during training, of raw greedy outputs [study][1]; F1, hallucination rate with labels."""
     stats = collect(
         [[strip_tags(output) for output in group] for group in outputs],
         [study.report for study in studies],
-        formats=[format_reward(group, sections) for group in outputs],
+        formats=[format_reward(group, cfg.rewards.required_sections) for group in outputs],
         labels=None if studies[0].labels is None else [study.labels for study in studies],
+        gold=bool(cfg.data.labels),
     )
     shown = {name: METRICS[name] for name in ("bleu_4", "format_rate", "sided_f1", "hallucination_rate")}
     values = {f"val/{name}": float(f(stats[family].sum(0))) for name, (family, f) in shown.items() if family in stats}

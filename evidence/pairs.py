@@ -38,7 +38,7 @@ from formats.images import read_image
 from model import load_policy
 from phantom.assets import resolve
 from phantom.image import decode_mask
-from phantom.oracle import exact_labels, oracle_similarity
+from phantom.oracle import stand_in
 from rewards import Scorers, compute_rewards, unwrap, wrap
 from running import parallel
 from running.folder import write_bytes, write_text
@@ -162,13 +162,12 @@ def make_pairs(cfg: PairsConfig) -> None:
     if not adapter.exists():
         raise ValueError(f"no {adapter}: train the SFT policy first, by train.py --stage 0")
     cfg = parallel.broadcast(lambda: resolve(cfg, ("data", "base", "labeller", *["expert"] * expert)))
-    studies, exact = load_studies(cfg.data, cfg.data.rl_split), exact_labels(cfg) if expert and oracle else None
+    studies, judge = load_studies(cfg.data, cfg.data.rl_split), stand_in(cfg, None) if expert and oracle else None
     model, processor = load_policy(cfg, adapter)
     outputs = generate_split(model, processor, studies, cfg, cfg.rollout.group_size, "candidates")
     if parallel.rank() == 0:
         scorers = load_scorers(cfg, model.device, with_expert=expert and not oracle)
-        if exact is not None:
-            scorers.similarity = oracle_similarity(exact)
+        scorers.similarity = judge or scorers.similarity
         rows, folder = text_pairs(outputs, studies, scorers, cfg), out.with_name(f"{out.stem}_images")
         rows += visual_pairs(studies, cfg, folder, scorers.similarity if looks else None) if cfg.visual else []
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from running.weights import check_zip
 
 tabulate.MIN_PADDING = 0  # no column is wider than what stands in it
 MORE = {
+    "gold": "Gold labels",
     "clinical": "CheXbert labels and model-based scores",
     "sections": "Sections that disagree, findings the other section denies or the IMPRESSION adds, repeated sentences",
 }
@@ -45,9 +46,12 @@ class Result(BaseModel, extra="allow"):
     shuffled_as: str = ""  # what the table calls the row of images, or references, given to other studies
     notes: list[str] = []
     template: Summary = {}
+    references: Summary = {}  # themselves, with gold labels: what the rules can read
     greedy: Summary = {}
     sampled: Summary = {}
     shuffled: Summary = {}
+    shuffled_sampled: Summary = {}
+    forced_choice: dict[str, float] = {}
 
 
 def read_result(path: Path) -> dict:
@@ -137,11 +141,7 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
             except ValueError as error:
                 notes.append(f"not shown: {error}")
         protocol = settings["eval"].get("protocol", "raw")
-        rows = {"fixed normal template": {"greedy": results[0]["template"]}}
-        for result in results:  # each policy, and its reports given to other studies
-            rows[result["policy"]] = {part: result[part] for part in ("greedy", "sampled") if result[part]}
-            if result["shuffled"]:
-                rows[f"{result['policy']}, {result['shuffled_as']}"] = {"greedy": result["shuffled"]}
+        rows = table_rows(results)
         notes += ["*: also a reward of the training."] * bool(weights)
         notes += [f"BLEU, ROUGE-L and METEOR: pycocoevalcap's, {NOTES[protocol]}."]
         notes += [*dict.fromkeys(note for result in results for note in result["notes"]), *unread_notes(rows)]
@@ -152,13 +152,27 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
         spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
         titles = {"main": f"{studies}; protocol {protocol}", "spans": f"{spans}; protocol {protocol}"}
         titles |= {where: f"{title}, {studies}" for where, title in MORE.items()
-                   if any(column.entry(row) for column in columns(where) for row in rows.values())}  # fmt: skip
+                   if any(column.entry(row) for column in columns(where) for row in rows.values())
+                   and (where != "gold" or "labels" in settings.get("data", {}))}  # fmt: skip
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
         parts = [part for where, title in titles.items() for part in (title, grid(rows, where, weights, markdown=True))]
         write_text(folder / "results.md", "\n\n".join([*parts, *label_table(rows), *notes]) + "\n")
     for where, title in titles.items():
         print(f"\n{title}\n{grid(rows, where, weights)}")
     print("", *notes, f"\nwritten: {folder}/results.md, results.json, */reports.jsonl", sep="\n")
+
+
+def table_rows(results: list[dict]) -> dict[str, dict]:
+    """{title: {"greedy": ..., "sampled": ...}}: what stands beside any policy, each policy, and its reports given to
+    other studies."""
+    always = {"fixed normal template": results[0]["template"], "references": results[0]["references"]}
+    rows = {title: {"greedy": row} for title, row in always.items() if row}
+    for result in results:
+        own = {"greedy": result["greedy"], "sampled": result["sampled"]}
+        others = {"greedy": result["shuffled"], "sampled": result["shuffled_sampled"]}
+        for title, parts in ((result["policy"], own), (f"{result['policy']}, {result['shuffled_as']}", others)):
+            rows |= {title: {name: row for name, row in parts.items() if row}} if parts["greedy"] else {}
+    return rows
 
 
 def unread_notes(rows: dict[str, dict]) -> list[str]:
@@ -189,7 +203,7 @@ def grid(rows: dict[str, dict], where: str, weights: dict, markdown: bool = Fals
         entry = column.entry(row)
         numbers = [entry.get(key) for key in (("lo", "hi") if where == "spans" else ("value",))]
         text = "n/a" if None in numbers else "-".join(f"{column.factor * number:.1f}" for number in numbers)
-        stated = where == "main" and column.key == "greedy/hallucination_rate" and entry
+        stated = where in ("main", "gold") and column.key == "greedy/hallucination_rate" and entry
         return f"{text} ({row['greedy']['counts']['stated']})" if stated else text
 
     body = [[name, *(cell(row, column) for column in shown)] for name, row in rows.items()]

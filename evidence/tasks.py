@@ -19,7 +19,7 @@ from pathlib import Path
 
 CORES = 2  # processes side by side, one thread each: faster here than one process with two threads
 FORKS = multiprocessing.get_context("forkserver")
-IMPORTED = ["train", "evaluate", "phantom.training"]  # once, by the server
+IMPORTED = ["train", "evaluate", "phantom.assets"]  # once, by the server
 
 
 def run_script(script: str, flags: list[str], log: Path | None, line: int, environment: dict[str, str]) -> None:

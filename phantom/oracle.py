@@ -1,28 +1,55 @@
-"""A stand-in for the frozen expert that cannot err, as it knows what each image shows: an upper bound for Eq. 6."""
+"""Stand-ins for the frozen expert of Eq. 6: one that cannot err, an upper bound, and one that sees the wrong film."""
 
 from collections.abc import Callable
 
 import torch
 
 from config import Config
-from data import load_studies
+from data import Study, load_studies
+from evidence.findings import truth_reader
 from evidence.reader import truth_counts
+from formats.images import read_image
+from scorers.expert import fold_of
 
 
-def oracle_similarity(labels: dict[str, list[str]]) -> Callable:
-    """Eq. 6's function (images, ids, groups [B][G]) -> (B, G): sided F1 in [0, 1] of each candidate against the exact
+def stand_in(cfg: Config, similarity: Callable | None) -> Callable:
+    """What judges in Stage 2: the expert's `similarity`, or the oracle's, of the own or of another study's image."""
+    if cfg.scorers.expert == "oracle":
+        similarity = oracle_similarity(exact_labels(cfg), truth_reader(cfg.data))
+    if cfg.scorers.expert_sees == "other":
+        similarity = other_images(similarity, load_studies(cfg.data, cfg.data.rl_split), cfg.tiny.folds)
+    return similarity
+
+
+def oracle_similarity(labels: dict[str, list[str]], counts: Callable = truth_counts) -> Callable:
+    """Eq. 6's function (images, ids, groups [B][G]) -> (B, G): F1 in [0, 1] of each candidate against the exact or gold
     `labels` {id: labels}. No method, as it reads with the very rules that the evaluation reads with."""
 
     def similarity(images, ids, groups):
-        counts = [[truth_counts(text, labels[key]) for text in g] for key, g in zip(ids, groups, strict=True)]
-        return torch.tensor([[(2 * c["correct"] + 1e-6) / (c["stated"] + c["true"] + 1e-6) for c in g] for g in counts])
+        found = [[counts(text, labels[key]) for text in g] for key, g in zip(ids, groups, strict=True)]
+        return torch.tensor([[(2 * c["correct"] + 1e-6) / (c["stated"] + c["true"] + 1e-6) for c in g] for g in found])
 
     return similarity
 
 
+def other_images(similarity: Callable, studies: list[Study], folds: int) -> Callable:
+    """The same expert, shown for each study the image of the next one of its fold, always the same: what it then pays
+    for is no sight. Of the fold, so that a cross-fitted expert still judges a report that it never saw."""
+    of_fold: dict[int, list[Study]] = {}
+    for study in studies:
+        of_fold.setdefault(fold_of(study.id, folds), []).append(study)
+    other = {a.id: b for part in of_fold.values() for a, b in zip(part, part[1:] + part[:1], strict=True)}
+
+    def blind(images, ids, groups):
+        shown = [other[key] for key in ids]
+        return similarity([read_image(study.image) for study in shown], [study.id for study in shown], groups)
+
+    return blind
+
+
 def exact_labels(cfg: Config) -> dict[str, list[str]]:
-    """{id: labels} of the RL split; ValueError for a data set without a truth.jsonl."""
+    """{id: labels} of the RL split; ValueError for a data set without exact or gold labels."""
     studies = load_studies(cfg.data, cfg.data.rl_split)
     if studies[0].labels is None:
-        raise ValueError(f"scorers.expert oracle: {cfg.data.path} has no truth.jsonl, so no exact labels")
+        raise ValueError(f"scorers.expert oracle: {cfg.data.path} has no truth.jsonl, nor data.labels: no labels")
     return {study.id: study.labels for study in studies}

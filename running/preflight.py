@@ -34,6 +34,7 @@ from running import weights
 from running.folder import adapter_folder
 from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimate, read_shape
 from scorers.load import may_judge
+from tiny.minilm import INSTALL, find_minilm
 from vlm.adapters import load_adapter
 from vlm.families import BROKEN, load_family
 
@@ -65,7 +66,7 @@ def fetch(path: str) -> str:
 
 def look(what: str, path: str, test: Callable[[Path], str | None], command: str = "") -> Item:
     """One line about `path`: test(place) raises for what is wrong with it, or may return a remark."""
-    if path.startswith("phantom:"):
+    if path.startswith(("phantom:", "tiny:")):
         return "ok", what, f"{path}: built on first use", ""
     try:
         place = locate(path)
@@ -146,6 +147,8 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
     flags = may_judge(cfg, cfg.stage != "1" and cfg.rewards.lambda_vis > 0) if cfg.stage not in ("0", "dpo") else []
     if flags:
         yield "missing", "scorers", f"only the phantom's, which know no real reports: set {', '.join(flags)}", ""
+    if s.bert.startswith("tiny:"):
+        yield look("MiniLM", "", lambda place: f"{find_minilm()}, for labeller and BERTScore", f"{INSTALL}")
     yield look("CheXbert", s.chexbert, weights.check_torch_file)
     yield look("CheXbert", s.bert, check_encoder)
     yield look("BERTScore", s.bertscore, check_whole)
@@ -181,9 +184,9 @@ def check_room(cfg: Config) -> Iterator[Item]:
     text = f"{cfg.run} needs about {need / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
     yield "ok" if free > need else "missing", "disk", text, ""
     if shape is None:
-        phantom = cfg.model.path.startswith("phantom:")
-        text = "the phantom's models fit anywhere" if phantom else "no estimate without the policy's files"
-        yield "ok" if phantom else "to do", "memory", text, ""
+        small = cfg.model.path.startswith(("phantom:", "tiny:"))
+        text = "these small models fit anywhere" if small else "no estimate without the policy's files"
+        yield "ok" if small else "to do", "memory", text, ""
         return
     checkpointed = replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
     stages = {stage: estimate(shape, cfg, stage, SCORERS) for stage in ((0, "dpo") if cfg.stage == "dpo" else range(3))}

@@ -7,6 +7,7 @@ text context is split into windows of whole sentences whose embeddings are avera
 
 import hashlib
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,12 +140,36 @@ def with_errors(similarity: Callable, deviation: float) -> Callable:
     return erring if deviation else similarity
 
 
-def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert:
-    """Load an open_clip model from a local folder or an `hf-hub:` name, frozen and in eval mode.
+@dataclass
+class CrossFitted:
+    """Experts of which number `fold_of(id)` never saw the study: each judges its own studies alone."""
+
+    experts: list[Expert]
+
+    def similarity(self, images: list[Image.Image], ids: list[str], groups: list[list[str]]) -> torch.Tensor:
+        """As Expert.similarity."""
+        folds, found = [fold_of(key, len(self.experts)) for key in ids], torch.empty(len(ids), len(groups[0]))
+        for fold in set(folds):
+            rows = [i for i, of in enumerate(folds) if of == fold]
+            given = ([column[i] for i in rows] for column in (images, ids, groups))
+            found[rows] = self.experts[fold].similarity(*given)
+        return found
+
+
+def fold_of(study_id: str, folds: int) -> int:
+    """The fold of a study, by its id alone."""
+    return zlib.crc32(study_id.encode()) % folds
+
+
+def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert | CrossFitted:
+    """Load an open_clip model from a local folder or an `hf-hub:` name, frozen and in eval mode; of a folder that holds
+    folders 0, 1, ... all of them, cross-fitted.
 
     A Hugging Face text tower is built from the folder's own `config.json`; without that file open_clip looks its
     `hf_model_name` up, a folder or a hub name. ValueError (one line) for what cannot be loaded or asks for code.
     """
+    if (Path(path) / "0").is_dir():
+        return CrossFitted([load_expert(part, device) for part in sorted(Path(path).glob("[0-9]"))])
     on_hub, own, advice = str(path).startswith("hf-hub:"), {}, "give an open_clip folder or an hf-hub: name"
     with loading("expert", f"open_clip_config.json of {path}", advice):
         config = local_file(f"{path}/open_clip_config.json")

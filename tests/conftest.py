@@ -27,8 +27,8 @@ from config import (
 )
 from model import load_policy
 from phantom import assets, cache
-from phantom import models as tiny_models
 from phantom.config import AssetsConfig, PhantomConfig
+from tiny import models as tiny_models
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import evaluate
-from config import to_dict
+from config import DataConfig, to_dict
 from evaluate import EvalRun
 from evidence import inputs, judge, meteor, metrics, tables
 from evidence.metrics import METRICS
@@ -547,14 +547,16 @@ def test_derangement_has_no_fixed_point():
 
 
 def test_template_takes_the_form_of_the_references():
-    def template(reference, labels, target):
-        return evaluate.normal_template(judge.Wanted("test", ["1"], [reference], labels), target)
+    def template(reference, labels, target, table=""):
+        data = DataConfig(target=target, labels=table)
+        return evaluate.normal_template(judge.Wanted("test", ["1"], [reference], labels), data)
 
     plain = template("The lungs are clear.", None, "both")
     assert plain.startswith("The heart size") and "IMPRESSION" not in plain and "cardiopulmonary" in plain
     assert template(sections("x"), None, "both").count(":") == 2
     assert "cardiopulmonary" not in template("x", None, "findings")
     assert template(sections("x"), [[]], "both") == NORMAL_TEMPLATE
+    assert template("x", [[]], "findings", "gold.csv") == template("x", None, "findings")  # real reports, real words
 
 
 def test_one_study_has_no_shuffled_row(world, tmp_path):
@@ -589,7 +591,7 @@ def test_rewards_are_starred_by_their_weights(off, starred):
 
 
 def test_every_column_shows_a_metric_there_is():
-    where = ("main", "spans", "clinical", "pairs", "arms", "seeds")
+    where = ("main", "spans", "clinical", "gold", "pairs", "arms", "seeds")
     every = [column for table in where for column in tables.columns(table)]
     assert {column.key.split("/")[1] for column in every} <= METRICS.keys()
     assert len({(column.title, column.key) for column in every}) == len(tables.SHOWN["columns"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rewards
+from config import DataConfig
 from evaluate import normal_template
 from evidence import meteor, metrics
 from evidence.judge import Wanted
@@ -52,7 +53,7 @@ def test_bleu_4_of_the_normal_template_on_iu_xray(protocol, expected):
     """R2Gen's protocol is worth 1.6 points to a text that says nothing about any image."""
     rows = json.loads((SHARED / "iu_xray" / "annotation.json").read_text(encoding="utf-8"))["test"]
     wanted = Wanted("test", [], [row["report"] for row in rows], None)
-    texts = [[normal_template(wanted, "findings")]] * len(rows)
+    texts = [[normal_template(wanted, DataConfig(target="findings"))]] * len(rows)
     sums = metrics.collect(texts, wanted.references, protocol=protocol)["bleu"].sum(0)
     assert 100 * metrics.bleu(sums)[3] == pytest.approx(expected, abs=0.005)
 

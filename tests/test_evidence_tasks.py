@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Config
+from config import Config, load_toml
 from evidence import demo, tasks
 from evidence.tasks import CORES, Task, run_tasks
 
@@ -131,6 +131,18 @@ def test_the_demo_trains_from_scratch_to_tables(monkeypatch):
     assert {task.title for task in stage1.after} == {"its gate: does it see?", "expert"}
     last = [title for title in every if title.startswith("evaluation")]
     assert all(len(every[title].after) == 2 for title in last) and len(last) == 2
+
+
+def test_iu_xray_is_the_demo_with_models_of_its_own():
+    cfg = load_toml(str(ROOT / "configs" / "iu_xray_tiny.toml"), Config())
+    every = {task.title: task for task in demo.make_tasks(cfg, [])}
+    builds = [title for title, task in every.items() if task.script == "phantom.assets"]
+    assert [every[title].flags[1] for title in builds] == ["tiny:labeller", "tiny:base", "tiny:expert"]
+    assert not any(every[title].after for title in builds)
+    assert [t.title for t in every["Stage 0 (SFT)"].after] == ["base model"]
+    assert {t.title for t in every["Stage 1: text rewards"].after} == {"its gate: does it see?", "experts"}
+    phantom = [task.script for task in demo.make_tasks(Config(), [])]
+    assert [task.script for task in every.values()] == phantom[1:]  # but for the data set, the same commands
 
 
 def test_the_gate_stops_a_policy_that_does_not_look(tmp_path):

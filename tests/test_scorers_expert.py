@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from test_running_weights import flip_a_weight
 from transformers import BertConfig, BertTokenizer
 
-from phantom import models as tiny_models
 from scorers import expert
+from tiny import models as tiny_models
 
 torch.set_num_threads(1)
 PREPROCESS = dataclasses.asdict(open_clip.transform.PreprocessCfg())

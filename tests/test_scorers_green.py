@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from evidence import metrics
-from phantom import models as tiny_models
 from scorers import green
+from tiny import models as tiny_models
 
 ANSWER = """[Explanation]:
 The candidate names the effusion on the wrong side and misses the fractures. "1. no" means nothing here.

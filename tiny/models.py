@@ -1,4 +1,4 @@
-"""Architectures (their sizes in models.toml) and tokenizers of the phantom's small models, before any training.
+"""Architectures (their sizes in models.toml) and tokenizers of small models, before any training.
 
 Each is a small version of a real component in that component's own classes: a LLaVA (CLIP vision tower, two-layer
 projection, Llama) with its processor and a byte-level BPE, a CLIP and a BERT over a WordPiece vocabulary.
@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import transformers as hf
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rewards import CLOSE, OPEN
 
@@ -18,9 +18,12 @@ SIZES = tomllib.loads(Path(__file__).with_name("models.toml").read_text(encoding
 MEAN, STD = (SIZES["expert"]["preprocess_cfg"][name][0] for name in ("mean", "std"))
 
 
-def policy_tokenizer(corpus: list[str], vocab_size: int = 1200) -> hf.PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the phantom's texts (it reads any text); <report> tags are tokens of their own."""
+def policy_tokenizer(corpus: list[str], vocab_size: int = 1200, lower=False) -> hf.PreTrainedTokenizerFast:
+    """Byte-level BPE trained on `corpus` (it reads any text); <report> tags are tokens of their own. lower: a model
+    with it reads and writes small letters alone."""
     tokenizer = Tokenizer(models.BPE())
+    if lower:
+        tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>", "<image>"]
@@ -40,9 +43,9 @@ def new_llava(tokenizer, image_size: int) -> hf.LlavaForConditionalGeneration:
     ))  # fmt: skip
 
 
-def new_processor(tokenizer, image_size: int) -> hf.LlavaProcessor:
+def new_processor(tokenizer, image_size: int, mean: float = MEAN, std: float = STD) -> hf.LlavaProcessor:
     """The LLaVA processor (resize, crop, normalise; chat template) that belongs to `new_llava`."""
-    images = hf.CLIPImageProcessor(image_mean=[MEAN] * 3, image_std=[STD] * 3, size={"shortest_edge": image_size},
+    images = hf.CLIPImageProcessor(image_mean=[mean] * 3, image_std=[std] * 3, size={"shortest_edge": image_size},
                                    crop_size={"height": image_size, "width": image_size})  # fmt: skip
     return hf.LlavaProcessor(images, tokenizer, **SIZES["processor"])
 
@@ -60,9 +63,10 @@ def word_piece(corpus: list[str], folder: Path) -> hf.BertTokenizerFast:
     return hf.BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=512)
 
 
-def clip_config(vocab_size: int, sep_id: int, context_length: int = 96, image_size: int = 64) -> dict:
+def clip_config(vocab_size: int, sep_id: int, context_length=96, image_size=64, mean=MEAN, std=STD) -> dict:
     """The whole `open_clip_config.json` of a small native CLIP over a BERT tokenizer ([CLS] ... [SEP] [PAD]=0 ...)."""
     config = copy.deepcopy(SIZES["expert"])
     config["model_cfg"]["text_cfg"] |= {"vocab_size": vocab_size, "eos_id": sep_id, "context_length": context_length}
     config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"] = image_size
+    config["preprocess_cfg"] |= {"mean": [mean] * 3, "std": [std] * 3}
     return config

@@ -1,0 +1,172 @@
+"""How small models are trained, the phantom's and those of a data set of your own: a function for each kind.
+
+`rows` are the places of the studies or texts that train; the caller measures the model on others.
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import Config
+from data import batch_ids
+from scorers.chexbert import CheXbert
+from scorers.expert import encode_tokens
+from sft import sft_loss, text_logps
+
+Rows = Sequence[int]
+
+
+def fit(model: nn.Module, loss_of: Callable, rows: Rows, batch: int, steps: int, lr: float, seed: int, what: str):
+    """AdamW with 5% warm-up and cosine decay over `loss_of(batch of rows)`; a row may stand in `rows` several times."""
+    warm, trained = max(1, steps // 20), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps)) + 0.01)
+    )
+    bar = tqdm(range(steps), desc=f"{what:<14}")
+    for step in bar:
+        loss = loss_of([rows[i] for i in batch_ids(len(rows), batch, seed, step)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def by_length(rows: list[int], texts: list[str]) -> list[list[int]]:
+    """A batch in at most four parts, none empty, of similar text length: less padding, the same sums."""
+    ordered = sorted(rows, key=lambda i: len(texts[i]))
+    return [part.tolist() for part in np.array_split(ordered, min(4, len(rows)))]
+
+
+def report_quality(folder: Path, numbers: dict) -> None:
+    """Print a model's quality on studies or texts that did not train it, and keep it beside the model; a table of
+    numbers is printed on a line of its own."""
+    (folder / "quality.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    plain = {name: n for name, n in numbers.items() if not isinstance(n, dict)}
+    for title, part in {f"{folder.stem} on held-out studies": plain, **numbers}.items():
+        if isinstance(part, dict):
+            print(f"{title}: " + ", ".join(f"{name} {n:.3g}" for name, n in part.items()))
+
+
+def normalise(images: Tensor, mean: float, std: float) -> Tensor:
+    """Grey images (B, H, W) uint8 -> (B, 3, H, W) float, exactly as the saved image processor does it."""
+    return ((images.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
+
+
+def fit_tower(tower: nn.Module, pixels: Callable, labels: Tensor, rows: Rows, steps: int, seed: int, by="patches"):
+    """Teach a vision tower `labels` (n, L); returns the classifier, pixels (B, 3, H, W) -> logits (B, patches, L).
+
+    by: every one of the "patches" must tell all the labels by itself, as what the language model reads later is any one
+    of them; only their "mean" must; or "both". pixels: rows -> (B, 3, H, W).
+    """
+    head = nn.Linear(tower.config.hidden_size, labels.shape[1])
+
+    def classify(images: Tensor) -> Tensor:  # (B, patches, L)
+        return head(tower(pixel_values=images).last_hidden_state[:, 1:])
+
+    def loss(batch: list[int]) -> Tensor:
+        logits, value = classify(pixels(batch)), 0.0
+        means = logits.mean(dim=1, keepdim=True)
+        for told in {"patches": [logits], "mean": [means], "both": [logits, means]}[by]:
+            truth = labels[batch][:, None].expand_as(told).float()
+            value = value + F.binary_cross_entropy_with_logits(told, truth)
+        return value
+
+    fit(nn.ModuleList([tower, head]), loss, rows, 64, steps, 1e-3, seed, "tower")
+    return classify
+
+
+def fit_base(model, processor, prompt: dict, vision: Tensor, texts: list[str], rows: Rows, steps: int, seed: int,
+             cfg: Config) -> None:  # fmt: skip
+    """Train all of a LLaVA that is not frozen on a text for each row's image, seen by the frozen tower: `vision`
+    (n, tokens, Dv). prompt: one encoded prompt, batch 1; cfg: how long a text may be."""
+
+    def loss(batch: list[int]) -> Tensor:
+        total, tokens = 0.0, 0
+        for part in by_length(batch, texts):
+            inputs = {name: row.expand(len(part), *row.shape[1:]) for name, row in prompt.items()}
+            logps, mask, _ = text_logps(model, processor, inputs | {"vision": vision[part]}, [texts[i] for i in part],
+                                        cfg)  # fmt: skip
+            total, tokens = total + sft_loss(logps, mask, total_tokens=1), tokens + mask.sum()
+        return total / tokens
+
+    fit(model, loss, rows, 48, steps, 1.5e-3, seed, "base model")
+
+
+def clip_features(model, tokenizer, pixels: Tensor, texts: list[str], context: int) -> tuple[Tensor, Tensor]:
+    """Normalised image and text embeddings (B, D) of a CLIP for B pairs; differentiable."""
+    tokens = tokenizer(texts, padding="max_length", max_length=context, truncation=True, return_tensors="pt")
+    image = F.normalize(model.encode_image(pixels), dim=-1)
+    embedded = torch.empty_like(image)
+    for part in by_length(list(range(len(texts))), texts):
+        embedded[part] = encode_tokens(model, tokens["input_ids"][part])
+    return image, F.normalize(embedded, dim=-1)
+
+
+def alike(labels: Tensor) -> Tensor:
+    """Labels (B, L) -> (B, B) bool: which studies have the same."""
+    return (labels[:, None] == labels[None]).all(dim=-1)
+
+
+def fit_clip(model, tokenizer, pixels: Callable, text_of: Callable, labels: Tensor | None, rows: Rows, steps: int,
+             seed: int, context: int, classify=False) -> None:  # fmt: skip
+    """CLIP's loss on pairs of images and texts, where all studies with the same `labels` (n, L), if any are given, are
+    right answers. text_of: row -> its text, another one each time if it likes. classify: a linear head must read the
+    labels off the image's embedding, too."""
+    head = nn.Linear(model.visual.output_dim, labels.shape[1]) if classify else None
+
+    def loss(batch: list[int]) -> Tensor:
+        image, report = clip_features(model, tokenizer, pixels(batch), [text_of(i) for i in batch], context)
+        same = torch.eye(len(batch)) if labels is None else alike(labels[batch]).float()
+        target = same / same.sum(dim=-1, keepdim=True)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ report.T
+        value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        if head:  # the embedding has length 1: ten times it, so that a head of usual size can tell
+            value = value + F.binary_cross_entropy_with_logits(head(10 * image), labels[batch].float())
+        return value
+
+    fit(nn.ModuleList([model, head]) if head else model, loss, rows, 128, steps, 1e-3, seed, "expert")
+
+
+def fit_labeller(model: CheXbert, tokenizer, texts: list[str], classes: Tensor, rows: Rows, steps: int, lr: float,
+                 seed: int) -> Callable:  # fmt: skip
+    """Train CheXbert's heads and its BERT on texts of known `classes` (n, 14); returns texts' rows -> (n, 14)."""
+    encoded = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
+
+    def class_logits(batch: Rows) -> list[Tensor]:  # 14 x (B, 4 or 2)
+        ids = nn.utils.rnn.pad_sequence([encoded[i] for i in batch], batch_first=True)
+        return model(ids, (ids != tokenizer.pad_token_id).long())
+
+    def loss(batch: list[int]) -> Tensor:
+        total = 0.0
+        for part in by_length(batch, texts):
+            heads = enumerate(class_logits(part))
+            total = total + sum(F.cross_entropy(head, classes[part, i], reduction="sum") for i, head in heads)
+        return total / (len(batch) * classes.shape[1])
+
+    fit(model, loss, rows, 64, steps, lr, seed, "labeller")
+
+    @torch.no_grad()
+    def predict(batch: Rows) -> Tensor:
+        return torch.stack([head.argmax(-1) for head in class_logits(batch)], dim=1)
+
+    return predict
+
+
+def save_labeller(model: CheXbert, tokenizer, folder: Path) -> None:
+    """A labeller in CheXbert's own layout: its BERT's folder, and in it chexbert.pth with tensors module.<name>."""
+    model.bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.save({"model_state_dict": nn.ModuleDict({"module": model}).state_dict()}, buffer := io.BytesIO())
+    (folder / "chexbert.pth").write_bytes(buffer.getvalue())  # torch has no words for a full disk

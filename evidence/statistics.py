@@ -18,8 +18,15 @@ from scipy.special import nctdtr, stdtr, stdtrit
 from evidence.metrics import METRICS, interval, resample
 
 Runs = dict[int, dict[str, np.ndarray]]  # seed -> {"<row>/<family>": (n studies, k)}
-# what each comparison of the sweep is for; its "margins" {"<row>/<metric>": fraction} are of the primary metrics
-PLAN = tomllib.loads(Path(__file__).with_name("plan.toml").read_text(encoding="utf-8"))
+
+
+def read_plan(path: str = "") -> dict:
+    """A plan, the phantom's where no path is given: what each comparison of a sweep is for; its "margins"
+    {"<row>/<metric>": fraction} are of the primary metrics."""
+    return tomllib.loads(Path(path or Path(__file__).with_name("plan.toml")).read_text(encoding="utf-8"))
+
+
+PLAN = read_plan()
 MARGINS: dict[str, float] = PLAN["margins"]
 RESAMPLES = 2000
 MOST_SEEDS = 999
@@ -111,21 +118,21 @@ def verdict(found: dict, claim: str, margin: float, p: float | None) -> str:
     return "holds" if lo > 0 and p < 0.05 else "does not" if hi < 0 or inside else "open"
 
 
-def verdicts(arms: dict[str, Runs]) -> list[dict]:
-    """plan.toml's comparisons of arms {name: runs}, each with "found" {metric: estimate}, "p" of the primary metrics
+def verdicts(arms: dict[str, Runs], plan: dict = PLAN) -> list[dict]:
+    """A plan's comparisons of arms {name: runs}, each with "found" {metric: estimate}, "p" of the primary metrics
     after Holm, "seeds" compared, and "verdict": it holds where all its criteria do, and does not where one does not."""
-    judged = []
-    for plan in PLAN["comparison"]:
-        first, second = (arms.get(arm, {}) for arm in plan["arms"])
-        found = {key: estimate(first, key, minus=second) for key in {**MARGINS, **plan["holds_if"]}}
+    judged, margins = [], plan["margins"]
+    for row in plan["comparison"]:
+        first, second = (arms.get(arm, {}) for arm in row["arms"])
+        found = {key: estimate(first, key, minus=second) for key in {**margins, **row["holds_if"]}}
         found = {key: value for key, value in found.items() if value is not None}
-        p = holm({key: found[key]["p"] for key in MARGINS if key in found})
-        said = {verdict(found[key], claim, MARGINS.get(key, 0), p.get(key, found[key]["p"])) if key in found
-                else "not measured" for key, claim in plan["holds_if"].items()}  # fmt: skip
+        p = holm({key: found[key]["p"] for key in margins if key in found})
+        said = {verdict(found[key], claim, margins.get(key, 0), p.get(key, found[key]["p"])) if key in found
+                else "not measured" for key, claim in row["holds_if"].items()}  # fmt: skip
         order = ("not measured", "does not", "open", "holds")
         final = next(word for word in order if word in said) if first and second else "not run"
         seeds = len(first.keys() & second.keys())
-        judged.append(plan | {"found": found, "p": p, "seeds": seeds, "primary": list(MARGINS), "verdict": final})
+        judged.append(row | {"found": found, "p": p, "seeds": seeds, "primary": list(margins), "verdict": final})
     return judged
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from evidence.statistics import Runs, estimate, spread, verdicts
+from evidence.statistics import PLAN, Runs, estimate, spread, verdicts
 from evidence.tables import columns
 
 BASELINES = ("stage1_continued", "sft")  # what the arms are compared with, pair by pair
 
 
-def collect_results(runs: dict[str, Runs], settings: dict) -> dict:
+def collect_results(runs: dict[str, Runs], settings: dict, plan: dict = PLAN) -> dict:
     """{"plan": verdicts, "arms": {arm: {"<row>/<metric>": estimate}}, "versus": {baseline: {arm: the same}}, ...} of
     what counts.read_counts gave."""
 
@@ -23,7 +23,7 @@ def collect_results(runs: dict[str, Runs], settings: dict) -> dict:
               for base in BASELINES if base in runs}  # fmt: skip
     return {name: settings[name] for name in ("split", "studies", "torch", "protocol", "assets", "about")} | {
         "seeds": sorted({seed for of in settings["seeds"].values() for seed in of}),
-        "plan": verdicts(runs),
+        "plan": verdicts(runs, plan),
         "arms": {arm: measured(runs[arm]) for arm in ["fixed_template", "base", *about]},
         "versus": versus,
         "bleu_by_reference": {kind: by_reference(runs, kinds[kind]) for kind in kinds if any(kinds[kind])},

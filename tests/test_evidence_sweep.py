@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,36 @@ def test_arms_wait_for_their_predecessor_and_the_assets(cfg):
     assert [task.title for task in tasks["seed 1: sft"].after] == ["assets: base"]
     assert {task.title for task in tasks["seed 1: dpo"].after} >= {"seed 1: pairs"}
     assert [task.title for task in tasks["assets: base"].after] == ["assets: data"]
+
+
+def test_a_plan_brings_arms_of_its_own_and_seeds_models_of_their_own(tmp_path):
+    """IU-Xray's: the data set's own small models, anew for the first seeds; no asset and no figure of the phantom."""
+    root = Path(sweep.__file__).parents[1]
+    plan, config = root / "evidence" / "plan_iu_xray.toml", root / "configs" / "iu_xray_tiny.toml"
+    cfg = parse(sweep.SweepConfig, argv=["--config", str(config), "--plan", str(plan), "--own-models", "2",
+                                         "--seeds", "3", "4", "5", "--root", str(tmp_path)])  # fmt: skip
+    tasks = sweep.make_tasks(cfg, ["--config", str(config)])
+    builds = [task.flags for task in tasks if task.script == "phantom.assets"]
+    assert [(f[1], f[-1]) for f in builds] == [(f"tiny:{n}", s) for s in "340" for n in ("base", "labeller", "expert")]
+    assert len({path for task in tasks for path in task.makes if "tiny-" in str(path)}) == 9
+    configs = {t.title: parse(Config, argv=t.flags) for t in tasks if t.script == "train.py"}
+    assert {title: c.assets_seed for title, c in configs.items() if "valor_literal" in title} == {
+        "seed 3: valor_literal": 3, "seed 4: valor_literal": 4, "seed 5: valor_literal": 0}  # fmt: skip
+    valor, other = configs["seed 3: valor"], configs["seed 3: other_image"]
+    assert other == replace(valor, name="other_image", scorers=replace(valor.scorers, expert_sees="other"))
+    assert configs["seed 3: oracle_expert"].scorers.expert == "oracle"
+    dpo = configs["seed 3: dpo_mmedpo"].dpo
+    assert dpo.steps == cfg.stage1.steps + cfg.stage2.steps and dpo.pairs.endswith("mmedpo_iuxray_pairs.jsonl")
+    judged = [t.flags[1] for t in tasks if t.script == "evaluate.py" and "seed 3" in t.title]
+    assert judged == ["base,nearest,retrieved", "sft", "stage1", "stage1_continued", "valor", "other_image",
+                      "oracle_expert", "valor_literal", "dpo_mmedpo"]  # fmt: skip
+    about = tomllib.loads(plan.read_text())
+    arms, keys = about["arms"], {c.key for c in columns("pairs") + columns("gold")} | {"sampled/equal_hallucination"}
+    for row in about["comparison"]:
+        assert {*row["arms"]} <= arms.keys() and row["holds_if"].keys() <= keys | {"greedy/bleu_4"}, row
+    (tmp_path / "plan_x.toml").write_text('[arms.sft]\nafter = "b"\nflags = ""\n[arms.b]\nflags = ""\n')
+    with pytest.raises(ValueError, match=r"plan_x.toml: \[sft\] must stand below \[b\]"):
+        sweep.make_tasks(replace(cfg, plan=str(tmp_path / "plan_x.toml")), [])
 
 
 def test_own_flags_stay_and_others_are_passed_on(monkeypatch):

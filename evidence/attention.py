@@ -153,12 +153,12 @@ def overlay(axis, seen: Look, tokens: list[int], title: str):
     """The picture in grey; over it, orange where a patch gets more than an even share of attention, purple: less."""
     weights, (height, width) = seen.maps[:, tokens].mean(axis=(0, 1)), seen.picture.shape  # (h, w)
     doublings = np.log2(np.maximum(weights / weights.mean(), 2.0**-SCALE))
-    axis.imshow(seen.picture, cmap="gray")
+    axis.imshow(seen.picture, cmap="gray", interpolation="nearest")
     axis.set_title(title, fontsize=8)
     axis.set_axis_off()
     place = (-0.5, width - 0.5, height - 0.5, -0.5)
     strength = 0.7 * np.minimum(np.abs(doublings), 1)  # a patch with its even share stays as it is
-    axis.imshow(doublings, cmap="PuOr_r", vmin=-SCALE, vmax=SCALE, alpha=strength, extent=place)
+    axis.imshow(doublings, "PuOr_r", vmin=-SCALE, vmax=SCALE, alpha=strength, extent=place, interpolation="nearest")
 
 
 def save(figure, axes, path: Path) -> None:
@@ -171,7 +171,7 @@ def save(figure, axes, path: Path) -> None:
     bar.set_ticks(ticks, labels=[f"{2.0**tick:g}" for tick in ticks])
     bar.set_label("attention, in even shares", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def draw_image(model, processor, image, cfg: Config, path: Path) -> None:
@@ -209,8 +209,8 @@ def draw_studies(looks: dict[str, dict[str, Look]], rows: dict[str, list[dict]],
     for line, (study, label) in zip(axes, chosen.items(), strict=True):
         for axis, (name, seen) in zip(line, looks.items(), strict=True):
             row = next(row for row in rows[name] if (row["id"], row["label"]) == (study, label))
-            title = f"{name.replace('_', ' ')}: {row['own']:.2f}\n{study} {label.replace('_', ' ')}"
-            overlay(axis, seen[study], row["tokens"], title)
+            where = f"{study}, {label.replace('_', ' ')}\n" if axis is line[0] else "\n"
+            overlay(axis, seen[study], row["tokens"], f"{where}{name.replace('_', ' ')}: {row['own']:.2f}")
             axis.contour(masks[study][label], levels=[0.5], colors=["#56B4E9"], linewidths=1.2)
     save(figure, axes, path)
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_families import write_qwen
 
@@ -80,6 +81,19 @@ def test_a_look_is_the_report_with_a_map_for_each_token(family):
     assert first.picture.shape == ((32, 32) if grid == (2, 2) else (84, 140))
     with pytest.raises(ValueError, match="set data.views = 1"):
         look(model, processor, [[image, image]], cfg, ["a"])
+    out, _, inputs = attention.rollout(model, processor, [[image]], ["a"], cfg, attention.EVALUATION, samples=0)
+    extra = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    ids, prompt = torch.cat([inputs["input_ids"], out.completions], dim=1), inputs["input_ids"].shape[1]
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"]
+        extra["mm_token_type_ids"] = torch.cat([types, types.new_zeros(out.completions.shape)], dim=1)
+    model.model.language_model.set_attn_implementation("eager")  # transformers' own weights of one plain forward
+    plain = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_attentions=True, **extra).attentions
+    patches = inputs["input_ids"][0] == model.config.image_token_id
+    for layer, weights in enumerate(plain):
+        for t, seen in enumerate(first.maps[layer]):
+            expected = weights[0].mean(dim=0)[prompt - 1 + t, :prompt][patches].view(grid)
+            np.testing.assert_allclose(seen, expected.detach(), atol=1e-5)
 
 
 def test_evaluate_draws_a_panel_a_sentence(family, tmp_path, capsys):

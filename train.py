@@ -45,7 +45,8 @@ from rewards import Scorers, compute_rewards, require_format
 from rollout import Rollout, rollout
 from running import parallel, preflight
 from running.folder import adapter_folder, claim_folder, is_done, load_checkpoint, lock, save_adapter, save_checkpoint
-from running.log import Log, average, group_metrics, sample_record, shown
+from running.log import Log, average, group_metrics, shown
+from running.record import Sample
 from scorers.load import load_scorers, may_judge
 from sft import describe_references, encode_pairs, sft_update, text_logps
 from vlm.families import encode_images, select_studies
@@ -65,12 +66,13 @@ class MicroBatch:
     mask: Tensor  # (n, T)
     advantages: Tensor  # (n,)
     share: float  # of the global batch's B * G candidates: weighs the loss, so that any split gives the same gradient
+    seen: tuple[Tensor, ...] = ()  # current, old and reference log-probs (n, T) of its last pass, for samples.jsonl
 
 
-def grpo_update(model, processor, scorers: Scorers, optimizer, batch: list[Study], cfg: Config, *, k: int, stage: int):
+def grpo_update(model, processor, scorers: Scorers, optimizer, batch: list[Study], cfg, *, k, stage, record=False):
     """Policy update k of Algorithm 1; `batch` is this process's share of the studies.
 
-    Returns (the row for metrics.jsonl, the first study's candidates with their rewards for samples.jsonl).
+    Returns (the row for metrics.jsonl, with `record` the first study's group for samples.jsonl, else None).
     """
     part, sample, micro_batches = {}, None, []
     if batch:  # fewer studies than processes leave some without
@@ -83,14 +85,14 @@ def grpo_update(model, processor, scorers: Scorers, optimizer, batch: list[Study
         # 3. what counts is to be better than the other candidates of the same study: Eq. 9
         advantages = group_advantages(rewards, cfg.grpo.advantage)  # (B, G), as rewards
         micro_batches = split_batch(inputs, out, advantages, ids, cfg)
-        part, sample = group_metrics(out, rewards, parts), sample_record(batch[0], texts[0], rewards, parts, k)
+        part, sample = group_metrics(out, rewards, parts), record and Sample(model, processor, batch[0], views[0], cfg)
     # 4. - 6. make the better candidates likelier
     stats, norm = policy_step(model, optimizer, micro_batches, sampling_rules(model, processor, cfg), cfg)
     part |= {name: [s[name] for s in stats] for name in (stats[0] if stats else ())}
     row = average(parallel.gather(part)) | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
     if row["kl"] > HIGH_KL and parallel.rank() == 0:
         tqdm.write(f"update {k}: KL {row['kl']:.2f} is above {HIGH_KL}: read samples.jsonl for hacking", sys.stderr)
-    return row, sample
+    return row, sample.row(k, texts[0], rewards, parts, micro_batches) if sample else None
 
 
 def policy_step(model, optimizer, micro_batches: list[MicroBatch], rules: SamplingRules, cfg: Config):
@@ -115,6 +117,7 @@ def policy_step(model, optimizer, micro_batches: list[MicroBatch], rules: Sampli
             if iteration == 0:
                 old_logps.append(logps.detach())
             given = logps, old_logps[i], ref_logps[i], m.advantages, m.mask
+            m.seen = logps.detach(), *given[1:3]
             loss, found = grpo_loss(*given, eps_low=g.eps_low, eps_high=g.eps_high, beta=g.beta)
             (loss * m.share).backward()
             stats += [{"loss": loss.item()} | found] * len(logps)
@@ -223,14 +226,15 @@ def run_stage(cfg: Config, stage: int | str, folder: Path, init: Path | None, re
         else:
             left = 1 - step / steps if cfg.grpo.lr_scheduler_type == "linear" else 1
             optimizer.param_groups[0]["lr"] = cfg.grpo.lr * left
-            row, sample = grpo_update(model, processor, scorers, optimizer, batch, cfg, k=k, stage=stage)
+            record = step % cfg.sample_every == 0 and (rank == 0 or cfg.fsdp)  # a spread base needs all processes
+            row, sample = grpo_update(model, processor, scorers, optimizer, batch, cfg, k=k, stage=stage, record=record)
         if not math.isfinite(row["grad_norm"]):  # the weights are lost: keep the checkpoint before them
             raise ValueError(f"{folder.name}: the gradient of update {step + 1} is not finite: lower the learning rate")
         row["seconds"] = time.perf_counter() - began
         if held_out and (step + 1) % cfg.val_every == 0:
             outputs = generate_split(model.eval(), processor, held_out, cfg)
             row |= validation_row(outputs, held_out, cfg)
-        log.write(k, row, None if step % cfg.sample_every else sample)
+        log.write(k, row, sample)
         bar.set_postfix(shown(row), refresh=False)  # drawn with the bar, so that a log file is not flooded
         if (step + 1) % cfg.save_every == 0 and rank == 0:
             save_checkpoint(folder, model, optimizer, stage, k, step + 1)

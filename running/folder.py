@@ -2,7 +2,7 @@
 
     <run>/<stage>/config.json     the resolved config; a later start with other settings is refused
                   metrics.jsonl   one row per policy update k, also as TensorBoard events in tb/
-                  samples.jsonl   groups of candidates with every reward (both: running/log.py)
+                  samples.jsonl   groups of candidates with every reward and token (running/log.py, running/record.py)
                   checkpoint.pt   adapter, optimizer, RNG state, number of updates done: one file, replaced atomically;
                                   the one before it stays, as checkpoint.previous.pt
                   adapter/        the finished policy, for `peft.PeftModel.from_pretrained`; its presence = stage done

@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from data import Study
 from formats.files import require_regular
 from rollout import Rollout
 from running.folder import private, write_text, writing
@@ -113,14 +112,6 @@ def average(parts: list[dict[str, list[float]]]) -> dict[str, float]:
         if values:
             row[name] = sum(values) / len(values)
     return row
-
-
-def sample_record(study: Study, texts: list[str], rewards: Tensor, parts: dict[str, Tensor], k: int) -> dict:
-    """The G candidates of a batch's first study with every reward, of (B, G) tensors; null for what there is not."""
-    columns = {"reward": rewards, **parts}
-    rows = [{"text": text} | {name: None if (x := values[0, i].item()) != x else x for name, values in columns.items()}
-            for i, text in enumerate(texts)]  # fmt: skip
-    return {"k": k, "id": study.id, "reference": study.report, "candidates": rows}
 
 
 def shown(row: dict[str, float]) -> dict[str, str]:

@@ -79,6 +79,43 @@ def test_a_run_leaves_everything_behind(finished):
     assert "reward/visual" in rows(run / "stage2")[0] and "reward/visual" not in rows(run / "stage1")[0]
     sample = json.loads((run / "stage2" / "samples.jsonl").read_text().splitlines()[0])
     assert len(sample["candidates"]) == 3 and {"text", "reward", "bleu4", "visual"} <= sample["candidates"][0].keys()
+    assert [json.loads(line)["k"] for line in (run / "stage1" / "samples.jsonl").read_text().splitlines()] == [1, 3]
+
+
+def record_of(finished, **grpo):
+    """(row of samples.jsonl, weights) of one update that is recorded, and (None, weights) of one that is not."""
+    cfg, results = replace(finished, grpo=replace(finished.grpo, lr=0.02, **grpo)), []
+    init, sft = (Path(finished.run) / stage / "adapter" for stage in ("stage1", "sft"))
+    for record in (True, False):
+        model, processor, scorers, optimizer = train.load_stage(cfg, 1, init, sft)
+        batch, state = load_studies(cfg.data, "train")[:3], torch.get_rng_state()
+        given = dict(k=2, stage=1, record=record)
+        sample = train.grpo_update(model, processor, scorers, optimizer, batch, cfg, **given)[1]
+        assert torch.equal(torch.get_rng_state(), state)
+        results += [sample, {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}]
+    return results
+
+
+def test_recording_a_group_changes_nothing(finished):
+    sample, weights_of_one, nothing, weights_of_other = record_of(finished)
+    assert nothing is None and same(weights_of_one, weights_of_other)
+    assert len(sample["greedy"]) == 2 and len(sample["candidates"]) == 3
+    for candidate in sample["candidates"]:
+        # the text is in front of its tags, which the test adds behind the sampler
+        assert sum(candidate["pieces"]) == len(candidate["text"]) and len(candidate["pieces"]) == len(candidate["kl"])
+        assert set(candidate["ratio"]) == {1.0} and candidate["clipped"] == []  # one step a batch
+        assert min(candidate["kl"]) >= 0
+    assert any(x for candidate in sample["candidates"] for x in candidate["moved"])
+
+
+def test_a_recorded_group_tells_what_the_clipping_left_out(finished):
+    sample = record_of(finished, num_iterations=3, micro_batch=2, micro_group=2)[0]
+    rewards = torch.tensor([[candidate["reward"] for candidate in sample["candidates"]]])
+    for candidate, a in zip(sample["candidates"], train.group_advantages(rewards)[0].tolist(), strict=True):
+        outside = [i for i, r in enumerate(candidate["ratio"]) if a > 0 and r > 1.2 or a < 0 and r < 0.8]
+        assert candidate["clipped"] == outside
+    assert any(r != 1 for candidate in sample["candidates"] for r in candidate["ratio"])
+    assert any(candidate["clipped"] for candidate in sample["candidates"])
 
 
 def test_kl_is_zero_at_the_first_update_of_stage_1_alone(finished):

@@ -1,4 +1,4 @@
-"""The whole method in one command: small models, SFT, Stage 1, two branches of equal length, evaluation, table.
+"""The whole method in one command: small models, SFT, Stage 1, two branches of equal length, evaluation, table, page.
 
     assets ──▶ sft ──▶ stage1 ──┬──▶ stage1_continued   (lambda_vis = 0: text rewards only)
                                 └──▶ stage2             (lambda_vis = 0.5: VALOR)
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from config import Config, parse
+from evidence.page import write_page
 from evidence.tasks import CORES, Task, run_tasks
 
 OWN_STUDIES = 300  # of a validation split of one's own, about; a test split twice as many: for the time to go
@@ -83,7 +84,8 @@ def check_gate(cfg: Config) -> None:
 def main() -> None:
     cfg, began = parse(Config, __doc__), time.time()
     run_tasks(make_tasks(cfg, sys.argv[1:]))
-    print(f"\nthe demo took {time.time() - began:.0f} s; what it left is in {cfg.run}/")
+    print(f"\nlook at it in a browser: {write_page(Path(cfg.run))}")
+    print(f"the demo took {time.time() - began:.0f} s; what it left is in {cfg.run}/")
 
 
 if __name__ == "__main__":

@@ -217,6 +217,13 @@ def decode_mask(mask: dict) -> np.ndarray:
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(mask["size"], order="F")
 
 
+def outline(mask: np.ndarray) -> list[np.ndarray]:
+    """The lines around an (H, W) bool mask, each (n, 2) points x, y in pixels from the film's upper left corner."""
+    from contourpy import contour_generator  # as matplotlib below
+
+    return [line - 0.5 for line in contour_generator(z=np.pad(mask, 1) * 1.0).lines(0.5)]
+
+
 def contact_sheet(studies: list[tuple[np.ndarray, dict, dict]], path: Path) -> None:
     """Save a PNG of studies, each as world.make_study gives it: image, findings with their outlines, those only stated
     in grey, and the reference report."""

@@ -199,7 +199,7 @@ class Config:
     fsdp: bool = False  # spread the base over torchrun's GPUs (PyTorch's FSDP2): it does not fit on each [ours]
     threads: Annotated[Count, Field(le=1024)] = 1  # CPU threads per process, 0 = torch's choice [ours]
     save_every: AtLeastOne = 20  # updates between checkpoints [ours]
-    sample_every: AtLeastOne = 20  # updates between groups written to samples.jsonl with their rewards [ours]
+    sample_every: AtLeastOne = 20  # updates between groups in samples.jsonl, a third of an update's time each [ours]
     val_every: Count = 0  # updates between greedy passes over eval.val_studies, logged as val/*; 0 = never [ours]
 
     data: DataConfig = field(default_factory=DataConfig)

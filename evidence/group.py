@@ -14,12 +14,12 @@ import torch
 from markupsafe import Markup, escape
 
 from config import Config
-from evidence import reader
+from evidence.phrases import MARKS, mark_report
+from evidence.reader import read_report, truth_counts
 from grpo import group_advantages
 from rewards import rank_reward, strip_tags, text_reward
 
 TOKENS = ("pieces", "ratio", "clipped", "kl", "moved")  # of a candidate: running/record.py
-KINDS = ("invented", "wrong side", "right")  # of reader.judge, worst first
 
 
 @dataclass
@@ -36,25 +36,24 @@ class Stage:
 
 def marked(text: str, labels: list[str] | None) -> dict:
     """A report for the page: its HTML, where the truth is known with what it states marked, and what it omits."""
-    text, html, last = strip_tags(text), Markup(""), 0
+    text, html = strip_tags(text), Markup("")
     if labels is None:
         return {"html": escape(text), "omitted": [], "said": [], "stated": text, "invents": False}
+    phrases, omitted = mark_report(text, labels)
+    for phrase in phrases:
+        said, (_, _, meaning) = ", ".join(map(spoken, phrase.labels)), MARKS[phrase.mark]
+        mark = "{}" if phrase.mark == "plain" else '<mark class="{1}" title="{2}: {3}">{0}</mark>'
+        html += Markup(mark).format(text[phrase.start : phrase.end], phrase.mark.split()[0], said, meaning)
+    n = truth_counts(text, labels)
+    said = [f"{n['correct']} right", f"{n['hallucinated']} invented"]
+    said += [f"{n['wrong_side']} of them on the wrong side"] * (n["wrong_side"] > 0)
+    return {"html": html, "omitted": list(map(spoken, omitted)), "said": said, "invents": n["hallucinated"] > 0,
+            "stated": sorted(read_report(text).stated, key=str)}  # fmt: skip
 
-    def name(pair: tuple) -> str:
-        return " ".join(filter(None, reversed(pair)))
 
-    verdicts, omitted = reader.judge(text, labels)
-    for start, end, pairs in reader.find_phrases(text):
-        found = {pair: verdicts[pair] for pair in pairs if pair in verdicts}
-        if found:  # else its side is given elsewhere
-            said = ", ".join(f"{name(pair)}: {verdict}" for pair, verdict in found.items())
-            kind = min(found.values(), key=KINDS.index).split()[0]
-            mark = Markup('<mark class="{}" title="{}">{}</mark>').format(kind, said, text[start:end])
-            html, last = html + escape(text[last:start]) + mark, end
-    counts = {kind: list(verdicts.values()).count(kind) for kind in reversed(KINDS)}
-    return {"html": html + escape(text[last:]), "omitted": sorted(map(name, omitted)),
-            "said": [f"{n} {kind}" for kind, n in counts.items()], "stated": sorted(map(name, verdicts)),
-            "invents": len(verdicts) > counts["right"]}  # fmt: skip
+def spoken(label: str) -> str:
+    """ "effusion_left" as one says it."""
+    return " ".join(reversed(label.split("_")))
 
 
 def changed(before: str, after: str) -> Markup:

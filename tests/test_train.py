@@ -105,7 +105,10 @@ def test_recording_a_group_changes_nothing(finished):
         assert sum(candidate["pieces"]) == len(candidate["text"]) and len(candidate["pieces"]) == len(candidate["kl"])
         assert set(candidate["ratio"]) == {1.0} and candidate["clipped"] == []  # one step a batch
         assert min(candidate["kl"]) >= 0
-    assert any(x for candidate in sample["candidates"] for x in candidate["moved"])
+    assert any(x > 0 for candidate in sample["candidates"] for x in candidate["kl"])
+    rewards = torch.tensor([candidate["reward"] for candidate in sample["candidates"]])
+    moved = torch.tensor([np.mean(candidate["moved"]) for candidate in sample["candidates"]])
+    assert (train.group_advantages(rewards) * moved).sum() > 0.01  # the better ones have become likelier
 
 
 def test_a_recorded_group_tells_what_the_clipping_left_out(finished):

@@ -46,7 +46,7 @@ $(BENCH)/.ready: requirements.txt constraints.txt benchmarks/requirements.txt
 	touch $@
 
 test: $(READY) lint
-	$(PY) -m pytest -q -m "not slow" tests
+	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile tests
 
 test-slow: $(READY)
 	$(PY) -m pytest -q -m slow tests

@@ -16,14 +16,22 @@ import numpy as np
 from scipy.special import nctdtr, stdtr, stdtrit
 
 from evidence.metrics import METRICS, interval, resample
+from formats.files import read_text
 
 Runs = dict[int, dict[str, np.ndarray]]  # seed -> {"<row>/<family>": (n studies, k)}
 
 
 def read_plan(path: str = "") -> dict:
     """A plan, the phantom's where no path is given: what each comparison of a sweep is for; its "margins"
-    {"<row>/<metric>": fraction} are of the primary metrics."""
-    return tomllib.loads(Path(path or Path(__file__).with_name("plan.toml")).read_text(encoding="utf-8"))
+    {"<row>/<metric>": fraction} are of the primary metrics. ValueError for a file that is no plan."""
+    file = Path(path or Path(__file__).with_name("plan.toml"))
+    try:
+        plan = tomllib.loads(read_text(file))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file}: not TOML ({error})") from None
+    if lacking := [name for name in ("margins", "comparison", *["arms"] * bool(path)) if name not in plan]:
+        raise ValueError(f"{file}: no plan, as it has no table {lacking[0]!r}")
+    return plan
 
 
 PLAN = read_plan()

@@ -25,7 +25,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
-from config import Config, flatten, from_recorded, to_dict
+from config import Config, flatten, from_recorded, read_regular, to_dict
 from formats.files import read_json, require_regular
 from running.weights import check_zip, require_finite_tensors, tensor_shapes
 
@@ -117,9 +117,14 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     recorded, ignored = from_recorded(path, Config())
     if ignored:
         print(f"{path}: settings of an earlier version are ignored: {', '.join(ignored)}")
-    old, new = flatten(to_dict(recorded)), flatten(to_dict(cfg))
-    for key, value in new.items():
-        if not {key, key.split(".")[0]} & set(FREE_FIELDS) and old[key] != value:
+    old, new, given = flatten(to_dict(recorded)), flatten(to_dict(cfg)), flatten(json.loads(read_regular(path)))
+    bound = [key for key in new if not {key, key.split(".")[0]} & set(FREE_FIELDS)]
+    added = [f"{key} = {new[key]}" for key in bound if key not in given]
+    done = (folder / "adapter").exists()
+    if added and not done:  # a part of the stage was trained before they were there
+        print(f"{path} does not know these settings, with which it goes on: {', '.join(added)}")
+    for key, value in ((key, new[key]) for key in bound if done or key in given):
+        if old[key] != value:
             raise ValueError(f"{folder} was started with {key} = {old[key]}, now it is {value}: give the old value, "
                              "choose another --run or --name, or delete the folder")  # fmt: skip
 

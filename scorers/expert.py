@@ -126,7 +126,7 @@ class Expert:
 
 def with_errors(similarity: Callable, deviation: float) -> Callable:
     """Eq. 6's function with a random error of that standard deviation in each (study, text), always the same one: an
-    expert that errs, but not by language prior (the control of docs/results.md). 0: the function itself."""
+    expert that errs, but not by language prior. 0: the function itself."""
 
     def error(study_id: str, text: str) -> float:
         seed = hashlib.sha256(f"{study_id}\n{text}".encode()).digest()

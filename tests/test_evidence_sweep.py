@@ -135,7 +135,8 @@ def test_a_plan_brings_arms_of_its_own_and_seeds_models_of_their_own(tmp_path):
     arms, keys = about["arms"], {c.key for c in columns("pairs") + columns("gold")} | {"sampled/equal_hallucination"}
     for row in about["comparison"]:
         assert {*row["arms"]} <= arms.keys() and row["holds_if"].keys() <= keys | {"greedy/bleu_4"}, row
-    (tmp_path / "plan_x.toml").write_text('[arms.sft]\nafter = "b"\nflags = ""\n[arms.b]\nflags = ""\n')
+    wrong = 'comparison = []\n[margins]\n[arms.sft]\nafter = "b"\nflags = ""\n[arms.b]\nflags = ""\n'
+    (tmp_path / "plan_x.toml").write_text(wrong)
     with pytest.raises(ValueError, match=r"plan_x.toml: \[sft\] must stand below \[b\]"):
         sweep.make_tasks(replace(cfg, plan=str(tmp_path / "plan_x.toml")), [])
 
@@ -345,3 +346,14 @@ def test_the_curves_mark_where_clinical_rewards_and_stage_2_begin(tmp_path, monk
         assert marks == {":": 12.5, "--": 4}
     assert {"BLEU-4", "CheXbert F1"} == {text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()}
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text, said", [(None, "cannot be read"), ("[", "not TOML"), ("", "no table 'margins'"),
+                                        ("[margins]\n[[comparison]]\n", "no table 'arms'")])  # fmt: skip
+def test_what_is_no_plan_is_one_line(tmp_path, text, said, monkeypatch):
+    if text is not None:
+        (tmp_path / "plan_x.toml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["sweep", "--plan", f"{tmp_path}/plan_x.toml", "--out", f"{tmp_path}/out"])
+    with pytest.raises(SystemExit, match=f"sweep: .*plan_x.toml.*{said}") as stop:
+        sweep.main()
+    assert "\n" not in str(stop.value)

@@ -361,3 +361,25 @@ def test_what_another_process_finished_while_we_waited_is_not_trained_again(tmp_
     monkeypatch.setattr(train, "resolve", lambda cfg, needs: cfg)
     train.train(Config(stage="0", run=str(tmp_path)))
     assert "sft is complete" in capsys.readouterr().out
+
+
+def test_a_setting_that_a_begun_stage_did_not_know_is_said_and_may_be_given(tmp_path, capsys):
+    """Its learning rate was constant before there was a schedule: whoever goes on can ask for that."""
+    claim_folder(tmp_path, Config())
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    del recorded["grpo"]["lr_scheduler_type"]
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    (tmp_path / "metrics.jsonl").write_text("")
+    for kind in ("linear", "constant"):
+        cfg = Config()
+        cfg.grpo.lr_scheduler_type = kind
+        claim_folder(tmp_path, cfg)
+        said = f"does not know these settings, with which it goes on: grpo.lr_scheduler_type = {kind}\n"
+        assert capsys.readouterr().out.endswith(said)
+    cfg.grpo.lr = 1.0
+    with pytest.raises(ValueError, match="was started with grpo.lr = "):
+        claim_folder(tmp_path, cfg)
+    (tmp_path / "adapter").mkdir()
+    capsys.readouterr()
+    claim_folder(tmp_path, Config())
+    assert capsys.readouterr().out == ""  # a finished one goes on with nothing

@@ -8,6 +8,8 @@ interval rests on, and the p-values: statistics.py. The primary metrics and the 
 """
 
 import glob
+import json
+import re
 from pathlib import Path
 from textwrap import indent
 
@@ -16,9 +18,12 @@ from evidence.statistics import MARGINS, Runs, estimate, holm, marks, seeds_need
 from evidence.tables import columns, draw, load_stats, read_result
 from formats.files import read_jsonl
 
+WORLD = re.compile(r"\b(?:phantom|tiny)-[0-9a-f]{8}\b")  # phantom.cache.asset_dir
+
 
 def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
-    """Statistics by seed of the evaluated policies that `pattern` names, and the settings they share.
+    """Statistics by seed of the evaluated policies that `pattern` names, and the settings they share; "worlds": the
+    folders of built assets that each seed used, which may be each seed's own.
 
     pattern: a stage's folder (`runs/phantom/stage2`), a run's (its stage2 is taken), or a glob of such folders.
     ValueError for what was not evaluated or is damaged, for a seed that occurs twice and for settings that differ.
@@ -32,7 +37,7 @@ def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
         named = place.name and not glob.has_magic(pattern)
         raise ValueError(f"--compare: '{pattern}' has no results on split '{split}'"
                          + (command if named else ": it matches no evaluated policy"))  # fmt: skip
-    runs, shared = {}, None
+    runs, worlds, shared = {}, {}, None
     for path in map(Path, found):
         settings = read_result(path)["settings"]
         seed = settings.pop("seed")
@@ -40,6 +45,8 @@ def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
         spill = path.parents[2] / "spill" / path.parent.name / "results.json"
         if spill.exists():
             settings["spill"] = read_result(spill)["settings"] | {"seed": None}
+        text = json.dumps(settings)
+        worlds[seed], settings = sorted({*WORLD.findall(text)}), json.loads(WORLD.sub("world", text))
         shared = shared or settings
         if seed in runs:
             raise ValueError(f"--compare: {pattern}: seed {seed} occurs twice ({path.parent})")
@@ -47,14 +54,17 @@ def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
         runs[seed] = load_stats(path.with_name("stats.npz"), settings["n"])
         if spill.exists():
             runs[seed] |= load_stats(spill.with_name("stats.npz"), settings["spill"]["n"])
-    return runs, shared
+    return runs, shared | {"worlds": worlds}
 
 
 def check_alike(name, settings: dict, other, others: dict) -> None:
     """ValueError when two evaluations differ in what they are of, or in how they were made."""
-    for key in (settings.keys() | others.keys()) - {"spill"} | settings.keys() & others.keys():
+    for key in (settings.keys() | others.keys()) - {"spill", "worlds"} | settings.keys() & others.keys() - {"worlds"}:
         if settings.get(key) != others.get(key):
             raise ValueError(f"--compare: {name} was evaluated with another '{key}' than {other}")
+    worlds = [each.get("worlds", {}) for each in (settings, others)]
+    if apart := [seed for seed in worlds[0].keys() & worlds[1].keys() if worlds[0][seed] != worlds[1][seed]]:
+        raise ValueError(f"--compare: {name} was evaluated with other small models than {other} (seed {apart[0]})")
 
 
 def compare(patterns: tuple[str, ...], split: str) -> str:

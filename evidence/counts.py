@@ -14,19 +14,24 @@ import numpy as np
 import torch
 
 from evidence.compare import check_alike, load_runs
+from evidence.expert_accuracy import accuracy_file
 from evidence.metrics import METRICS
 from evidence.protocols import NOTES
 from evidence.statistics import Runs
 from evidence.tables import columns
-from formats.files import read_jsonl
+from formats.files import read_json, read_jsonl
 from running.folder import write_bytes
 from running.weights import check_zip
 
 
-def write_counts(path: Path, root: Path, seeds: list[int], split: str, about: dict[str, str], assets: Path) -> None:
+def write_counts(
+    path: Path, root: Path, seeds: list[int], split: str, about: dict[str, str], assets: list[Path],
+    experts: dict[str, str],
+) -> None:  # fmt: skip
     """Collect a sweep's evaluated runs, a folder per seed in `root`: the base and the arms `about` {arm: what it is}.
 
-    assets: the folder of the phantom's models. ValueError for an arm without a result for any of the seeds.
+    assets: the folders of small models, one a world. experts {arm: its expert}: their accuracy is kept where it was
+    measured. ValueError for an arm without a result for any of the seeds.
     """
     wanted, arms, shared = {_family(column.key) for column in columns("pairs")}, {}, None
     for arm in ["base", *about]:
@@ -42,22 +47,30 @@ def write_counts(path: Path, root: Path, seeds: list[int], split: str, about: di
     }
     arrays = {f"{arm}/{name}": _small(np.stack([stats[name] for stats in runs.values()])) for arm, runs in arms.items()
               for name in sorted(wanted) if all(name in stats for stats in runs.values())}  # fmt: skip
-    exact, kinds = assets / "data" / "truth.jsonl", {}
-    if exact.exists():  # the phantom's: nobody knows of real references which are true
-        truth = {row["id"]: row for row in read_jsonl(exact)}
-        pairs = [(set(truth[i]["stated"]), set(truth[i]["labels"])) for i in shared["ids"]]
-        kinds = {"reference states exactly what the image shows": [stated == true for stated, true in pairs],
-                 "reference hallucinates": [bool(stated - true) for stated, true in pairs]}  # fmt: skip
     settings = {
         "seeds": {arm: list(runs) for arm, runs in arms.items()}, "about": about, "ids": shared["ids"],
         "split": shared["split"], "studies": shared["n"], "torch": torch.__version__,
         "protocol": NOTES[shared["eval"].get("protocol", "raw")],
-        "assets": {p.parent.name: json.loads(p.read_text()) for p in sorted(assets.glob("*/quality.json"))},
-        "kinds": kinds,
+        "assets": {f"{world.name}/{p.parent.name}": json.loads(p.read_text())
+                   for world in assets for p in sorted(world.glob("*/quality.json"))},
+        "kinds": kinds_of(shared["ids"], assets[0] / "data" / "truth.jsonl") if len(assets) == 1 else {},
+        "accuracy": {arm: {seed: read_json(file)["value"] for seed in seeds
+                           if (file := accuracy_file(root / str(seed), expert)).exists()}
+                     for arm, expert in experts.items()},
     }  # fmt: skip
     file = io.BytesIO()
     np.savez_compressed(file, settings=np.array(json.dumps(settings)), **arrays)
     write_bytes(path, file.getbuffer())
+
+
+def kinds_of(ids: list[str], exact: Path) -> dict[str, list[bool]]:
+    """{kind of reference: whether each study has it}, of the phantom: nobody knows which real references are true."""
+    if not exact.exists():
+        return {}
+    truth = {row["id"]: row for row in read_jsonl(exact)}
+    pairs = [(set(truth[i]["stated"]), set(truth[i]["labels"])) for i in ids]
+    return {"reference states exactly what the image shows": [stated == true for stated, true in pairs],
+            "reference hallucinates": [bool(stated - true) for stated, true in pairs]}  # fmt: skip
 
 
 def read_counts(path: Path) -> tuple[dict[str, Runs], dict]:
@@ -72,6 +85,8 @@ def read_counts(path: Path) -> tuple[dict[str, Runs], dict]:
             arm, _, key = name.partition("/")
             for seed, of in zip(settings["seeds"][arm], values.astype(float), strict=True):
                 runs[arm][seed][key] = of
+        settings["accuracy"] = {arm: {int(seed): value for seed, value in found.items()}
+                                for arm, found in settings.get("accuracy", {}).items()}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no file of counts ({error}); make it again by python -m evidence.sweep") from None
     return runs, settings

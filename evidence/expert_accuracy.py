@@ -1,12 +1,13 @@
 """How often a frozen expert orders a policy's own candidates as the exact truth does: how good the judge of Eq. 6 is.
 
-    python -m evidence.expert_accuracy --run R --experts phantom:expert phantom:expert_100
+    python -m evidence.expert_accuracy --run R --experts phantom:expert phantom:expert_100 phantom:expert+0.05
 
-The candidates are the samples in `<run>/eval/<split>/stage1/reports.jsonl`, which `evaluate.py --run R --policy stage1
---split val --eval.samples 8` writes. Held-out probes with true reports flatter an expert; these are the texts that it
-will be asked about. `--scorers.expert-noise` applies. Writes expert_accuracy.json beside that file.
+The candidates: a group of rollout.group_size that the policy (Stage 1's) samples for each study of a split. Held-out
+probes with true reports flatter an expert; these are the texts that it will be asked about. NAME+0.05 is that expert
+with scorers.expert_noise 0.05. Each leaves a file in `<run>/eval/<split>/<policy>/accuracy/`, which the sweep reads.
 """
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +17,24 @@ from tqdm import tqdm
 
 from config import Config
 from data import Study, load_studies
-from evidence.inputs import settings
+from evidence.generate import generate_split
+from evidence.inputs import find_policies, settings
 from evidence.metrics import divide, interval, resample
 from evidence.reader import truth_counts
 from evidence.tables import write_json
-from formats.files import read_jsonl
 from formats.images import read_image
+from model import load_policy
 from phantom.assets import resolve
+from rewards import strip_tags
+from running import parallel
 from scorers.expert import load_expert, with_errors
 
 
 @dataclass
 class AccuracyConfig(Config):
     experts: tuple[str, ...] = ("phantom:expert",)  # as scorers.expert [ours]
-    split: str = "val"  # split whose candidates were evaluated [ours]
+    policy: str = "stage1"  # whose candidates [ours]
+    split: str = "val"  # of whose studies [ours]
 
 
 def ordered_pairs(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -61,23 +66,32 @@ def accuracy(similarity, studies: list[Study], groups: list[list[str]]) -> dict[
     return {"value": float(divide(*found.sum(0))), "lo": lo, "hi": hi}
 
 
+def accuracy_file(run: Path, expert: str, policy: str = "stage1", split: str = "val") -> Path:
+    """Where the accuracy of `expert`, as --experts names it, is kept."""
+    return run / "eval" / split / policy / "accuracy" / (re.sub(r"[^\w+.]+", "_", expert) + ".json")
+
+
 def main() -> None:
     cfg = settings(AccuracyConfig(), sys.argv[1:], __doc__)
     try:
-        path = Path(cfg.run) / "eval" / cfg.split / "stage1" / "reports.jsonl"
-        studies = load_studies(resolve(cfg, ("data",)).data, cfg.split)
-        rows = {row["id"]: row.get("samples") for row in read_jsonl(path)} if path.exists() else {}
-        if lost := [s.id for s in studies if not rows.get(s.id)]:
-            raise ValueError(f"{path}: no samples of study {lost[0]}: first evaluate.py --run {cfg.run} --policy stage1"
-                             f" --split {cfg.split} --eval.samples 8")  # fmt: skip
-        results = {}
-        for name in cfg.experts:
+        parallel.start(cfg.device, cfg.threads)
+        [(policy, adapter)] = find_policies(Path(cfg.run), cfg.policy).items()
+        one = resolve(cfg, ("data", "base"))
+        studies = load_studies(one.data, cfg.split)
+        if studies[0].labels is None:
+            raise ValueError(f"{one.data.path} has no exact labels, by which candidates could be ordered")
+        model, processor = load_policy(one, adapter)
+        outputs = generate_split(model, processor, studies, one, cfg.rollout.group_size, f"{policy}: candidates")
+        groups = [[strip_tags(text) for text in group] for group in outputs]
+        for key in cfg.experts:
+            name, _, noise = key.partition("+")
             one = resolve(replace(cfg, scorers=replace(cfg.scorers, expert=name)), ("data", "expert"))
-            similarity = with_errors(load_expert(one.scorers.expert).similarity, cfg.scorers.expert_noise)
-            key = name + f" + noise {cfg.scorers.expert_noise:g}" * bool(cfg.scorers.expert_noise)
-            results[key] = found = accuracy(similarity, studies, [rows[s.id] for s in studies])
+            similarity = with_errors(load_expert(one.scorers.expert).similarity, float(noise or 0))
+            found = accuracy(similarity, studies, groups)
+            path = accuracy_file(Path(cfg.run), key, policy, cfg.split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
             print(f"{key}: {found['value']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}] of the pairs in order")
-        write_json(path.with_name("expert_accuracy.json"), results)
     except (ValueError, OSError) as error:
         sys.exit(f"expert_accuracy: {error!s:.1500}")
 

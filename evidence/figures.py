@@ -1,5 +1,6 @@
-"""The figures of results/: what happened over the updates (the paper's Figure 7), where each arm ended, and where the
-arms of the two sweeps over lambda_vis and k_clin did (its Figure 6)."""
+"""The figures of results/: what happened over the updates (the paper's Figure 7), where each arm ended, where the arms
+of the two sweeps over lambda_vis and k_clin did (its Figure 6), what references and expert each add, how the gain goes
+with the expert's accuracy, and whether it is there in other worlds."""
 
 from pathlib import Path
 
@@ -25,6 +26,11 @@ SWEEPS = {"lambda_vis": {0: "stage1_continued", 0.05: "vis_05", 0.1: "vis_10", 0
           "k_clin": {1: "valor_dense", 4: "valor", 16: "valor_rare"}}  # fmt: skip
 SWEPT = {"greedy/bleu_4": "BLEU-4", "greedy/rouge_l": "ROUGE-L, %", "greedy/f1_micro": "CheXbert F1, %",
          "sampled/sided_f1": "sided F1, %, sampled", "greedy/hallucination_rate": "hallucinated, %"}  # fmt: skip
+# references, and the expert of the image reward: arm
+CROSSED = {"noisy references": {"none": "stage1_continued", "noisy": "noisy_expert", "clean": "valor"},
+           "clean references": {"none": "clean_text", "noisy": "clean_noisy", "clean": "clean_both"}}  # fmt: skip
+PRIMARY = {"sampled/sided_f1": "sided F1, %, sampled", "sampled/equal_hallucination": "hallucinated %, at equal number",
+           "sampled/prior_spill": "prior spill, points"}  # fmt: skip
 
 
 def series(runs: list[Path], arm: str, key: str) -> pd.DataFrame:
@@ -79,9 +85,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
             for first in clinical[:1]:
                 axis.axvline(first, color="black", linewidth=0.8, linestyle="--")
     marks = "dashed: first clinical reward; dotted: Stage 2 begins; 0 = SFT"
-    figure.suptitle(f"mean of {len(runs)} seeds, band = their range; {marks}", fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, path, f"mean of {len(runs)} seeds, band = their range; {marks}")
 
 
 def draw_arms(results: dict, path: Path) -> None:
@@ -99,15 +103,11 @@ def draw_arms(results: dict, path: Path) -> None:
             axis.plot(mean, place, "o", color=colour, markersize=6)
             for value in found[key]["seeds"].values():
                 axis.plot(100 * value, place - 0.25, "|", color=colour, markersize=5, alpha=0.7)
-        axis.set_title(ENDS[key], fontsize=10)
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis, ENDS[key], "x")
     axes[0].set_yticks(places, [arm.replace("_", " ") for arm in arms])
     axes[0].set_ylim(-0.7, len(arms) - 0.3)
     what = f"{results['studies']} test studies; dot: mean of {len(results['seeds'])} seeds; line: 95% interval"
-    figure.suptitle(f"{what}; ticks: each seed", fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, path, f"{what}; ticks: each seed")
 
 
 def draw_sweeps(results: dict, path: Path, sweeps: dict[str, dict[float, str]] = SWEEPS) -> None:
@@ -132,10 +132,79 @@ def draw_sweeps(results: dict, path: Path, sweeps: dict[str, dict[float, str]] =
             axis.set_xticks(range(len(grid)), [f"{value:g}" for value in grid])
             axis.set_xlim(-0.5, len(grid) - 0.5)
             axis.set_xlabel(name)
-            axis.set_title(title, fontsize=9)
-            axis.grid(axis="y", alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
+            tidy(axis, title, "y")
     what = f"{results['studies']} test studies; dot: mean over the seeds; line: 95% interval; ticks: each seed"
+    finish(figure, path, what)
+
+
+def draw_crossed(results: dict, path: Path) -> None:
+    """The primary metrics by the expert of the image reward, a line for noisy and one for clean references: CROSSED."""
+    figure, axes = plt.subplots(1, len(PRIMARY), figsize=(10, 3.2), layout="constrained")
+    for axis, (key, title) in zip(axes, PRIMARY.items(), strict=True):
+        for shift, ((name, line), colour) in enumerate(zip(CROSSED.items(), ("#D55E00", "#0072B2"), strict=True)):
+            found = {place + 0.08 * shift: results["arms"][arm][key] for place, arm in enumerate(line.values())
+                     if key in results["arms"].get(arm, {})}  # fmt: skip
+            for place, each in found.items():
+                axis.plot([place] * 2, [100 * each["lo"], 100 * each["hi"]], color=colour, linewidth=1.6)
+            means = [100 * each["mean"] for each in found.values()]
+            axis.plot([*found], means, "os"[shift] + ":-"[shift], color=colour, markersize=6, label=name)
+        tidy(axis, title, "y")
+        axis.set_xticks(range(3), CROSSED["noisy references"])
+        axis.set_xlabel("expert of the image reward")
+    axes[0].legend(fontsize=8, frameon=False)
+    finish(figure, path, f"{results['studies']} test studies; mean over the seeds, line: 95% interval")
+
+
+def draw_phase(results: dict, path: Path) -> None:
+    """Each arm's gain over Stage 1 continued against its expert's measured accuracy; the line is the plan's trend."""
+    gains = results["versus"].get("stage1_continued", {})
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for arm, measured in results["accuracy"].items():
+        if measured and "sampled/sided_f1" in gains.get(arm, {}) and not arm.startswith(("vis", "clean", "valor_")):
+            place, gain = np.mean([*measured.values()]), gains[arm]["sampled/sided_f1"]
+            mean, lo, hi = (100 * gain[name] for name in ("mean", "lo", "hi"))
+            random = arm.startswith("score_noise")
+            axis.plot([place, place], [lo, hi], color="#D55E00" if random else "#0072B2", linewidth=1.4)
+            axis.plot(place, mean, "s" if random else "o", color="#D55E00" if random else "#0072B2", markersize=7)
+            axis.annotate(arm.replace("_", " "), (place, mean), (5, 4), textcoords="offset points", fontsize=8)
+    for found in results["trends"]:
+        if found["row"] == "a":
+            at = np.array(sorted(found["places"].values()))
+            axis.plot(at, 100 * np.polyval(found["line"], at), "--", color="#555555", linewidth=1)
+            if found["zero"]:
+                axis.axvspan(*found["zero"], color="#999999", alpha=0.2, linewidth=0)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xlabel("pairs of Stage-1 candidates that the expert orders as exact truth does, share")
+    tidy(axis, "gain in sampled sided F1 over Stage 1 continued, points", "both")
+    finish(figure, path, "line: 95% interval; square: errs at random; dashed: fitted; grey: where the gain may be 0")
+
+
+def draw_worlds(worlds: dict[str, dict], path: Path) -> None:
+    """VALOR's difference to Stage 1 continued in the primary metrics: a row for each of `worlds` {name: results}."""
+    size = (11, 0.5 * len(worlds) + 1.5)
+    figure, axes = plt.subplots(1, len(PRIMARY), figsize=size, sharey=True, layout="constrained")
+    places = range(len(worlds))[::-1]
+    for axis, (key, title) in zip(axes, PRIMARY.items(), strict=True):
+        for place, results in zip(places, worlds.values(), strict=True):
+            if found := results["versus"].get("stage1_continued", {}).get("valor", {}).get(key):
+                axis.plot([100 * found["lo"], 100 * found["hi"]], [place] * 2, color="#0072B2", linewidth=1.6)
+                axis.plot(100 * found["mean"], place, "o", color="#0072B2", markersize=6)
+                seeds = [100 * value for value in found["seeds"].values()]
+                axis.plot(seeds, [place - 0.25] * len(seeds), "|", color="#555555", markersize=6)
+        axis.axvline(0, color="black", linewidth=0.8)
+        tidy(axis, title, "x")
+    axes[0].set_yticks(places, worlds)
+    axes[0].set_ylim(-0.7, len(worlds) - 0.3)
+    finish(figure, path, "VALOR minus Stage 1 continued; dot: mean of the seeds; line: 95% interval; ticks: each seed")
+
+
+def tidy(axis, title: str, grid: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.grid(axis=grid, alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def finish(figure, path: Path, what: str) -> None:
     figure.suptitle(what, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

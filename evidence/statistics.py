@@ -10,6 +10,7 @@ percentile bootstrap over studies, which says nothing of other runs.
 
 import math
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,14 @@ Runs = dict[int, dict[str, np.ndarray]]  # seed -> {"<row>/<family>": (n studies
 
 
 def read_plan(path: str = "") -> dict:
-    """A plan, the phantom's where no path is given: what each comparison of a sweep is for; its "margins"
+    """A plan, the phantom's where no path is given: what each comparison and trend of a sweep is for; its "margins"
     {"<row>/<metric>": fraction} are of the primary metrics. ValueError for a file that is no plan."""
     file = Path(path or Path(__file__).with_name("plan.toml"))
     try:
         plan = tomllib.loads(read_text(file))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file}: not TOML ({error})") from None
-    if lacking := [name for name in ("margins", "comparison", *["arms"] * bool(path)) if name not in plan]:
+    if lacking := [name for name in ("margins", "comparison") if name not in plan]:
         raise ValueError(f"{file}: no plan, as it has no table {lacking[0]!r}")
     return plan
 
@@ -38,6 +39,7 @@ PLAN = read_plan()
 MARGINS: dict[str, float] = PLAN["margins"]
 RESAMPLES = 2000
 MOST_SEEDS = 999
+PLACES = np.linspace(0, 1, 1001).tolist()  # pair accuracies at which a threshold is looked for
 
 
 def estimate(runs: Runs, key: str, minus: Runs | None = None) -> dict | None:
@@ -47,31 +49,42 @@ def estimate(runs: Runs, key: str, minus: Runs | None = None) -> dict | None:
     """
     compared = [runs] if minus is None else [runs, minus]
     seeds = sorted(set.intersection(*map(set, compared)))
-    row, metric = key.split("/")
-    family, function = METRICS[metric]
-    stats = [[r[seed].get(f"{row}/{family}") for seed in seeds] for r in compared]  # (1 or 2, S), each (n, k)
-    if not seeds or any(values is None for side in stats for values in side):
+    stats = [of for of in (counted(runs, seeds, key) for runs in compared) if of]
+    if len(stats) < len(compared):
         return None
 
-    def values(sums) -> np.ndarray:  # sums(of one side and seed) is (m, k) -> (S, m)
-        first, *second = (np.stack([function(sums(of)) for of in side]) for side in stats)
+    def difference(sums: Callable) -> np.ndarray:  # sums(a side's S arrays (n, k)) is (S, m, k) -> (S, m)
+        first, *second = (METRICS[key.split("/")[1]][1](sums(side)) for side in stats)
         return first - second[0] if second else first
 
-    found = values(lambda of: of.sum(0, keepdims=True))[:, 0]  # (S,)
+    found = difference(left_out)
     if len(seeds) > 1:
-        lo, hi, p = t_interval(found, values(lambda of: of.sum(0) - of))
+        lo, hi, p = t_interval(found)
     else:
-        drawn = resample({id(of): of for [of] in stats}, RESAMPLES, np.random.default_rng(0))  # the same studies
-        (lo, hi), p = interval(values(lambda of: drawn[id(of)])[0]), None
-    by_seed = dict(zip(seeds, found.tolist(), strict=True))
-    return {"mean": float(found.mean()), "lo": lo, "hi": hi, "p": p, "seeds": by_seed}
+        drawn = difference(lambda side: resample({0: side[0]}, RESAMPLES, np.random.default_rng(0))[0][None])
+        (lo, hi), p = interval(drawn[0]), None
+    by_seed = dict(zip(seeds, found[:, 0].tolist(), strict=True))
+    return {"mean": float(found[:, 0].mean()), "lo": lo, "hi": hi, "p": p, "seeds": by_seed}
 
 
-def t_interval(values: np.ndarray, left_out: np.ndarray) -> tuple[float, float, float]:
-    """(lo, hi, p) of the mean of the seeds' values (S,); left_out (S, n): the values without each of the n studies."""
-    left_out = left_out[:, ~np.isnan(left_out).any(axis=0)]  # a study without which nothing is stated
-    (seeds, n), mean = left_out.shape, float(values.mean())
-    shared = (n - 1) ** 2 / n * np.cov(left_out) if n > 1 else np.zeros((seeds, seeds))  # (S, S)
+def counted(runs: Runs, seeds: list[int], key: str) -> list[np.ndarray] | None:
+    """Each seed's counts (n, k) of "<row>/<metric>"; None where there is no seed, or one has none."""
+    row, metric = key.split("/")
+    stats = [runs[seed].get(f"{row}/{METRICS[metric][0]}") for seed in seeds]
+    return None if not stats or any(of is None for of in stats) else stats
+
+
+def left_out(stats: list[np.ndarray]) -> np.ndarray:
+    """S arrays (n, k) -> (S, 1 + n, k): the sums over all studies, then without each of them."""
+    return np.stack([np.vstack([of.sum(0), of.sum(0) - of]) for of in stats])
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """(lo, hi, p) of the mean of the S seeds' values; (S, 1 + n): of all studies, then without each of the n."""
+    values, without = values[:, 0], values[:, 1:]
+    without = without[:, ~np.isnan(without).any(axis=0)]  # a study without which nothing is stated
+    (seeds, n), mean = without.shape, float(values.mean())
+    shared = (n - 1) ** 2 / n * np.cov(without) if n > 1 else np.zeros((seeds, seeds))  # (S, S)
     studies = max(0.0, (shared.sum() - np.trace(shared)) / (seeds * (seeds - 1)))
     variance = (runs := values.var(ddof=1) / seeds) + studies
     if not variance:
@@ -142,6 +155,37 @@ def verdicts(arms: dict[str, Runs], plan: dict = PLAN) -> list[dict]:
         seeds = len(first.keys() & second.keys())
         judged.append(row | {"found": found, "p": p, "seeds": seeds, "primary": list(margins), "verdict": final})
     return judged
+
+
+def trend(arms: dict[str, Runs], row: dict, accuracy: dict[str, dict[int, float]]) -> dict | None:
+    """A plan's [[trend]]: the gain of its arms over `minus` as a polynomial of where they stand, fitted seed by seed.
+
+    They stand at row["at"], or at the measured `accuracy` of their experts {arm: {seed: share}}. "found": estimate of
+    the highest coefficient; "line": mean coefficients, the highest first; "places" {arm: mean}. Of a line, "zero": (lo,
+    hi), the places at which the gain's interval has 0, Fieller's set [1954] by inverting the test; None where the
+    slope's interval has 0, as the set is then unbounded. None where an arm has not run, or two seeds have not all.
+    """
+    wanted = [arms.get(name, {}) for name in [*row["arms"], row["minus"]]]
+    seeds = sorted(set.intersection(*map(set, wanted)))
+    stats = [counted(runs, seeds, row["metric"]) for runs in wanted]
+    if len(seeds) < 2 or not all(stats):
+        return None
+    at = row.get("at") or [[accuracy[name][seed] for seed in seeds] for name in row["arms"]]
+    x = np.array([np.broadcast_to(place, len(seeds)) for place in at], float)  # (A, S)
+    *gains, base = (METRICS[row["metric"].split("/")[1]][1](left_out(side)) for side in stats)
+    gains = np.stack(gains) - base  # (A, S, 1 + n)
+    fits = np.stack([np.linalg.pinv(np.vander(of, row["degree"] + 1)) for of in x.T])  # (S, degree + 1, A)
+    powers = np.einsum("sda,asn->dsn", fits, gains)  # the coefficients, with all studies and without each
+    lo, hi, p = t_interval(powers[0])
+    found = {"mean": float(powers[0, :, 0].mean()), "lo": lo, "hi": hi, "p": p,
+             "seeds": dict(zip(seeds, powers[0, :, 0].tolist(), strict=True))}  # fmt: skip
+    zero = None
+    if row["degree"] == 1 and (lo > 0 or hi < 0):
+        tried = [t_interval(powers[0] * place + powers[1]) for place in PLACES]
+        zero = [place for place, (low, high, _) in zip(PLACES, tried, strict=True) if low <= 0 <= high]
+    return row | {"found": found, "line": powers[:, :, 0].mean(1).tolist(), "zero": zero and (zero[0], zero[-1]),
+                  "places": dict(zip(row["arms"], x.mean(1).tolist(), strict=True)), "n_seeds": len(seeds),
+                  "verdict": verdict(found, row["holds_if"], 0, p)}  # fmt: skip
 
 
 def spread(found: dict | None, factor: float, sign: str = "") -> str:

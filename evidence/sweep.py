@@ -25,16 +25,20 @@ from pathlib import Path
 from config import Config, Count, parse
 from evidence.baselines import BASELINES
 from evidence.counts import read_counts, write_counts
-from evidence.figures import draw_arms, draw_curves, draw_sweeps
+from evidence.expert_accuracy import accuracy_file
+from evidence.figures import draw_arms, draw_crossed, draw_curves, draw_phase, draw_sweeps, draw_worlds
 from evidence.statistics import read_plan
 from evidence.sweep_tables import collect_results, markdown
 from evidence.tables import write_json
 from evidence.tasks import Task, run_tasks
+from formats.files import read_json
 from phantom.cache import asset_dir, place_of
 from running.folder import write_text
 
 ARMS: dict[str, dict] = tomllib.loads(Path(__file__).with_name("arms.toml").read_text(encoding="utf-8"))
 EVALUATED = ["base", *(name for name, arm in ARMS.items() if "script" not in arm)]
+WORLDS = {"phantom": "world 0", "worlds": "worlds 1 to 3", "omissions": "references that omit"}  # tables: their row
+MEASURED = 3  # seeds, the first, on whose Stage-1 groups the experts' accuracy is measured
 ASSETS = {"data": 45, "data_clean": 5, "base": 280, "labeller": 60}  # seconds that they take; an expert 330
 
 
@@ -42,9 +46,9 @@ ASSETS = {"data": 45, "data_clean": 5, "base": 280, "labeller": 60}  # seconds t
 class SweepConfig(Config):
     # seeds of SFT, sampling and data order; images, references and small models are shared [ours]
     seeds: tuple[int, ...] = (5, 6, 7, 8, 9, 10)
-    plan: str = ""  # a TOML whose [arms.NAME] are run instead of arms.toml's: another data set's [ours]
-    own_models: Count = 0  # as many of the seeds, the first, have small models of their own, by assets_seed [ours]
-    arms: tuple[str, ...] = ()  # arms of arms.toml to run, with those that they start from; empty = all [ours]
+    plan: str = ""  # another TOML than plan.toml; its [arms.NAME], where it has any, instead of arms.toml's [ours]
+    own_models: Count = 0  # as many of the seeds, the first, have a world of their own, of that assets_seed [ours]
+    arms: tuple[str, ...] = ()  # to run, with those that they start from; empty = all, or all that --plan names [ours]
     out: str = "results"  # folder of phantom.md, phantom.json, counts.npz and the figures [ours]
     recompute: str = ""  # make phantom.md, phantom.json and arms.png of this counts.npz; nothing is run [ours]
     root: str = "runs/seeds"  # one run folder per seed in here [ours]
@@ -52,8 +56,10 @@ class SweepConfig(Config):
 
 def chosen_arms(cfg: SweepConfig) -> dict[str, dict]:
     """The arms to run and those before them, in the file's order; ValueError for a name or an order that cannot be."""
-    file, known = cfg.plan or "arms.toml", read_plan(cfg.plan)["arms"] if cfg.plan else ARMS
-    wanted = {"sft", *(cfg.arms or known)}
+    plan = read_plan(cfg.plan) if cfg.plan else {}
+    file, known = (cfg.plan, plan["arms"]) if "arms" in plan else ("arms.toml", ARMS)
+    named = known if "arms" in plan or not plan else {arm for row in plan["comparison"] for arm in row["arms"]}
+    wanted = {"sft", *(cfg.arms or named)}
     if unknown := wanted - known.keys():
         raise ValueError(f"--arms {min(unknown)}: {file} has {', '.join(known)}")
     for place, (name, arm) in reversed([*enumerate(known.items())]):
@@ -72,18 +78,26 @@ def needed_assets(name: str, arm: dict, own: bool) -> list[str]:
     return ["base", *named, *expert, *["labeller"] * (name != "sft")]
 
 
+def expert_of(arm: dict) -> str | None:
+    """The expert that rewards an arm, as evidence.expert_accuracy names it; None where none or exact labels do."""
+    flags = dict(zip(arm["flags"].split(), [*arm["flags"].split()[1:], ""], strict=True))
+    expert, noise = flags.get("--scorers.expert", "phantom:expert"), flags.get("--scorers.expert-noise")
+    if flags.get("--stage") != "2" or flags.get("--rewards.lambda-vis") == "0" or expert == "oracle":
+        return None
+    return expert + f"+{noise}" * bool(noise)
+
+
 def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
     """All commands of the sweep, those that unlock the most first; each has a log in `<root>/log/`."""
-    arms, assets, nths = chosen_arms(cfg), {}, range(len(cfg.seeds))
-    for seed in dict.fromkeys(assets_seed(cfg, nth) for nth in nths):
-        assets[seed] = asset_tasks(replace(cfg, assets_seed=seed), flags, arms)
-    seeds = [tasks_of_seed(cfg, flags, nth, arms, assets[assets_seed(cfg, nth)]) for nth in nths]
+    arms, worlds = chosen_arms(cfg), assets_seeds(cfg)
+    assets = {world: asset_tasks(replace(cfg, assets_seed=world), flags, arms) for world in dict.fromkeys(worlds)}
+    seeds = [tasks_of_seed(cfg, flags, nth, arms, assets[world]) for nth, world in enumerate(worlds)]
     return [task for tasks in (*(part.values() for part in assets.values()), *seeds) for task in tasks]
 
 
-def assets_seed(cfg: SweepConfig, nth: int) -> int:
-    """Of the nth seed's small models."""
-    return cfg.seeds[nth] if nth < cfg.own_models else cfg.assets_seed
+def assets_seeds(cfg: SweepConfig) -> list[int]:
+    """Of each seed's world and small models."""
+    return [seed if nth < cfg.own_models else cfg.assets_seed for nth, seed in enumerate(cfg.seeds)]
 
 
 def asset_tasks(cfg: SweepConfig, flags: list[str], arms: dict[str, dict]) -> dict[str, Task]:
@@ -108,7 +122,7 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, 
     seed, both, own = cfg.seeds[nth], cfg.stage1.steps + cfg.stage2.steps, own_models(cfg)
     run, logs, tasks, judged, spilt = Path(cfg.root) / str(seed), Path(cfg.root) / "log", {}, {}, []
     results, pre = run / "eval" / cfg.data.test_split, "tiny:" * own
-    common = [*flags, "--run", str(run), "--seed", str(seed), "--assets-seed", str(assets_seed(cfg, nth))]
+    common = [*flags, "--run", str(run), "--seed", str(seed), "--assets-seed", str(assets_seeds(cfg)[nth])]
     for name, arm in {"base": {}, **arms}.items():
         if nth >= arm.get("seeds", nth + 1):
             continue
@@ -134,10 +148,15 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, 
                               logs / f"{seed}_spill_{name}.txt"))  # fmt: skip
     if own:
         return [*tasks.values(), *judged.values()]
-    rest = Task(f"seed {seed}: baselines", "evidence.baselines", [*common, "--eval.samples", "8"], 100,
-                [judged["base"], judged["sft"], assets["expert"]],
-                [results / name / "results.json" for name in BASELINES], logs / f"{seed}_baselines.txt")  # fmt: skip
-    return [*tasks.values(), *judged.values(), *spilt, rest]
+    rest, experts = [], dict.fromkeys(filter(None, map(expert_of, arms.values())))
+    if experts and nth < MEASURED:
+        after = [tasks["stage1"], *(assets[e.partition("+")[0].removeprefix("phantom:")] for e in experts)]
+        rest = [Task(f"seed {seed}: experts", "evidence.expert_accuracy", [*common, "--experts", *experts], 60, after,
+                     [accuracy_file(run, expert) for expert in experts], logs / f"{seed}_experts.txt")]  # fmt: skip
+    rest += [Task(f"seed {seed}: baselines", "evidence.baselines", [*common, "--eval.samples", "8"], 100,
+                  [judged["base"], judged["sft"], assets["expert"]],
+                  [results / name / "results.json" for name in BASELINES], logs / f"{seed}_baselines.txt")]  # fmt: skip
+    return [*tasks.values(), *judged.values(), *spilt, *rest]
 
 
 def main() -> None:
@@ -152,8 +171,10 @@ def main() -> None:
         if not cfg.recompute:
             run_tasks(make_tasks(cfg, passed))
             about = {arm: of["what"] for arm, of in chosen_arms(cfg).items() if "script" not in of}
+            experts = {arm: expert for arm in about if (expert := expert_of(chosen_arms(cfg)[arm]))}
             about, world = (about, "tiny") if own_models(cfg) else (about | BASELINES, "phantom")
-            write_counts(counts, root, list(cfg.seeds), cfg.data.test_split, about, asset_dir(cfg, world))
+            worlds = [asset_dir(replace(cfg, assets_seed=seed), world) for seed in dict.fromkeys(assets_seeds(cfg))]
+            write_counts(counts, root, list(cfg.seeds), cfg.data.test_split, about, worlds, experts)
         results = collect_results(*read_counts(Path(cfg.recompute or counts)), read_plan(cfg.plan))
     except ValueError as error:
         sys.exit(f"sweep: {error}")
@@ -164,6 +185,11 @@ def main() -> None:
             draw_curves([root / str(seed) for seed in cfg.seeds], out / "curves.png")
         draw_arms(results, out / "arms.png")
         draw_sweeps(results, out / "sweeps.png")
+        draw_crossed(results, out / "crossed.png")
+        draw_phase(results, out / "phase.png")
+    if not own_models(cfg):
+        worlds = [(file.stem, file) for file in map(out.joinpath, map("{}.json".format, WORLDS)) if file.exists()]
+        draw_worlds({WORLDS[stem]: read_json(file) for stem, file in worlds}, out / "worlds.png")
     print(f"this call took {(time.time() - began) / 60:.0f} min; tables and figures are in {out}/")
 
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from evidence.statistics import PLAN, Runs, estimate, spread, verdicts
+from evidence.statistics import PLAN, Runs, estimate, spread, trend, verdicts
 from evidence.tables import columns
 
 BASELINES = ("stage1_continued", "sft")  # what the arms are compared with, pair by pair
 
 
 def collect_results(runs: dict[str, Runs], settings: dict, plan: dict = PLAN) -> dict:
-    """{"plan": verdicts, "arms": {arm: {"<row>/<metric>": estimate}}, "versus": {baseline: {arm: the same}}, ...} of
-    what counts.read_counts gave."""
+    """{"plan": verdicts, "trends": [trend], "arms": {arm: {"<row>/<metric>": estimate}}, "versus": {baseline: {arm: the
+    same}}, ...} of what counts.read_counts gave."""
 
     def measured(of, minus=None) -> dict:
         found = {column.key: estimate(of, column.key, minus) for column in columns("pairs")}
@@ -24,6 +24,8 @@ def collect_results(runs: dict[str, Runs], settings: dict, plan: dict = PLAN) ->
     return {name: settings[name] for name in ("split", "studies", "torch", "protocol", "assets", "about")} | {
         "seeds": sorted({seed for of in settings["seeds"].values() for seed in of}),
         "plan": verdicts(runs, plan),
+        "trends": [found for row in plan.get("trend", []) if (found := trend(runs, row, settings["accuracy"]))],
+        "accuracy": settings["accuracy"],
         "arms": {arm: measured(runs[arm]) for arm in ["fixed_template", "base", *about]},
         "versus": versus,
         "bleu_by_reference": {kind: by_reference(runs, kinds[kind]) for kind in kinds if any(kinds[kind])},

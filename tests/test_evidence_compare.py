@@ -118,3 +118,14 @@ def test_damaged_files_are_one_line_with_the_path(tmp_path, name, content):
     with pytest.raises(ValueError, match=name) as stop:
         compare.compare((f"{tmp_path}/0/a", f"{tmp_path}/0/b"), "test")
     assert str(path) in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_each_seed_may_have_a_world_of_its_own_but_both_sides_the_same(tmp_path):
+    for seed in (1, 2):
+        for name in ("without", "with"):
+            own = {"data": {"path": f"assets/phantom-0000000{seed}/data"}}
+            write(tmp_path, seed, name, [10] * 8, [5] * 8, **own)
+    assert "seeds 1, 2;" in compare.compare((f"{tmp_path}/*/without", f"{tmp_path}/*/with"), "test")
+    write(tmp_path, 1, "elsewhere", [10] * 8, [5] * 8, data={"path": "assets/phantom-00000002/data"})
+    with pytest.raises(ValueError, match="elsewhere was evaluated with other small models than .* \\(seed 1\\)"):
+        compare.compare((f"{tmp_path}/*/without", f"{tmp_path}/*/elsewhere"), "test")

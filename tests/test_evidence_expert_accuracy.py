@@ -1,5 +1,6 @@
 """How well an expert orders candidates, by hand."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,10 +34,29 @@ def test_an_expert_that_knows_is_always_right_and_a_blind_one_is_at_chance(monke
     assert blind["value"] == 0.5
 
 
-def test_without_candidates_it_says_what_makes_them(tmp_path, monkeypatch):
-    cfg = expert_accuracy.AccuracyConfig(run=str(tmp_path))
-    monkeypatch.setattr(expert_accuracy, "settings", lambda *_: cfg)
-    monkeypatch.setattr(expert_accuracy, "resolve", lambda cfg, needs: SimpleNamespace(data=None))
-    monkeypatch.setattr(expert_accuracy, "load_studies", lambda data, split: [Study("a", ["x"], "", "val")])
-    with pytest.raises(SystemExit, match="no samples of study a: first evaluate.py --run .* --eval.samples 8"):
+def test_it_samples_a_group_of_each_study_and_keeps_each_experts_accuracy(tmp_path, monkeypatch):
+    """The policy and the expert are stand-ins; a half blind expert is the same one with a large error."""
+    studies = [Study(str(i), ["x.png"], "", "val", labels=["edema"]) for i in range(60)]
+    cfg = expert_accuracy.AccuracyConfig(run=str(tmp_path), experts=("phantom:expert", "phantom:expert+9"))
+    said = ["<think>no</think>Edema.", "Fracture on the left."] * (cfg.rollout.group_size // 2)
+    right = torch.tensor([[1.0, 0.0] * (cfg.rollout.group_size // 2)])
+
+    def similarity(images, ids, groups):
+        assert groups[0][:2] == ["Edema.", "Fracture on the left."]
+        return right.expand(len(ids), -1)
+
+    for name, value in {
+        "settings": lambda *_: cfg, "resolve": lambda cfg, needs: cfg, "load_studies": lambda data, split: studies,
+        "find_policies": lambda run, name: {name: run / name / "adapter"}, "load_policy": lambda cfg, adapter: (0, 0),
+        "generate_split": lambda model, processor, studies, cfg, samples, what: [said[:samples] for _ in studies],
+        "load_expert": lambda name: SimpleNamespace(similarity=similarity), "read_image": lambda path: path,
+        "strip_tags": lambda text: text.removeprefix("<think>no</think>"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(expert_accuracy, name, value)
+    expert_accuracy.main()
+    first, second = (json.loads(expert_accuracy.accuracy_file(tmp_path, name).read_text()) for name in cfg.experts)
+    assert first == {"value": 1, "lo": 1, "hi": 1} and 0.4 < second["value"] < 0.7
+    assert expert_accuracy.accuracy_file(tmp_path, "a/b:c+0.1").name == "a_b_c+0.1.json"
+    studies[0] = Study("0", ["x.png"], "", "val")
+    with pytest.raises(SystemExit, match="has no exact labels"):
         expert_accuracy.main()

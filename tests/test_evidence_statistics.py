@@ -7,7 +7,7 @@ import pytest
 
 from evidence import statistics
 from evidence.metrics import TRUTH_KEYS
-from evidence.statistics import estimate, holm, marks, seeds_needed, t_interval
+from evidence.statistics import estimate, holm, marks, seeds_needed, t_interval, trend
 
 
 def truth(stated, hallucinated):
@@ -35,7 +35,7 @@ def test_differences_by_hand():
 
 def test_the_seeds_part_by_hand():
     """1, 2, 3 on studies that make no difference: 2 +- 4.3027 / sqrt(3); p of t = 2 sqrt(3) at 2 degrees: .0742."""
-    lo, hi, p = t_interval(np.array([1.0, 2.0, 3.0]), np.array([[1.0] * 4, [2.0] * 4, [3.0] * 4]))
+    lo, hi, p = t_interval(np.array([[1.0] * 5, [2.0] * 5, [3.0] * 5]))
     assert (lo, hi) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-5) and p == pytest.approx(0.0742, abs=1e-4)
 
 
@@ -119,6 +119,49 @@ def test_seeds_for_80_percent_power_are_g_powers(effect, seeds):
 def test_seeds_needed_at_the_ends():
     assert seeds_needed([1.0, 1.0, 1.0], 3) == seeds_needed([1.0, 1.1, 0.9], 300) == 2
     assert seeds_needed([0.0, 1.0, 2.0], 0.01) is seeds_needed([1.0], 3) is seeds_needed([1.0, 2.0], 0) is None
+
+
+ROW = {"row": "a", "hypothesis": "h", "metric": "greedy/length", "minus": "z", "degree": 1, "holds_if": "above 0"}
+
+
+def on_a_line(values):
+    """{arm: {seed: lengths}} of {arm: a value of each seed}, alike in four studies."""
+    return {arm: {s: lengths([value] * 4) for s, value in enumerate(of)} for arm, of in values.items()}
+
+
+def test_a_slope_and_its_threshold_by_hand():
+    """Gains of a and b over z, which says 10: -1, 1 and -1, 2 and -2, 2 at accuracies .6 and .8: slopes 10, 15, 20,
+    so 15 +- 4.3027 x 5 / sqrt(3). Where a line is 0, its interval over the seeds has 0: Fieller's quadratic."""
+    arms = on_a_line({"z": [10, 10, 10], "a": [9, 9, 8], "b": [11, 12, 12]})
+    accuracy = {"a": dict.fromkeys(range(3), 0.6), "b": dict.fromkeys(range(3), 0.8)}
+    found = trend(arms, ROW | {"arms": ["a", "b"]}, accuracy)
+    assert found["found"]["mean"] == pytest.approx(15) and found["found"]["hi"] == pytest.approx(27.42, abs=0.01)
+    assert [*found["found"]["seeds"].values()] == pytest.approx([10, 15, 20]) and found["verdict"] == "holds"
+    slopes, heights = np.array([10, 15, 20]), np.array([-7, -10, -14])  # at 0: -1 - .6 x 10, ...
+    assert found["line"] == pytest.approx([15, heights.mean()])
+    assert found["places"] == pytest.approx({"a": 0.6, "b": 0.8})
+    v, t = np.cov(slopes, heights) / 3, 4.30265  # (b x + a)^2 = t^2 var(b x + a)
+    roots = np.roots([15**2 - t**2 * v[0, 0], 2 * (15 * heights.mean() - t**2 * v[0, 1]),
+                      heights.mean() ** 2 - t**2 * v[1, 1]])  # fmt: skip
+    assert sorted(found["zero"]) == pytest.approx(sorted(roots), abs=1e-3)
+    assert found["zero"][0] < 31 / 45 < found["zero"][1]
+
+
+def test_a_slope_that_may_be_nothing_locates_no_threshold():
+    arms = on_a_line({"z": [10, 10], "a": [9, 11], "b": [11, 10]})
+    found = trend(arms, ROW | {"arms": ["a", "b"], "at": [0.6, 0.8]}, {})
+    assert found["zero"] is None and found["verdict"] == "open" and found["n_seeds"] == 2
+    assert trend(arms, ROW | {"arms": ["a", "c"], "at": [0, 1]}, {}) is None  # c has not run
+    assert trend({arm: {0: of[0]} for arm, of in arms.items()}, ROW | {"arms": ["a", "b"], "at": [0, 1]}, {}) is None
+
+
+def test_a_peak_is_a_quadratic_term_below_0():
+    """1 - (x - .5)^2 has -1, in each seed, and no threshold."""
+    at = [0, 0.1, 0.5, 1]
+    arms = on_a_line({"z": [5, 7]} | {f"x{x}": [6 - (x - 0.5) ** 2, 8 - (x - 0.5) ** 2] for x in at})
+    row = ROW | {"arms": [f"x{x}" for x in at], "at": at, "degree": 2, "holds_if": "below 0"}
+    found = trend(arms, row, {})
+    assert found["line"] == pytest.approx([-1, 1, 0.75]) and found["verdict"] == "holds" and found["zero"] is None
 
 
 def test_marks():

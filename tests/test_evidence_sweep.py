@@ -14,6 +14,7 @@ import pytest
 
 from config import Config, DataConfig, parse
 from evidence import counts, figures, statistics, sweep, sweep_tables
+from evidence.expert_accuracy import accuracy_file
 from evidence.tables import columns
 
 CLEAN = DataConfig(path="phantom:data_clean")
@@ -196,7 +197,12 @@ def test_every_number_is_recomputed_from_the_counts_alone(tmp_path, monkeypatch)
     """Three numbers by hand, from a file beside which nothing else is left; and the same page as of the first time."""
     made_up_sweep(tmp_path / "runs", tmp_path / "assets")
     about = {name: f"what {name} is" for name in ("sft", "stage1_continued", "valor")}
-    counts.write_counts(tmp_path / "counts.npz", tmp_path / "runs", [3, 4, 5], "test", about, tmp_path / "assets")
+    for seed, value in ((3, 0.7), (4, 0.8)):
+        file = accuracy_file(tmp_path / f"runs/{seed}", "phantom:expert")
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"value": value}))
+    given = [tmp_path / "assets"], {"valor": "phantom:expert"}
+    counts.write_counts(tmp_path / "counts.npz", tmp_path / "runs", [3, 4, 5], "test", about, *given)
     with np.load(tmp_path / "counts.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file}
     assert arrays["valor/greedy/truth"].shape == (2, 60, 8) and arrays["valor/greedy/truth"].dtype == np.uint8
@@ -223,6 +229,7 @@ def test_every_number_is_recomputed_from_the_counts_alone(tmp_path, monkeypatch)
     assert text == sweep_tables.markdown(sweep_tables.collect_results(*counts.read_counts(tmp_path / "counts.npz")))
     assert f"{100 * np.mean(hallucinated):.1f} [" in text and "valor (2 seeds)" in text
     row = next(line for line in text.splitlines() if "truer than the same updates" in line)
+    assert found["accuracy"] == {"valor": {"3": 0.7, "4": 0.8}} and "mean of the seeds: valor 0.750." in text
     assert "| valor - stage1_continued | 2 |" in row and ", p " in row and row.endswith("**not measured** |")
     assert text.count("**not run**") >= 10 and text.index("## Primary metrics") < text.index("## Secondary metrics")
     assert (tmp_path / "again/arms.png").stat().st_size > 10_000
@@ -253,9 +260,9 @@ def test_an_arm_without_any_result_is_named(tmp_path):
     made_up_sweep(tmp_path / "runs", tmp_path / "assets", seeds=(3, 4))
     given = tmp_path / "counts.npz", tmp_path / "runs"
     with pytest.raises(ValueError, match="valor has no result for any of the seeds 4"):
-        counts.write_counts(*given, [4], "test", {"valor": ""}, tmp_path / "assets")
+        counts.write_counts(*given, [4], "test", {"valor": ""}, [tmp_path / "assets"], {})
     with pytest.raises(ValueError, match="has no results on split 'test'"):
-        counts.write_counts(*given, [3], "test", {"dpo": ""}, tmp_path / "assets")
+        counts.write_counts(*given, [3], "test", {"dpo": ""}, [tmp_path / "assets"], {})
 
 
 def test_the_plan_names_arms_metrics_and_claims_that_there_are():
@@ -327,6 +334,73 @@ def test_both_sweeps_stand_in_one_figure(tmp_path, monkeypatch):
     assert (tmp_path / "sweeps.png").stat().st_size > 10_000 and not (tmp_path / "none.png").exists()
 
 
+def made_up(arms, seeds=(0, 1)):
+    """Results of `arms` {arm: value} in each primary metric, and the same as differences to Stage 1 continued."""
+    found = {arm: {key: {"mean": value, "lo": value - 0.1, "hi": value + 0.1, "seeds": dict.fromkeys(seeds, value)}
+                   for key in figures.PRIMARY} for arm, value in arms.items()}  # fmt: skip
+    return {"studies": 384, "arms": found, "versus": {"stage1_continued": found}, "accuracy": {}, "trends": []}
+
+
+def drawn_by(monkeypatch, draw, *given):
+    figures_made = []
+    monkeypatch.setattr(figures.plt, "close", figures_made.append)
+    draw(*given)
+    return figures_made[0]
+
+
+def test_references_and_experts_are_crossed(tmp_path, monkeypatch):
+    """A dot for each arm that has run, over its expert; clean references are the second line."""
+    assert {arm for line in figures.CROSSED.values() for arm in line.values()} <= set(sweep.ARMS)
+    arms = {"stage1_continued": 0.1, "noisy_expert": 0.2, "valor": 0.3, "clean_text": 0.4, "clean_both": 0.5}
+    figure = drawn_by(monkeypatch, figures.draw_crossed, made_up(arms), tmp_path / "crossed.png")
+    for axis in figure.axes:
+        noisy, clean = [line for line in axis.lines if line.get_marker() in ("o", "s")]
+        assert list(noisy.get_ydata()) == pytest.approx([10, 20, 30]) and list(noisy.get_xdata()) == [0, 1, 2]
+        assert list(clean.get_ydata()) == pytest.approx([40, 50]) and list(clean.get_xdata()) == [0.08, 2.08]
+
+
+def test_the_phase_diagram_puts_gains_over_measured_accuracy(tmp_path, monkeypatch):
+    results = made_up({"valor": 0.06, "expert_200": 0.01, "score_noise": 0.03, "visual_only": 0.02})
+    results["accuracy"] = {"valor": {0: 0.78, 1: 0.8}, "expert_200": {0: 0.7}, "score_noise": {0: 0.7}, "vis_05": {}}
+    results["trends"] = [{"row": "a", "places": {"valor": 0.79, "expert_200": 0.7}, "line": [0.5, -0.34],
+                          "zero": (0.66, 0.7)}]  # fmt: skip
+    [axis] = drawn_by(monkeypatch, figures.draw_phase, results, tmp_path / "phase.png").axes
+    dots = {line.get_marker(): (line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines}
+    assert dots["s"] == pytest.approx((0.7, 3)) and {text.get_text() for text in axis.texts} == {
+        "valor", "expert 200", "score noise"}  # fmt: skip
+    [line] = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert list(line.get_ydata()) == pytest.approx([1, 5.5]) and len(axis.patches) == 1
+
+
+def test_the_worlds_stand_below_one_another(tmp_path, monkeypatch):
+    worlds = {"world 0": made_up({"valor": 0.05}), "omissions": made_up({"valor": -0.02})}
+    figure = drawn_by(monkeypatch, figures.draw_worlds, worlds, tmp_path / "worlds.png")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [*worlds]
+    for axis in figure.axes:
+        dots = [line for line in axis.lines if line.get_marker() == "o"]
+        assert [line.get_xdata()[0] for line in dots] == pytest.approx([5, -2])
+        assert dots[0].get_ydata()[0] > dots[1].get_ydata()[0]
+
+
+@pytest.mark.parametrize(("arm", "expert"), [("valor", "phantom:expert"), ("vis_05", "phantom:expert"), ("dpo", None),
+                                             ("noisy_expert", "phantom:expert_noisy"), ("stage1_continued", None),
+                                             ("oracle_expert", None), ("stage1", None)])  # fmt: skip
+def test_whose_accuracy_is_measured(arm, expert):
+    assert sweep.expert_of(sweep.ARMS[arm]) == expert
+    noisy = {"flags": "--stage 2 --scorers.expert-noise 0.05"}
+    assert sweep.expert_of(noisy) == "phantom:expert+0.05"
+
+
+@pytest.mark.parametrize("name", ["worlds", "omissions"])
+def test_a_plan_without_arms_runs_those_that_it_compares(cfg, name):
+    plan = f"{Path(sweep.__file__).parent}/plan_{name}.toml"
+    cfg = replace(cfg, plan=plan, seeds=(3, 4), own_models=1)
+    assert [*sweep.chosen_arms(cfg)] == ["sft", "stage1", "stage1_continued", "valor"]
+    titles = [task.title for task in sweep.make_tasks(cfg, [])]
+    assert titles.count("assets: expert") == 2 and "seed 3: experts" in titles
+    assert statistics.read_plan(plan)["margins"] == statistics.MARGINS
+
+
 def test_the_curves_mark_where_clinical_rewards_and_stage_2_begin(tmp_path, monkeypatch):
     drawn, rng = [], np.random.default_rng(0)
     monkeypatch.setattr(figures.plt, "close", drawn.append)
@@ -349,7 +423,7 @@ def test_the_curves_mark_where_clinical_rewards_and_stage_2_begin(tmp_path, monk
 
 
 @pytest.mark.parametrize("text, said", [(None, "cannot be read"), ("[", "not TOML"), ("", "no table 'margins'"),
-                                        ("[margins]\n[[comparison]]\n", "no table 'arms'")])  # fmt: skip
+                                        ("[margins]\n", "no table 'comparison'")])  # fmt: skip
 def test_what_is_no_plan_is_one_line(tmp_path, text, said, monkeypatch):
     if text is not None:
         (tmp_path / "plan_x.toml").write_text(text)

@@ -79,10 +79,12 @@ class Judge:
     def score(self, outputs: Outputs, row: str) -> dict:
         """Statistics of outputs for the row greedy, sampled, shuffled, shuffled_sampled or template.
 
-        METEOR leaves out the many samples; GREEN's and RaTEScore's models, hours for some, judge greedy reports alone.
+        Samples are held against the truth alone where it is known: that is all that the tables show of them, and the
+        models that label and compare texts would have eight times as many to read. METEOR leaves out the many samples;
+        GREEN's and RaTEScore's models, hours for some, judge greedy reports alone.
         """
         scorers, formats = self.quick | (self.costly if row == "greedy" else {}), None
-        scorers = {} if row == "shuffled_sampled" else scorers  # the truth alone
+        scorers = {} if "sampled" in row and self.wanted.labels is not None else scorers
         if row == "greedy" or "sampled" not in row and len(outputs) <= MANY:
             scorers["meteor"] = self.meteor
         if self.tagged and row != "template":

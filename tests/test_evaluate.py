@@ -435,6 +435,17 @@ def test_more_studies_leave_meteor_to_the_greedy_reports(monkeypatch):
     assert found == {"greedy": True, "shuffled": False, "template": False} and "than 2 studies" in held.notes()[0]
 
 
+@pytest.mark.parametrize("labels", [None, [["edema"]] * 3])
+def test_samples_are_held_against_the_truth_alone_where_it_is_known(monkeypatch, labels):
+    monkeypatch.setattr(meteor.Meteor, "__call__", lambda self, c, r: None)
+    wanted = judge.Wanted("test", list("abc"), ["Edema."] * 3, labels)
+    held = judge.Judge(EvalRun(), wanted, ["--scorers.chexbert", "--scorers.bertscore", "--scorers.radgraph"])
+    held.quick = {"radgraph": lambda candidates, references: np.ones(len(candidates))}
+    greedy, sampled = ({*held.score([["Edema."]] * 3, row)} for row in ("greedy", "sampled"))
+    assert ("truth" in sampled) == (labels is not None) and ("radgraph" in sampled) == (labels is None)
+    assert "radgraph" in greedy and {"format", "bleu"} <= sampled
+
+
 def test_a_killed_save_leaves_no_results_json(tmp_path, monkeypatch):
     """Neither a first one nor an older one beside newer statistics: where it is, the files belong together."""
     stats = {"greedy": {"length": np.ones((2, 2))}}

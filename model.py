@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
@@ -27,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config
 from running import parallel
+from running.weights import loading
 from vlm import attention
 from vlm.adapters import load_adapter, targets
 from vlm.attention import Decoding, pack, run_layers
-from vlm.families import BROKEN, PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
+from vlm.families import PARTS, embed_prompt, load_family, placeholder_ids, prompt_positions
 from vlm.static_decoding import StaticDecoding
 
 LOGITS = 2**25  # a GiB in float32 with their gradient and what makes it
@@ -93,11 +93,8 @@ def load_policy(cfg: Config, adapter: Path | None = None, *, new_lora=False, tra
         parallel.shard(get_base(model))
     model = model.to(parallel.pick_device(cfg.device)).eval()
     base, image = get_base(model), Image.new("RGB", (64, 64), "grey")
-    try:  # what of template, preprocessing, tower or projection would fail later
-        with torch.no_grad():
-            embed_prompt(base, encode_prompts(processor, [image], cfg.data.prompt, base.device))
-    except (TemplateError, *BROKEN) as error:
-        raise ValueError(f"{m.path}: no prompt can be made: {' '.join(str(error).split())[:300]}") from error
+    with loading(f"{m.path}: no prompt can be made"), torch.no_grad():  # what of it would fail later
+        embed_prompt(base, encode_prompts(processor, [image], cfg.data.prompt, base.device))
     sampling_rules(model, processor, cfg)  # likewise
     if reference is not None:
         add_reference(model, reference)

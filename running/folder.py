@@ -17,7 +17,6 @@ import fcntl
 import io
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 
 from config import Config, flatten, from_recorded, read_regular, to_dict
 from formats.files import read_json, require_regular
-from running.weights import check_zip, require_finite_tensors, tensor_shapes
+from running.weights import check_zip, loading, require_finite_tensors, tensor_shapes
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = (
@@ -36,9 +35,6 @@ FREE_FIELDS = (
     "model.gradient_checkpointing",
 )  # fmt: skip
 FINISHED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
-# what torch raises on a damaged file, and its contents on the checks of `load_checkpoint`
-BAD_STATE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-             pickle.UnpicklingError)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -152,7 +148,8 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int | str, steps: int
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return k0, 0
-    try:
+    advice = "delete it: the stage goes on from the checkpoint before it, save_every updates earlier, or begins anew"
+    with loading(f"{path}: damaged or not this stage's", advice):
         require_regular(path)
         check_zip(path)  # torch does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -173,12 +170,6 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int | str, steps: int
         set_peft_model_state_dict(model, state["adapter"], adapter_name="default")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-    except torch.OutOfMemoryError:  # the file is not to blame
-        raise
-    except BAD_STATE as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path}: damaged or not this stage's ({why}): delete it, and the stage goes on from the "
-                         "checkpoint before it, save_every updates earlier, or begins anew") from error  # fmt: skip
     return k0, step
 
 

@@ -16,10 +16,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, MistralConfig
-
 from config import Config
-from formats.files import read_json, read_text
+from formats.files import read_text
 from model import LOGITS
 from vlm.attention import STRIP
 
@@ -48,32 +46,20 @@ class Shape:
 KNOWN = {name: Shape(**sizes) for name, sizes in SOURCES["shapes"].items()}  # for an estimate before the download
 
 
-def read_shape(folder: Path, parameters: int, pixels: int = 0) -> Shape:
-    """The shape of a policy from its config.json (LLaVA, original llava_mistral, Qwen2.5-VL layouts).
+def read_shape(config, parameters: int, pixels: int = 0) -> Shape:
+    """The shape of a policy of so many parameters by transformers' configuration of it, LLaVA's or Qwen2.5-VL's.
 
-    pixels: model.max_pixels, to which Qwen2.5-VL's images are scaled down; 0 = as many as its own processor allows.
-    Raises ValueError for another family, KeyError for a config without a needed key.
+    pixels: of the largest image that Qwen2.5-VL's processor allows.
     """
-    raw = read_json(folder / "config.json")
-    family = raw.get("model_type")
-    if family == "llava_mistral":  # unknown to transformers
-        config = MistralConfig(**raw)
-        wide, tokens = raw["mm_hidden_size"], 576  # CLIP ViT-L/14-336 sees 24 x 24 patches
-    else:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        vision = getattr(config, "vision_config", None)
-    text = config.get_text_config()
+    text, vision = config.get_text_config(), config.vision_config
     hidden, heads = text.hidden_size, text.num_attention_heads
-    if family == "llava":
-        wide, tokens = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    elif family == "qwen2_5_vl":
-        path, side = folder / "preprocessor_config.json", vision.spatial_merge_size  # side x side patches are a token
-        settings = read_json(path) if path.is_file() else {}
-        most = pixels or settings.get("max_pixels") or (settings.get("size") or {}).get("longest_edge") or 12_845_056
-        wide, tokens = vision.hidden_size * side**2, most // (vision.patch_size * side) ** 2
-    elif family != "llava_mistral":
-        raise ValueError(f"{folder / 'config.json'}: no estimate for model_type '{family}'")
-    head, middle = getattr(text, "head_dim", None) or hidden // heads, wide if family == "qwen2_5_vl" else hidden
+    head = getattr(text, "head_dim", None) or hidden // heads
+    if config.model_type == "qwen2_5_vl":
+        side = vision.spatial_merge_size  # side x side patches are a token
+        wide = middle = vision.hidden_size * side**2
+        tokens = pixels // (vision.patch_size * side) ** 2
+    else:
+        wide, middle, tokens = vision.hidden_size, hidden, (vision.image_size // vision.patch_size) ** 2
     query, key, projector = heads * head, text.num_key_value_heads * head, [[wide, middle], [middle, hidden]]
     return Shape(parameters, text.num_hidden_layers, hidden, text.intermediate_size, query, key, text.vocab_size,
                  tokens, projector)  # fmt: skip

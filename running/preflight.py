@@ -19,7 +19,6 @@ from textwrap import indent
 import torch
 from appdirs import user_cache_dir
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateError
 from packaging.requirements import Requirement
 from PIL import Image
 from tabulate import tabulate
@@ -36,7 +35,7 @@ from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimat
 from scorers.load import may_judge
 from tiny.minilm import INSTALL, find_minilm
 from vlm.adapters import load_adapter
-from vlm.families import BROKEN, load_family
+from vlm.families import load_family
 
 Item = tuple[str, str, str, str]  # status, what, text, command or ""
 MAX_IMAGE_TOKENS = 1280  # of one image; more is a setting that nobody chose [Qwen2.5-VL's recipes use at most that]
@@ -71,7 +70,7 @@ def look(what: str, path: str, test: Callable[[Path], str | None], command: str 
     try:
         place = locate(path)
         return "ok", what, ": ".join(filter(None, (str(place), test(place)))), ""
-    except BROKEN as error:
+    except weights.BROKEN as error:
         said = str(error) if isinstance(error, OSError | ValueError) else f"{path}: {type(error).__name__}: {error}"
         return "missing", what, said, command or fetch(path)
 
@@ -120,11 +119,9 @@ def check_data(cfg: Config) -> Iterator[Item]:
 def check_policy(folder: Path, max_pixels: int = 0) -> str:
     """The base model's family and size; ValueError where loading it would fail, which is tried without its weights."""
     model, processor = load_family(str(folder), torch.float32, max_pixels, device_map="meta")
-    try:
+    with weights.loading(f"{folder}: no prompt can be made"):
         encode_prompts(processor, [Image.new("RGB", (64, 64))], "Write the report.", "cpu")
-    except (TemplateError, *BROKEN) as error:
-        raise ValueError(f"{folder}: no prompt can be made: {' '.join(str(error).split())[:300]}") from error
-    return f"{model.config.model_type}, {weights.count_weights(folder):,} weights, every shard whole"
+    return f"{model.config.model_type}, {model.num_parameters():,} weights, every shard whole"
 
 
 def check_adapter(folder: Path, base: str) -> str:
@@ -169,10 +166,13 @@ def check_scorers(cfg: Config) -> Iterator[Item]:
 
 def policy_shape(cfg: Config) -> Shape | None:
     """The policy's shape from its files, else from its published sizes; None where neither is known."""
-    with suppress(OSError, ValueError, KeyError):  # check_policy says what is wrong with it
-        folder = locate(cfg.model.path)
-        return read_shape(folder, weights.count_weights(folder), cfg.model.max_pixels)
-    shape, pixels = KNOWN.get(Path(cfg.model.path).name), cfg.model.max_pixels
+    folder, pixels = locate(cfg.model.path), cfg.model.max_pixels
+    if folder.is_dir():
+        with suppress(ValueError):  # check_policy says what is wrong with it
+            model, processor = load_family(str(folder), torch.float32, pixels, device_map="meta")
+            largest = getattr(processor.image_processor, "size", {}).get("longest_edge", 0)
+            return read_shape(model.config, model.num_parameters(), largest)
+    shape = KNOWN.get(Path(cfg.model.path).name)
     return replace(shape, image_tokens=pixels // 784) if shape and pixels else shape  # 28 x 28 pixels a token
 
 

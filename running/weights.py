@@ -2,13 +2,17 @@
 
 import json
 import re
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
-from math import prod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from formats.files import read_json
@@ -18,9 +22,27 @@ POINTER = b"version https://git-lfs"  # what git leaves where a large file was n
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spm.model", "spiece.model",
               "sentencepiece.bpe.model")  # the last three: DeBERTa-v3's, T5's, XLM-RoBERTa's
 KNOWN_TEXTS = ("no effusion", "the heart is normal")  # what any model of English reports can spell
-BAD_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
+# what torch, transformers, open_clip, PEFT and the metrics' packages make of damaged files
+BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
+          ImportError, ArithmeticError, SafetensorError, StrictDataclassError, UnpicklingError, tarfile.TarError,
+          TemplateError)  # fmt: skip
 REFUSED = {**dict.fromkeys(("auto_map", "trust_remote_code"), "asks for code that comes with the weights: never run"),
            "quantization_config": "its weights are quantised; use the checkpoint as it was before"}  # fmt: skip
+
+
+@contextmanager
+def loading(what: str, advice: str = "") -> Iterator[None]:
+    """Turns what goes wrong in a `with loading(...):` that reads files into a ValueError: what (why); advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # says what it is, and is no bad file
+        raise
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, BROKEN):  # tokenizers raises plain Exception
+            raise
+        kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
+        why = f"{what} ({kind}{' '.join(str(error).split())[:300]})"
+        raise ValueError(f"{why}; {advice}" if advice else why) from error
 
 
 def require(folder: Path, *names: str) -> None:
@@ -54,13 +76,9 @@ def load_tokenizer(folder: str | Path, **settings):
     if Path(folder).is_dir():
         require(Path(folder), *TOKENIZERS)
         refuse(Path(folder))
-    try:
+    with loading(f"{folder}: its tokenizer cannot be used"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
         check_tokenizer(tokenizer, folder)
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, BAD_TOKENIZER):  # tokenizers raises plain Exception
-            raise
-        raise ValueError(f"{folder}: its tokenizer cannot be used ({' '.join(str(error).split())[:300]})") from error
     return tokenizer
 
 
@@ -134,13 +152,12 @@ def check_zip(path: Path) -> None:
         raise ValueError(f"{path}: broken or cut off ({path.stat().st_size:,} bytes; {broken!r:.300})")
 
 
-def count_weights(folder: Path, stem: str = "model") -> int:
-    """Number of weights of a checkpoint folder whose every shard is there and whole; else ValueError naming the shard.
+def check_weights(folder: Path, stem: str = "model") -> None:
+    """ValueError, naming the shard, unless every shard of a checkpoint folder is there and whole.
 
-    Looked at is what transformers and open_clip would load: `stem`.safetensors, its index, the .bin, or its index. A
-    .bin has no header: its weights are counted from its bytes, two each.
+    Looked at is what transformers and open_clip would load: `stem`.safetensors, its index, the .bin, or its index.
     """
-    total, bins = 0, stem.replace("model", "pytorch_model")
+    bins = stem.replace("model", "pytorch_model")
     names = [name + end for name in (f"{stem}.safetensors", f"{bins}.bin") for end in ("", ".index.json")]
     first = next((name for name in names if (folder / name).is_file()), None)
     if first is None:
@@ -150,16 +167,13 @@ def count_weights(folder: Path, stem: str = "model") -> int:
         raise ValueError(f"{folder / first}: its weight_map does not name a file for each tensor")
     for name in sorted(set(places.values())):
         require(folder, name)
-        if not name.endswith(".safetensors"):
+        if name.endswith(".safetensors"):
+            inside = tensor_shapes(folder / name).keys() | {""}
+            absent = [tensor for tensor, shard in places.items() if shard == name and tensor not in inside]
+            if absent:
+                raise ValueError(f"{folder / name}: lacks tensor {absent[0]}, which the index puts there")
+        else:
             check_torch_file(folder / name)
-            total += (folder / name).stat().st_size // 2
-            continue
-        shapes = tensor_shapes(folder / name)
-        absent = [tensor for tensor, shard in places.items() if tensor and shard == name and tensor not in shapes]
-        if absent:
-            raise ValueError(f"{folder / name}: lacks tensor {absent[0]}, which the index puts there")
-        total += sum(map(prod, shapes.values()))
-    return total
 
 
 def check_model(folder: Path, stem: str = "model") -> None:
@@ -168,14 +182,14 @@ def check_model(folder: Path, stem: str = "model") -> None:
     require(folder, *TOKENIZERS)  # transformers would make up an empty one
     refuse(folder)
     if stem:
-        count_weights(folder, stem)
+        check_weights(folder, stem)
 
 
 def check_open_clip(folder: Path) -> None:
     """ValueError unless `folder` is a whole open_clip model; a Hugging Face text tower needs its config.json."""
     require(folder, "open_clip_config.json")
     refuse(folder)
-    count_weights(folder, "open_clip_model")
+    check_weights(folder, "open_clip_model")
     model = read_json(folder / "open_clip_config.json").get("model_cfg")
     text = model.get("text_cfg") if isinstance(model, dict) else None
     if not isinstance(text, dict):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
-from running.weights import KNOWN_TEXTS, load_tokenizer, require_finite_tensors, require_rows
-from scorers.frozen import load_whole, loading, of_like_length, plain
+from running.weights import KNOWN_TEXTS, load_tokenizer, loading, require_finite_tensors, require_rows
+from scorers.frozen import load_whole, of_like_length, plain
 
 BATCH = 32  # pairs matched at a time
 
@@ -28,7 +28,7 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     from bert_score.utils import get_model, greedy_cos_idf
 
     floor = baseline_f1(folder, layer, baseline) if baseline else 0.0
-    with loading("bertscore", f"layer {layer} of {folder}", "give the folder or hub name of an encoder with tokenizer"):
+    with loading(f"bertscore: cannot load layer {layer} of {folder}", "give an encoder with tokenizer"):
         tokenizer = load_tokenizer(folder, use_fast=False)  # as the package takes it
         load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
         model = get_model(str(folder), layer).to(device)
@@ -91,7 +91,7 @@ def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
 
     shipped = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{folder}.tsv"
     path = shipped if baseline == "package" else Path(baseline)
-    with loading("bertscore", f"layer {layer} of baseline file {path}", "set scorers.bertscore_baseline or empty it"):
+    with loading(f"bertscore: cannot load layer {layer} of {path}", "set scorers.bertscore_baseline or empty it"):
         rows = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
         value = {int(row["LAYER"]): float(row["F"]) for row in rows}[layer]
         if not -math.inf < value < 1:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, BertModel
 
-from running.weights import check_torch_file, load_tokenizer, require_finite_tensors, require_rows
-from scorers.frozen import cached, loading, local_file, of_like_length, plain
+from running.weights import check_torch_file, load_tokenizer, loading, require_finite_tensors, require_rows
+from scorers.frozen import cached, local_file, of_like_length, plain
 
 CHEXPERT_LABELS = (
     "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
@@ -40,11 +40,11 @@ def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str |
     bert-base-uncased). bert_folder: folder or hub name of config and tokenizer; the weights are the checkpoint's.
     ValueError (one line) for what cannot be read, and for weights that are missing, unknown, misshapen or not finite.
     """
-    with loading("chexbert", bert_folder, "give the BERT (config, tokenizer) that the checkpoint sits on"):
+    with loading(f"chexbert: cannot load {bert_folder}", "give the BERT that the checkpoint sits on"):
         model = CheXbert(BertModel(AutoConfig.from_pretrained(bert_folder, trust_remote_code=False)))
         tokenizer = load_tokenizer(bert_folder)
         require_rows(tokenizer, model.bert.config.vocab_size, bert_folder)
-    with loading("chexbert", checkpoint, "give the path of chexbert.pth or hf-hub:OWNER/REPO/chexbert.pth"):
+    with loading(f"chexbert: cannot load {checkpoint}", "give a path or hf-hub:OWNER/REPO/chexbert.pth"):
         path = local_file(checkpoint)
         check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]

@@ -21,8 +21,8 @@ from transformers import AutoConfig
 
 from formats.files import read_json
 from rewards import image_text_similarity
-from running.weights import check_torch_file, load_tokenizer, refuse, require_finite_tensors, require_rows
-from scorers.frozen import cached, loading, local_file, plain
+from running.weights import check_torch_file, load_tokenizer, loading, refuse, require_finite_tensors, require_rows
+from scorers.frozen import cached, local_file, plain
 
 TEXT_BATCH = 32  # windows per text forward pass; few, so that those of like length share one and little is padding
 # of tokenizer_kwargs in open_clip_config.json, which open_clip hands on to transformers; others may name code or files
@@ -171,7 +171,7 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert 
     if (Path(path) / "0").is_dir():
         return CrossFitted([load_expert(part, device) for part in sorted(Path(path).glob("[0-9]"))])
     on_hub, own, advice = str(path).startswith("hf-hub:"), {}, "give an open_clip folder or an hf-hub: name"
-    with loading("expert", f"open_clip_config.json of {path}", advice):
+    with loading(f"expert: cannot load open_clip_config.json of {path}", advice):
         config = local_file(f"{path}/open_clip_config.json")
         refuse(config.parent)
         text_cfg = read_json(config)["model_cfg"]["text_cfg"]
@@ -184,10 +184,10 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert 
         own["text_cfg"] = {**text_cfg, "hf_model_name": str(path), "hf_model_pretrained": False}
     elif "hf_model_name" in text_cfg:
         advice = f"offline, put the config.json of {text_cfg['hf_model_name']} into {path}"
-        with loading("expert", path, advice):
+        with loading(f"expert: cannot load {path}", advice):
             AutoConfig.from_pretrained(text_cfg["hf_model_name"], trust_remote_code=False)
     name = str(path) if on_hub else f"local-dir:{path}"
-    with loading("expert", path, advice):
+    with loading(f"expert: cannot load {path}", advice):
         if not any(Path(path).glob("open_clip*.safetensors")):  # which are read instead
             for file in Path(path).glob("*.bin"):
                 check_torch_file(file)

@@ -1,33 +1,14 @@
-"""What all frozen models here share: files by path or hub name, one-line errors, texts, batches, remembered answers."""
+"""What all frozen models here share: files by path or hub name, texts, batches, remembered answers."""
 
-import pickle
-import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 
-from running.weights import count_weights, require_finite_tensors, require_placed
+from running.weights import check_weights, require_finite_tensors, require_placed
 
 CACHED = 65_536  # answers kept per scorer
-# what the loaders of torch, transformers, open_clip and the metrics' packages raise on files that are absent or broken
-BAD_FILES = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
-             ArithmeticError, SafetensorError, pickle.UnpicklingError, tarfile.TarError)  # fmt: skip
-
-
-@contextmanager
-def loading(scorer: str, what: str | Path, advice: str) -> Iterator[None]:
-    """Turns what goes wrong in a `with loading(...):` that reads files into a ValueError of one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # says what it is, and is no bad file
-        raise
-    except BAD_FILES as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(f"{scorer}: cannot load {what} ({why}); {advice}") from error
 
 
 def local_file(name: str | Path) -> Path:
@@ -42,7 +23,7 @@ def load_whole(kind, folder: str | Path, **settings) -> torch.nn.Module:
     """kind.from_pretrained, frozen; ValueError unless all weights but an unused pooler's are in the files, and finite.
     A folder's files must be whole. With device_map="meta" the weights' names alone are looked at."""
     if Path(folder).is_dir():
-        count_weights(Path(folder))
+        check_weights(Path(folder))
     model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **settings)
     require_placed([name for name in info["missing_keys"] if "pooler" not in name], (), folder)
     if model.device.type != "meta":

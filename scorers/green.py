@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from running.weights import load_tokenizer
-from scorers.frozen import load_whole, loading, plain
+from running.weights import load_tokenizer, loading
+from scorers.frozen import load_whole, plain
 
 BATCH = 8  # pairs decoded together
 # what the model was tuned on, to the letter; the indent is the package's
@@ -56,7 +56,7 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
     asked once. ValueError (one line) when there is no causal language model at `path`.
     """
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    with loading("eval.green", path, "give the folder or hub name of a causal language model"):
+    with loading(f"eval.green: cannot load {path}", "give the folder or hub name of a causal language model"):
         tokenizer = load_tokenizer(path, padding_side="left", add_eos_token=True)  # as the package sets them
         model = load_whole(AutoModelForCausalLM, path, dtype=dtype).to(device)
     tokenizer.pad_token, end, known = tokenizer.eos_token, tokenizer.eos_token_id, {}

@@ -17,8 +17,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from formats.files import read_json
 from running.folder import atomic_folder, lock
-from running.weights import check_torch_file, load_tokenizer, require_finite_tensors
-from scorers.frozen import cached, loading, local_file, plain
+from running.weights import check_torch_file, load_tokenizer, loading, require_finite_tensors
+from scorers.frozen import cached, local_file, plain
 
 LONGEST = 512  # words and marks of a text that are read: time grows with their cube, to about a minute for these
 
@@ -64,7 +64,7 @@ class PackageRadGraph:
         restore_tokenizer_methods()
         place = Path(folder or package.CACHE_DIR) / model_type
         advice = f"unpack {model_type}.tar.gz into it; config.json's model_name, the encoder, is a folder or a hub name"
-        with loading("radgraph", place, advice):
+        with loading(f"radgraph: cannot load {place}", advice):
             if not folder and not any(place.glob("*")):
                 unpack(model_type, place)
             refuse_code(read_json(place / "config.json"))

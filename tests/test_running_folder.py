@@ -127,7 +127,7 @@ def flipped(data: bytes, place: int) -> bytes:
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_one_line(saved, damage):
     DAMAGE[damage](saved / "checkpoint.pt")
-    with pytest.raises(ValueError, match="checkpoint.pt: damaged or not this stage's .*: delete it") as caught:
+    with pytest.raises(ValueError, match="checkpoint.pt: damaged or not this stage's .*; delete it: ") as caught:
         load(saved)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 

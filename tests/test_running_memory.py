@@ -2,10 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlavaConfig,
@@ -18,6 +21,7 @@ from config import Config, DataConfig, DPOConfig, GRPOConfig, ModelConfig, Rollo
 from model import completion_logps, encode_prompts, get_base, load_policy, sampling_rules, set_trainable
 from running import memory
 from running.memory import GIB, KNOWN, Shape, checkpoint_bytes, estimate, kept_activations, lora_parameters
+from vlm.families import llava_med_config
 
 TINY = Shape(1000, layers=2, hidden=8, inner=16, query=8, key=4, vocabulary=10, image_tokens=6,
              projector=[[4, 8], [8, 8]])  # fmt: skip
@@ -141,26 +145,31 @@ PUBLISHED = {  # the hub's config.json of the two models, what matters here
 }  # fmt: skip
 
 
+def published(name: str, folder):
+    """transformers' configuration of a published model."""
+    (folder / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    if "llava" in name:
+        return llava_med_config(str(folder), PUBLISHED[name], SimpleNamespace(unk_token_id=0))
+    return AutoConfig.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_give_the_published_shapes(name, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    assert memory.read_shape(tmp_path, KNOWN[name].parameters) == KNOWN[name]
+    shape = memory.read_shape(published(name, tmp_path), KNOWN[name].parameters, 12_845_056)
+    assert shape == KNOWN[name]
 
 
 def test_qwens_image_tokens_follow_its_max_pixels(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen2.5-VL-7B-Instruct"]))
+    config, kind = published("Qwen2.5-VL-7B-Instruct", tmp_path), {"image_processor_type": "Qwen2VLImageProcessor"}
     for settings in ({"max_pixels": 401408}, {"size": {"longest_edge": 401408, "shortest_edge": 3136}}):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-        assert memory.read_shape(tmp_path, 0).image_tokens == 512  # 28 x 28 pixels each
-        assert memory.read_shape(tmp_path, 0, pixels=784_000).image_tokens == 1000
-    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
-    with pytest.raises(ValueError, match="no estimate for model_type 'blip'"):
-        memory.read_shape(tmp_path, 0)
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | kind))
+        size = AutoImageProcessor.from_pretrained(tmp_path).size
+        assert memory.read_shape(config, 0, size["longest_edge"]).image_tokens == 512  # 28 x 28 pixels each
 
 
-def test_the_shape_of_a_real_folder_and_its_lora(cfg, base_dir, policy):
+def test_the_shape_of_a_policy_and_its_lora(cfg, policy):
     model, _ = policy
-    shape = memory.read_shape(base_dir, 123)
+    shape = memory.read_shape(get_base(model).config, 123)
     assert (shape.parameters, shape.layers, shape.hidden, shape.inner) == (123, 2, 32, 64)
     for part in ("language", "projector", "language+projector"):
         names = set_trainable(model, part)
@@ -207,7 +216,7 @@ def test_the_lora_wraps_the_layers_that_the_formula_counts(cfg, policy):
 
 
 @pytest.mark.parametrize("trainable", ["language", "projector"])
-def test_the_loss_part_is_what_a_micro_batch_keeps(cfg, base_dir, images, trainable, monkeypatch):
+def test_the_loss_part_is_what_a_micro_batch_keeps(cfg, images, trainable, monkeypatch):
     """All that autograd keeps of one micro-batch on the real code path, in bfloat16."""
     cfg = replace(cfg, model=replace(cfg.model, dtype="bfloat16"), stage1=StageConfig(trainable=trainable),
                   rollout=replace(cfg.rollout, max_new_tokens=60), grpo=GRPOConfig(micro_batch=1))  # fmt: skip
@@ -225,7 +234,7 @@ def test_the_loss_part_is_what_a_micro_batch_keeps(cfg, base_dir, images, traina
         rules = sampling_rules(model, processor, cfg)
         completion_logps(model, inputs, completions, torch.ones_like(completions), rules).sum()
     measured = sum(size for place, size in storages.items() if place not in weights)
-    shape = memory.read_shape(base_dir, 0)
+    shape = memory.read_shape(get_base(model).config, 0)
     monkeypatch.setattr(memory, "PROMPT_TOKENS", inputs["input_ids"].shape[1] - shape.image_tokens)
     logits = 240 * shape.vocabulary  # float32 with a mask are kept; two more copies live only inside the backward pass
     assert measured == pytest.approx(estimate(shape, cfg, 1, 0)["loss"] - 12 * logits + 4 * logits, rel=0.12)

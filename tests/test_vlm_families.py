@@ -264,7 +264,7 @@ def test_image_tokens_without_features_are_found_before_training(values, llava, 
     folder, change = llava
     change("processor_config.json", **values)
     at = replace(cfg, model=replace(cfg.model, path=str(folder)))
-    with pytest.raises(ValueError, match=rf"{folder}: .* \d+ image tokens in the prompts, but 4 image features: "):
+    with pytest.raises(ValueError, match=rf"{folder}: .*\b\d+ image tokens in the prompts, but 4 image features: "):
         load_policy(at)
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from formats.files import read_json
 from running import parallel
-from running.weights import require, require_finite_tensors, require_placed, tensor_shapes
-from vlm.families import BROKEN, PARTS
+from running.weights import loading, require, require_finite_tensors, require_placed, tensor_shapes
+from vlm.families import PARTS
 
 # fields of adapter_config.json that are used, and those that change nothing; any other must have PEFT's default
 USED = {"r", "lora_alpha", "lora_dropout", "use_rslora"}
@@ -70,7 +70,7 @@ def load_adapter(model, folder: Path, name: str = "default"):
         require(folder, file)
     base = model if name == "default" else model.get_base_model()
     raw, shapes = read_json(folder / "adapter_config.json"), tensor_shapes(folder / "adapter_model.safetensors")
-    try:
+    with loading(f"{folder} cannot be used as an adapter"):
         own = targets(base)
         check_kind(raw, shapes, own)
         places = own if raw.get("target_modules") == own else places_of(shapes, raw, base)
@@ -87,8 +87,6 @@ def load_adapter(model, folder: Path, name: str = "default"):
         require_finite_tensors(weights, "its weights")
         if not all(x.is_floating_point() for x in weights.values()):
             raise ValueError("its weights are no floating-point numbers")
-    except BROKEN as error:  # what odd values end in
-        raise ValueError(f"{folder} cannot be used as an adapter: {' '.join(str(error).split())}") from error
     if base.device.type != "meta":  # there is nothing to fill
         set_peft_model_state_dict(model, weights, adapter_name=name)
     made_on = str(raw.get("base_model_name_or_path") or base.name_or_path)

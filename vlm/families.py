@@ -13,15 +13,13 @@ import re
 import tomllib
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from running.weights import REFUSED, check_model, check_tokenizer, require_finite_tensors, require_placed
+from running.weights import REFUSED, check_model, check_tokenizer, loading, require_finite_tensors, require_placed
 
 # What the two parts of a stage are called inside each family's module tree. Regexes, not lists of suffixes:
 # "q_proj" alone would also match the vision tower, which stays frozen.
@@ -31,10 +29,6 @@ QWEN = {"language": LANGUAGE, "projector": r".*visual\.merger\.mlp\.[02]"}
 PARTS = {"llava": LLAVA, "llava_mistral": LLAVA, "qwen2_5_vl": QWEN}
 
 LLAVA_MED = tomllib.loads((Path(__file__).parent / "llava_med.toml").read_text(encoding="utf-8"))
-
-# what transformers makes of damaged files, beside its own one-line errors
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError,
-          StrictDataclassError, UnpicklingError)  # fmt: skip
 
 # PEFT asks for the first at every load, the second has a new name from 5.2x on: nothing a user could mend
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
@@ -59,15 +53,12 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0, device_map: 
         check_model(Path(path))
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False,
                "device_map": device_map}  # fmt: skip
-    try:
+    with loading(f"{path}: cannot be loaded"):  # a shard is not there, sizes contradict each other
         if family == "llava_mistral":
             model, info, processor = load_llava_med(path, config, **options)
         else:
             model, info = transformers.AutoModelForImageTextToText.from_pretrained(path, **options)
             processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except BROKEN as error:  # a shard that the index names is not there, sizes that contradict each other
-        fault = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(fault if fault.startswith(path) else f"{path}: {fault}") from error
     shapes = [f"{name} {list(got)} (by config.json {list(want)})" for name, got, want in info["mismatched_keys"]]
     require_placed(info["missing_keys"], [*shapes, *info["unexpected_keys"]], path)
     if device_map != "meta":
@@ -88,10 +79,8 @@ def read_config(path: str) -> dict:
     place, up = Path(path), Path(path).parent
     if not place.is_dir() and (place.is_absolute() or (str(up) != "." and up.is_dir())):
         raise ValueError(f"{path}: no such folder")  # asking the hub for it would take half a minute
-    try:
+    with loading(f"{path}: no readable config.json"):
         config = transformers.PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
-    except (*BROKEN, RecursionError) as error:
-        raise ValueError(f"{path}: no readable config.json ({str(error).splitlines()[0]})") from error
     if not (config and isinstance(config, dict)):
         raise ValueError(f"{path}: no config.json; expected a model folder or a hub name")
     return config

@@ -1,7 +1,7 @@
 """Where built assets lie, and that each is built once: `phantom:base` or `tiny:base` in a config means "that folder".
 
 `phantom:` is the made-up hospital, `tiny:` models of the data set that the config names (tiny/build.py). An asset
-depends on its recipe alone (phantom.config.Recipe, tiny.config.TinyRecipe): its builder gets nothing else, one CPU
+depends on its recipe alone (phantom.config.Recipe): its builder gets nothing else, one CPU
 thread and a seeded generator, so it ends in the same bytes whatever else a run's settings say and whoever else builds.
 It is written beside its place and renamed when complete. This module knows no builder: assets.py has all of them.
 """
@@ -20,21 +20,19 @@ from config import Config
 from formats.files import inside, read_json
 from phantom.config import Recipe
 from running.folder import atomic_folder, lock, writing
-from running.weights import check_model, check_open_clip, check_torch_file, require
-from tiny.config import TinyRecipe
+from running.weights import check_model, check_open_clip, check_torch_file, loading, require
 
 Name = Literal["data", "data_clean", "base", "base_pooled", "expert", "expert_noisy", "expert_50", "expert_100",
                "expert_150", "expert_200", "labeller"]  # fmt: skip
 TinyName = Literal["tiny:base", "tiny:expert", "tiny:labeller"]
 NAMES, TINY = get_args(Name), get_args(TinyName)
-Builders = Mapping[str, Callable[[Recipe | TinyRecipe, Path], object]]  # name -> function(recipe, folder to fill)
+Builders = Mapping[str, Callable[[Recipe, Path], object]]  # name -> function(recipe, folder to fill)
 
 
-def recipe_of(cfg: Config, world: str = "phantom") -> Recipe | TinyRecipe:
+def recipe_of(cfg: Config, world: str = "phantom") -> Recipe:
     """What the assets of a run depend on: `assets_seed`, and the tables `phantom` and `assets` or `data` and `tiny`."""
-    if world == "tiny":
-        return TinyRecipe(cfg.data, cfg.tiny, cfg.assets_seed)
-    return Recipe(cfg.phantom, cfg.assets, cfg.assets_seed)
+    tables = (cfg.data, cfg.tiny) if world == "tiny" else (cfg.phantom, cfg.assets)
+    return Recipe(*tables, cfg.assets_seed)
 
 
 def asset_dir(cfg: Config, world: str = "phantom") -> Path:
@@ -80,7 +78,7 @@ def resolve(cfg: Config, needs: Collection[str] = (), builders: Builders | None 
 
 def check_asset(folder: Path) -> None:
     """ValueError, one line, for an asset that is not whole: a file is missing, empty or cut off."""
-    try:
+    with loading(f"{folder} is damaged", "delete it, and it is built anew"):
         for path in folder.glob("*.json"):
             if not read_json(path):
                 raise ValueError(f"{path}: empty")
@@ -94,11 +92,10 @@ def check_asset(folder: Path) -> None:
                 check_open_clip(part)
         else:
             check_model(folder)
-            require(folder, "processor_config.json" if folder.name.startswith("base") else "chexbert.pth")
-        if folder.name == "labeller":
-            check_torch_file(folder / "chexbert.pth")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): delete it, and it is built anew") from error
+            if folder.name == "labeller":
+                check_torch_file(folder / "chexbert.pth")
+            else:
+                require(folder, "processor_config.json")
 
 
 def ensure(cfg: Config, name: Name, builders: Builders) -> Path:

@@ -1,7 +1,7 @@
 """The settings of the phantom: the world's sizes, rates and noise, and how long its small models are trained."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -65,6 +65,6 @@ class AssetsConfig:
 class Recipe:
     """All that an asset depends on: its builder is given this and nothing else, and its folder is named after this."""
 
-    phantom: PhantomConfig
-    assets: AssetsConfig
+    data: Any  # PhantomConfig; of a `tiny:` model config.DataConfig, whose sft_split trains and val_split measures it
+    models: Any  # how it is trained: AssetsConfig, or TinyConfig
     seed: int

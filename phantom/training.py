@@ -8,17 +8,14 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
-from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from config import Config, DataConfig, RolloutConfig
+from config import DataConfig
 from data import Study, read_split
 from formats.files import read_json, read_jsonl
 from formats.images import read_image
-from model import encode_prompts
 from phantom import text
 from phantom.config import PhantomConfig, Recipe
 from phantom.findings import LABELS, Finding, finding_of
@@ -27,12 +24,10 @@ from rewards import wrap
 from scorers.chexbert import CHEXPERT_LABELS, NEGATIVE, POSITIVE, UNCERTAIN, CheXbert
 from scorers.expert import Expert, load_expert
 from tiny import fit
-from tiny.models import MEAN, SIZES, STD, clip_config, new_llava, new_processor, policy_tokenizer, word_piece
-from vlm import attention
-from vlm.families import encode_images
+from tiny.models import SIZES, policy_tokenizer, word_piece
 
 PROMPT = "Write the report."  # under which the base learns; data.prompt is the policy's
-FULL_LENGTH = Config(rollout=RolloutConfig(max_new_tokens=96))  # the longest caption has 88, tags and EOS included
+MAX_TOKENS = 96  # the longest caption has 88, tags and EOS included
 
 
 def held_out(n: int) -> int:
@@ -40,68 +35,54 @@ def held_out(n: int) -> int:
     return max(1, min(512, n // 8))
 
 
-def read_studies(data: Path, split: str) -> tuple[list[Study], Tensor, Tensor]:
-    """Studies of a split, their images (n, size, size) uint8 and LABELS (n, 15) bool; ValueError if one is damaged."""
-    studies, _ = read_split(DataConfig(path=str(data), format="r2gen", target="both", strict=True), split)
+def as_data(studies: list[Study], images: Tensor, labels: Tensor) -> fit.Data:
+    """What a model learns from, the studies that measure it first."""
+    held = held_out(len(studies))
+    return fit.Data(studies, images, labels, range(held, len(studies)), range(held))
+
+
+def read_studies(folder: Path, split: str) -> fit.Data:
+    """The studies of a split, with LABELS (n, 15); ValueError if one is damaged."""
+    studies, _ = read_split(DataConfig(path=str(folder), format="r2gen", target="both", strict=True), split)
     images = torch.from_numpy(np.stack([np.asarray(read_image(s.image).convert("L")) for s in studies]))
-    return studies, images, torch.tensor([[label in s.labels for label in LABELS] for s in studies])
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Grey images (B, H, W) uint8 -> (B, 3, H, W) float, exactly as the saved image processor does it."""
-    return fit.normalise(images, MEAN, STD)
+    return as_data(studies, images, torch.tensor([[label in s.labels for label in LABELS] for s in studies]))
 
 
 def build_base(recipe: Recipe, folder: Path, pooled: bool = False) -> None:
-    """Train the base model: its vision tower (`fit.fit_tower`), then, tower frozen, projection and language model on
-    captions. With the tower trained along, random early gradients wreck it and the model stays blind (F1 1 for 60)."""
-    studies, images, labels = read_studies(folder.with_name("data"), "base")
+    """Train the base model on captions."""
+    data = read_studies(folder.with_name("data"), "base")
     # a few reports are tagged: LoRA cannot make a token likely whose output row was never once the right answer
-    texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(studies)]
+    texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(data.studies)]
     reports = [row["report"] for row in read_json(folder.with_name("data") / "annotation.json")["expert"]]
     tokenizer = policy_tokenizer(reports + texts + [f"USER: {PROMPT} ASSISTANT:"] * 100)
-    processor, model = (new(tokenizer, recipe.phantom.image_size) for new in (new_processor, new_llava))
-    model.model.language_model.set_attn_implementation(attention.NAME)
-    tower, held = model.model.vision_tower, held_out(len(studies))
-    rows = range(held, len(studies))
-    classify = fit.fit_tower(tower, lambda batch: normalise(images[batch]), labels, rows, recipe.assets.vision_steps,
-                             recipe.seed, "mean" if pooled else "patches")  # fmt: skip
+    steps, by = (recipe.models.vision_steps, recipe.models.base_steps), "mean" if pooled else "patches"
+    classify = fit.train_base(folder, data, texts, tokenizer, PROMPT, data.pixels, data.train, steps=steps,
+                              seed=recipe.seed, by=by, max_tokens=MAX_TOKENS)  # fmt: skip
     with torch.no_grad():
-        told, true = classify(normalise(images[:held])).mean(dim=1) > 0, labels[:held]
+        told, true = classify(data.pixels(data.held)).mean(dim=1) > 0, data.labels[data.held]
     f1 = (2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)).item()
-    tower.requires_grad_(False)
-    prompt = encode_prompts(processor, [read_image(studies[0].image)], PROMPT, "cpu")  # batch 1
-
-    with torch.no_grad():  # once: the tower does not change any more
-        parts = [encode_images(model, {"pixel_values": normalise(part)})["vision"] for part in images.split(256)]
-    vision = torch.cat(parts)  # (n, tokens, Dv)
-
-    fit.fit_base(model, processor, prompt, vision, texts, rows, recipe.assets.base_steps, recipe.seed + 1, FULL_LENGTH)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    fit.report_quality(folder, {"vision_tower_sided_f1": f1, "studies": held})
+    fit.report_quality(folder, {"vision_tower_sided_f1": f1, "studies": len(data.held)})
 
 
-def expert_pairs(recipe: Recipe, data: Path, noise: float | None) -> tuple[list[Study], Tensor, list[str], Tensor]:
-    """(studies, images (n, size, size), reports, LABELS (n, 15) that these state) that an expert learns from, the ones
-    that measure it first. noise, see build_expert: None gives the LABELS of the images."""
-    studies, images, labels = read_studies(data, "expert")
+def expert_pairs(recipe: Recipe, folder: Path, noise: float | None) -> tuple[fit.Data, list[str]]:
+    """(studies with the LABELS that their reports state, these reports) that an expert learns from.
+    noise, see build_expert: None gives the LABELS of the images."""
+    data = read_studies(folder, "expert")
     if noise is None:
-        measure, parts = held_out(len(studies)), [read_studies(data, split) for split in ("sft", "train")]
-        studies = studies[:measure] + [study for part in parts for study in part[0]]
-        images = torch.cat([images[:measure], *(part[1] for part in parts)])
-        labels = torch.cat([labels[:measure], *(part[2] for part in parts)])
+        parts, n = [read_studies(folder, split) for split in ("sft", "train")], len(data.held)
+        data = as_data(data.studies[:n] + [study for part in parts for study in part.studies],
+                       torch.cat([data.images[:n], *(part.images for part in parts)]),
+                       torch.cat([data.labels[:n], *(part.labels for part in parts)]))  # fmt: skip
     if not noise:
-        return studies, images, [study.report for study in studies], labels
-    truth, written, cfg = {row["id"]: row["findings"] for row in read_jsonl(data / "truth.jsonl")}, [], recipe.phantom
+        return data, [study.report for study in data.studies]
+    truth, written, cfg = {row["id"]: row["findings"] for row in read_jsonl(folder / "truth.jsonl")}, [], recipe.data
     rates = {name: rate for name, rate in vars(cfg).items() if name.startswith(("omit", "prior_"))}
     cfg = dataclasses.replace(cfg, **{name: min(1.0, noise * rate) for name, rate in rates.items()})
-    for i, study in enumerate(studies):
+    for i, study in enumerate(data.studies):
         findings = [Finding(f["name"], f["side"], f["site"], f["severity"]) for f in truth[study.id]]
         written.append(write_report(findings, np.random.default_rng([recipe.seed, i]), cfg, noisy=True))
     labels = torch.tensor([[label in stated for label in LABELS] for _, stated in written])
-    return studies, images, [report for report, _ in written], labels
+    return data._replace(labels=labels), [report for report, _ in written]
 
 
 def excerpt(report: str, rng: np.random.Generator) -> str:
@@ -114,25 +95,15 @@ def build_expert(recipe: Recipe, folder: Path, noise: float | None = 0.0) -> Non
     """Train the frozen expert: CLIP's loss, where studies with the same findings are all right answers, on reports of
     its own that err at `noise` times the references' rates. None: on the policy's own pairs, the references of splits
     sft and train, with plain InfoNCE: it is told nothing that the policy is not."""
-    studies, images, reports, labels = expert_pairs(recipe, folder.with_name("data"), noise)
-    held = held_out(len(studies))
-    tokenizer = word_piece(reports, folder)
-    settings = clip_config(len(tokenizer), tokenizer.sep_token_id, image_size=recipe.phantom.image_size)
-    model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
-    length, rng = settings["model_cfg"]["text_cfg"]["context_length"], np.random.default_rng(recipe.seed)
-
-    def pixels(batch: list[int]) -> Tensor:
-        return normalise(images[batch])
-
-    fit.fit_clip(model, tokenizer, pixels, lambda i: excerpt(reports[i], rng), None if noise is None else labels,
-                 range(held, len(studies)), recipe.assets.expert_steps, recipe.seed + 2, length)  # fmt: skip
-    open_clip.set_model_preprocess_cfg(model.eval(), settings["preprocess_cfg"])
-    save_for_hf(model, tokenizer, settings["model_cfg"], folder, safe_serialization=True)
-    n = min(256, held)
+    data, reports = expert_pairs(recipe, folder.with_name("data"), noise)
+    rng, n = np.random.default_rng(recipe.seed), min(256, len(data.held))
+    model, tokenizer = fit.train_expert(folder, data, reports, lambda i: excerpt(reports[i], rng), data.pixels,
+                                        data.train, labels=None if noise is None else data.labels,
+                                        steps=recipe.models.expert_steps, seed=recipe.seed + 2)  # fmt: skip
     with torch.no_grad():
-        image, report = fit.clip_features(model, tokenizer, pixels(list(range(n))), reports[:n], length)
-    hit = fit.alike(labels[:n])[torch.arange(n), (image @ report.T).argmax(dim=-1)].float().mean().item()
-    preferred = probe_expert(load_expert(folder), studies[:held], recipe.phantom, recipe.seed)
+        image, report = fit.clip_features(model, tokenizer, data.pixels(range(n)), reports[:n])
+    hit = fit.alike(data.labels[:n])[torch.arange(n), (image @ report.T).argmax(dim=-1)].float().mean().item()
+    preferred = probe_expert(load_expert(folder), data.studies[: len(data.held)], recipe.data, recipe.seed)
     fit.report_quality(folder, {f"retrieval_at_1_of_{n}": hit} | preferred)
 
 
@@ -184,15 +155,14 @@ def labelled_texts(cfg: PhantomConfig, seed: int, n: int) -> tuple[list[str], np
 
 def build_labeller(recipe: Recipe, folder: Path) -> None:
     """Train the CheXbert-format labeller on texts of its own (no images), labelled by what each text states."""
-    texts, classes = labelled_texts(recipe.phantom, recipe.seed, recipe.phantom.expert)
+    texts, classes = labelled_texts(recipe.data, recipe.seed, recipe.data.expert)
     classes, held = torch.as_tensor(classes), held_out(len(texts))  # (n, 14)
     tokenizer = word_piece(texts, folder)
     model = CheXbert(BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES["labeller"])))
-    predict = fit.fit_labeller(model, tokenizer, texts, classes, range(held, len(texts)), recipe.assets.labeller_steps,
-                               1e-3, recipe.seed + 3)  # fmt: skip
+    predict = fit.train_labeller(folder, model, tokenizer, texts, classes, range(held, len(texts)),
+                                 steps=recipe.models.labeller_steps, lr=1e-3, seed=recipe.seed + 3)  # fmt: skip
     predicted = predict(range(held))  # (held, 14)
     told, true = ((c == POSITIVE) | (c == UNCERTAIN) for c in (predicted, classes[:held]))
-    fit.save_labeller(model, tokenizer, folder)
     f1 = 2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)
     exact = (predicted == classes[:held]).float().mean()
     fit.report_quality(folder, {"micro_f1": f1.item(), "class_accuracy": exact.item()})

@@ -123,7 +123,7 @@ def counterfactuals(cfg: PhantomConfig, seed: int, index: int) -> tuple[str, str
 def build(recipe: Recipe, folder: Path) -> None:
     """Write the data set in R2Gen's layout with truth.jsonl and a contact sheet of test studies; print how wrong the
     references (sft, train, val, test) are. ValueError, see `sample_findings`."""
-    cfg, annotation, pairs, shown = recipe.phantom, {}, [], []
+    cfg, annotation, pairs, shown = recipe.data, {}, [], []
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(split, index) for split in SPLITS for index in range(getattr(cfg, split))]
     with open(folder / "truth.jsonl", "w", encoding="utf-8") as truth_file:
@@ -151,7 +151,7 @@ def build_clean(recipe: Recipe, folder: Path) -> None:
     annotation = read_json(data / "annotation.json")
     for i, row in enumerate(annotation["train"]):
         rng = np.random.default_rng([recipe.seed, SPLITS.index("train"), i, 1])
-        row["report"], _ = write_report(truth[row["id"]], rng, recipe.phantom, noisy=False)
+        row["report"], _ = write_report(truth[row["id"]], rng, recipe.data, noisy=False)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "annotation.json").write_text(json.dumps(annotation, indent=1), encoding="utf-8")
     shutil.copyfile(data / "truth.jsonl", folder / "truth.jsonl")

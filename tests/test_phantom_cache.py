@@ -138,7 +138,7 @@ def test_a_damaged_asset_is_named_in_one_line_and_built_anew_when_deleted(built,
         whole = path.rename(tmp_path / "whole")
         if damage is not None:
             path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2] if damage == b"cut" else damage)
-        with pytest.raises(ValueError, match=f"^{folder} is damaged .*: delete it, and it is built anew$") as refused:
+        with pytest.raises(ValueError, match=f"^{folder} is damaged .*; delete it, and it is built anew$") as refused:
             cache.resolve(replace(cfg, model=replace(cfg.model, path=f"phantom:{name}")), (name,), {})
         assert "\n" not in str(refused.value)
         path.unlink(missing_ok=True)
@@ -160,7 +160,7 @@ def test_a_build_meets_a_damaged_image_with_one_line(built, tmp_path):
         assets.ensure(cfg, "base")
     assert not (cache.asset_dir(cfg) / "base").exists()
     shutil.rmtree(image.parent)
-    with pytest.raises(ValueError, match="data is damaged .images: less than 30 folders.: delete it"):
+    with pytest.raises(ValueError, match="data is damaged .images: less than 30 folders.; delete it"):
         assets.ensure(cfg, "base")
 
 

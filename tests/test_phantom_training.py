@@ -31,7 +31,8 @@ def test_normalise_is_the_saved_image_processor(micro):
     grey = torch.from_numpy(np.stack([np.asarray(p.convert("L")) for p in pictures]))
     processor = AutoProcessor.from_pretrained(folder / "base")
     saved = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(training.normalise(grey), saved, atol=1e-5, rtol=0)
+    data = training.as_data(studies, grey, torch.zeros(3, 15))
+    torch.testing.assert_close(data.pixels(range(3)), saved, atol=1e-5, rtol=0)
 
 
 def test_image_tokens_match_the_vision_tower(micro):
@@ -94,9 +95,10 @@ def test_batches_run_through_whole_epochs():
 
 def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
     recipe, data = cache.recipe_of(micro), cache.asset_dir(micro) / "data"
-    studies, _, labels = training.read_studies(data, "expert")
-    _, _, texts, stated = training.expert_pairs(recipe, data, 1.0)
-    assert texts == training.expert_pairs(recipe, data, 1.0)[2]  # the same each time
+    labels = training.read_studies(data, "expert").labels
+    given, texts = training.expert_pairs(recipe, data, 1.0)
+    stated = given.labels
+    assert texts == training.expert_pairs(recipe, data, 1.0)[1]  # the same each time
     assert stated.shape == labels.shape
     for text, row in zip(texts, stated, strict=True):
         counts = reader.truth_counts(text, [name for name, on in zip(LABELS, row, strict=True) if on])
@@ -140,10 +142,10 @@ def test_an_expert_learns_from_reports_as_noisy_as_it_is_said(tmp_path):
     recipe = Recipe(PhantomConfig(expert=80, base=2, sft=30, train=20, val=2, test=2), AssetsConfig(), 0)
     build(recipe, tmp_path / "data")
     given = {noise: training.expert_pairs(recipe, tmp_path / "data", noise) for noise in (0.0, 0.5, 1.0, None)}
-    shown = given[0.0][3]
-    wrong = {noise: (given[noise][3] != shown).sum().item() for noise in (0.0, 0.5, 1.0)}
+    shown = given[0.0][0].labels
+    wrong = {noise: (given[noise][0].labels != shown).sum().item() for noise in (0.0, 0.5, 1.0)}
     assert 0 == wrong[0.0] < wrong[0.5] < wrong[1.0]
-    studies, images, reports, labels = given[None]
+    (studies, images, labels, *_), reports = given[None]
     assert len(studies) == len(images) == len(reports) == len(labels) == 10 + 30 + 20
     assert [s.split for s in studies] == ["expert"] * 10 + ["sft"] * 30 + ["train"] * 20
     assert reports[10:] == [s.report for s in studies[10:]]

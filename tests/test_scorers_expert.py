@@ -45,9 +45,9 @@ def write_tokenizer(folder):
 def build_native(folder, context=16):
     """The phantom's layout: native CLIP over a BERT tokenizer. Returns the model that was saved."""
     tokenizer = write_tokenizer(folder)
-    config = tiny_models.clip_config(len(tokenizer), tokenizer.sep_token_id, context)
+    config = tiny_models.clip_config(len(tokenizer), tokenizer.sep_token_id, image_size=64)
     config["model_cfg"]["vision_cfg"] |= {"layers": 1, "width": 32, "head_width": 16}
-    config["model_cfg"]["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
+    config["model_cfg"]["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2, "context_length": context}
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**config["model_cfg"]).eval()
     save(model, config, tokenizer, folder)

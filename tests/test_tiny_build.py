@@ -19,13 +19,14 @@ from evidence.findings import SENTENCES
 from formats.gold import FINDINGS
 from model import encode_prompts, load_policy
 from phantom import assets, cache
+from phantom.config import Recipe
 from phantom.oracle import other_images
 from rewards import OPEN, wrap
 from rollout import generate_reports
 from scorers.expert import CrossFitted, fold_of, load_expert
 from sft import text_logps
-from tiny import build, minilm
-from tiny.config import TinyConfig, TinyRecipe
+from tiny import build, fit, minilm
+from tiny.config import TinyConfig
 
 REPORTS = ("The heart is enlarged. No effusion.", "The lungs are clear. The heart is normal in size.",
            "Small left pleural effusion. The heart is normal.")  # fmt: skip
@@ -69,8 +70,8 @@ def test_the_folder_is_named_after_texts_and_settings_not_after_the_place(cfg, t
 
 
 def test_training_studies_come_first_and_are_moved_by_a_few_pixels(cfg):
-    data = build.read_data(TinyRecipe(cfg.data, cfg.tiny, 0))
-    assert (data.train, data.val) == (range(24), range(24, 36)) and data.images.shape == (36, 32, 32)
+    data = build.read_data(Recipe(cfg.data, cfg.tiny, 0))
+    assert (data.train, data.held) == (range(24), range(24, 36)) and data.images.shape == (36, 32, 32)
     assert data.labels[:3].nonzero().tolist() == [[0, FINDINGS.index("cardiomegaly")], [2, FINDINGS.index("effusion")]]
     grey = data.images[:24].float() / 255
     assert (data.mean, data.std) == (
@@ -81,10 +82,10 @@ def test_training_studies_come_first_and_are_moved_by_a_few_pixels(cfg):
     moved = data.moved([0] * 80)[:, 0]  # (80, 32, 32)
     brightest = moved.flatten(1).max(dim=1)
     x, y = brightest.indices % 32 - 10, brightest.indices // 32 - 10
-    assert {x.abs().max().item(), y.abs().max().item()} == {build.MOVE} and len((100 * x + y).unique()) > 20
+    assert {x.abs().max().item(), y.abs().max().item()} == {fit.MOVE} and len((100 * x + y).unique()) > 20
     assert 0.85 < (brightest.values / data.pixels([0]).max()).min() < 0.95 and len(brightest.values.unique()) == 80
     with pytest.raises(ValueError, match="need data.format r2gen and gold labels"):
-        build.read_data(TinyRecipe(replace(cfg.data, labels=""), cfg.tiny, 0))
+        build.read_data(Recipe(replace(cfg.data, labels=""), cfg.tiny, 0))
 
 
 def test_aucs_by_hand():
@@ -99,7 +100,7 @@ def test_the_base_is_a_llava_that_writes_small_letters(built):
     studies = load_studies(built.data, "val")[:2]
     images = [Image.open(study.image) for study in studies]
     seen = encode_prompts(processor, images, built.data.prompt, "cpu")["pixel_values"]
-    data = build.read_data(TinyRecipe(built.data, built.tiny, 0))
+    data = build.read_data(Recipe(built.data, built.tiny, 0))
     torch.testing.assert_close(seen, data.pixels([24, 25]).contiguous(), atol=0.05, rtol=0)  # one grey level
     assert len(generate_reports(model, processor, images, built, ids=["a", "b"])) == 2
 
@@ -108,7 +109,7 @@ def test_no_expert_judges_what_it_saw(built, cfg):
     """Words that only one fold's reports have are unknown to that fold's expert."""
     expert = load_expert(built.scorers.expert)
     assert isinstance(expert, CrossFitted) and len(expert.experts) == 2
-    data = build.read_data(TinyRecipe(cfg.data, cfg.tiny, 0))
+    data = build.read_data(Recipe(cfg.data, cfg.tiny, 0))
     counts = [sum(fold_of(data.studies[i].id, 2) == fold for i in data.train) for fold in (0, 1)]
     assert min(counts) > 0 and sum(counts) == 24
 

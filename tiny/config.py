@@ -1,7 +1,7 @@
 """The settings of the small models that are built from a data set's own training split (build.py)."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -20,12 +20,3 @@ class TinyConfig:
     folds: Annotated[int, Field(ge=2, le=9)] = 3  # experts: each never sees the studies of its fold [ours]
     expert_steps: Updates = 150  # updates of each of them, 128 image-report pairs each [ours]
     labeller_steps: Updates = 200  # updates of the CheXbert-format labeller, 64 reports each [ours]
-
-
-@dataclass(frozen=True)
-class TinyRecipe:
-    """All that such a model depends on, and what its folder is named after."""
-
-    data: Any  # config.DataConfig, whose split sft_split trains and val_split measures
-    tiny: TinyConfig
-    seed: int

@@ -1,6 +1,7 @@
-"""How small models are trained, the phantom's and those of a data set of your own: a function for each kind.
+"""How small models are trained and saved, the phantom's and those of a data set of your own: a function for each kind.
 
-`rows` are the places of the studies or texts that train; the caller measures the model on others.
+`rows` are the places of the studies or texts that train, a place may stand in them several times; the caller measures
+the model on others.
 """
 
 import io
@@ -8,24 +9,56 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config
-from data import batch_ids
+from config import Config, RolloutConfig
+from data import Study, batch_ids
+from formats.images import read_image
+from model import encode_prompts
 from scorers.chexbert import CheXbert
 from scorers.expert import encode_tokens
 from sft import sft_loss, text_logps
+from tiny.models import MEAN, STD, clip_config, new_llava, new_processor, word_piece
+from vlm import attention
+from vlm.families import encode_images
 
 Rows = Sequence[int]
+MOVE = 3  # pixels, at most, by which an image is moved while a tower learns
+
+
+class Data(NamedTuple):
+    """Studies, some of which train a model and others measure it."""
+
+    studies: list[Study]
+    images: Tensor  # (n, size, size) uint8, grey
+    labels: Tensor  # (n, L) bool
+    train: range  # the places of the training studies
+    held: range  # and of those that measure
+    mean: float = MEAN  # of the training images' grey values, 0 to 1, and their standard deviation, about
+    std: float = STD
+
+    def pixels(self, rows: Rows | Tensor) -> Tensor:
+        """Images of some rows, (B, 3, H, W) float, exactly as the saved image processor makes them."""
+        return ((self.images[rows].float() / 255 - self.mean) / self.std)[:, None].expand(-1, 3, -1, -1)
+
+    def moved(self, rows: Rows) -> Tensor:
+        """The same, each moved by up to MOVE pixels, its edge repeated, its contrast changed by up to a tenth."""
+        pixels, side = F.pad(self.pixels(rows), [MOVE] * 4, mode="replicate"), self.images.shape[-1]
+        x, y = torch.randint(2 * MOVE + 1, (2, len(pixels))).tolist()
+        pixels = torch.stack([p[:, j : j + side, i : i + side] for p, i, j in zip(pixels, x, y, strict=True)])
+        return pixels * (0.9 + 0.2 * torch.rand(len(pixels), 1, 1, 1))
 
 
 def fit(model: nn.Module, loss_of: Callable, rows: Rows, batch: int, steps: int, lr: float, seed: int, what: str):
-    """AdamW with 5% warm-up and cosine decay over `loss_of(batch of rows)`; a row may stand in `rows` several times."""
+    """AdamW with 5% warm-up and cosine decay over `loss_of(batch of rows)`."""
     warm, trained = max(1, steps // 20), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -59,11 +92,6 @@ def report_quality(folder: Path, numbers: dict) -> None:
             print(f"{title}: " + ", ".join(f"{name} {n:.3g}" for name, n in part.items()))
 
 
-def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Grey images (B, H, W) uint8 -> (B, 3, H, W) float, exactly as the saved image processor does it."""
-    return ((images.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
-
-
 def fit_tower(tower: nn.Module, pixels: Callable, labels: Tensor, rows: Rows, steps: int, seed: int, by="patches"):
     """Teach a vision tower `labels` (n, L); returns the classifier, pixels (B, 3, H, W) -> logits (B, patches, L).
 
@@ -87,26 +115,46 @@ def fit_tower(tower: nn.Module, pixels: Callable, labels: Tensor, rows: Rows, st
     return classify
 
 
-def fit_base(model, processor, prompt: dict, vision: Tensor, texts: list[str], rows: Rows, steps: int, seed: int,
-             cfg: Config) -> None:  # fmt: skip
-    """Train all of a LLaVA that is not frozen on a text for each row's image, seen by the frozen tower: `vision`
-    (n, tokens, Dv). prompt: one encoded prompt, batch 1; cfg: how long a text may be."""
+def train_base(folder: Path, data: Data, texts: list[str], tokenizer, prompt: str, pixels: Callable, rows: Rows, *,
+               steps: tuple[int, int], seed: int, by: str, max_tokens: int) -> Callable:  # fmt: skip
+    """Train a LLaVA and save it with its processor: its tower (`fit_tower`, by steps[0] updates on `pixels` of the
+    training studies), then, tower frozen, projection and language model on a text for the image of each of `rows`.
+    With the tower trained along, random early gradients wreck it and the model stays blind (F1 1 for 60).
+
+    Returns the tower's classifier. prompt: the instruction; max_tokens: of a text, tags and EOS included.
+    """
+    size = data.images.shape[-1]
+    processor, model = new_processor(tokenizer, size, data.mean, data.std), new_llava(tokenizer, size)
+    model.model.language_model.set_attn_implementation(attention.NAME)
+    classify = fit_tower(model.model.vision_tower, pixels, data.labels, data.train, steps[0], seed, by)
+    model.model.vision_tower.requires_grad_(False)
+    with torch.no_grad():  # once: the tower does not change any more
+        parts = [encode_images(model, {"pixel_values": data.pixels(part)})["vision"]
+                 for part in torch.arange(data.train.stop).split(256)]  # fmt: skip
+    vision = torch.cat(parts)  # (n, tokens, Dv)
+    encoded = encode_prompts(processor, [read_image(data.studies[0].image)], prompt, "cpu")  # batch 1
+    limits = Config(rollout=RolloutConfig(max_new_tokens=max_tokens))
 
     def loss(batch: list[int]) -> Tensor:
         total, tokens = 0.0, 0
         for part in by_length(batch, texts):
-            inputs = {name: row.expand(len(part), *row.shape[1:]) for name, row in prompt.items()}
-            logps, mask, _ = text_logps(model, processor, inputs | {"vision": vision[part]}, [texts[i] for i in part],
-                                        cfg)  # fmt: skip
+            inputs = {name: row.expand(len(part), *row.shape[1:]) for name, row in encoded.items()}
+            inputs["vision"] = vision[part]
+            logps, mask, _ = text_logps(model, processor, inputs, [texts[i] for i in part], limits)
             total, tokens = total + sft_loss(logps, mask, total_tokens=1), tokens + mask.sum()
         return total / tokens
 
-    fit(model, loss, rows, 48, steps, 1.5e-3, seed, "base model")
+    fit(model, loss, rows, 48, steps[1], 1.5e-3, seed + 1, "base model")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return classify
 
 
-def clip_features(model, tokenizer, pixels: Tensor, texts: list[str], context: int) -> tuple[Tensor, Tensor]:
+def clip_features(model, tokenizer, pixels: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Normalised image and text embeddings (B, D) of a CLIP for B pairs; differentiable."""
-    tokens = tokenizer(texts, padding="max_length", max_length=context, truncation=True, return_tensors="pt")
+    length = model.context_length
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     image = F.normalize(model.encode_image(pixels), dim=-1)
     embedded = torch.empty_like(image)
     for part in by_length(list(range(len(texts))), texts):
@@ -119,15 +167,21 @@ def alike(labels: Tensor) -> Tensor:
     return (labels[:, None] == labels[None]).all(dim=-1)
 
 
-def fit_clip(model, tokenizer, pixels: Callable, text_of: Callable, labels: Tensor | None, rows: Rows, steps: int,
-             seed: int, context: int, classify=False) -> None:  # fmt: skip
-    """CLIP's loss on pairs of images and texts, where all studies with the same `labels` (n, L), if any are given, are
+def train_expert(folder: Path, data: Data, corpus: list[str], text_of: Callable, pixels: Callable, rows: Rows, *,
+                 labels: Tensor | None, steps: int, seed: int, classify: bool = False) -> tuple:  # fmt: skip
+    """Train a CLIP over the words of `corpus` and save it in open_clip's layout; returns it and its tokenizer.
+
+    CLIP's loss on pairs of images and texts, where all studies with the same `labels` (n, L), if any are given, are
     right answers. text_of: row -> its text, another one each time if it likes. classify: a linear head must read the
-    labels off the image's embedding, too."""
+    labels off the image's embedding, too.
+    """
+    tokenizer = word_piece(corpus, folder)
+    settings = clip_config(len(tokenizer), tokenizer.sep_token_id, data.images.shape[-1], data.mean, data.std)
+    model = open_clip.model.CLIP(**settings["model_cfg"], cast_dtype=None)
     head = nn.Linear(model.visual.output_dim, labels.shape[1]) if classify else None
 
     def loss(batch: list[int]) -> Tensor:
-        image, report = clip_features(model, tokenizer, pixels(batch), [text_of(i) for i in batch], context)
+        image, report = clip_features(model, tokenizer, pixels(batch), [text_of(i) for i in batch])
         same = torch.eye(len(batch)) if labels is None else alike(labels[batch]).float()
         target = same / same.sum(dim=-1, keepdim=True)
         logits = model.logit_scale.exp().clamp(max=100) * image @ report.T
@@ -137,11 +191,15 @@ def fit_clip(model, tokenizer, pixels: Callable, text_of: Callable, labels: Tens
         return value
 
     fit(nn.ModuleList([model, head]) if head else model, loss, rows, 128, steps, 1e-3, seed, "expert")
+    open_clip.set_model_preprocess_cfg(model.eval(), settings["preprocess_cfg"])
+    save_for_hf(model, tokenizer, settings["model_cfg"], folder, safe_serialization=True)
+    return model, tokenizer
 
 
-def fit_labeller(model: CheXbert, tokenizer, texts: list[str], classes: Tensor, rows: Rows, steps: int, lr: float,
-                 seed: int) -> Callable:  # fmt: skip
-    """Train CheXbert's heads and its BERT on texts of known `classes` (n, 14); returns texts' rows -> (n, 14)."""
+def train_labeller(folder: Path, model: CheXbert, tokenizer, texts: list[str], classes: Tensor, rows: Rows, *,
+                   steps: int, lr: float, seed: int) -> Callable:  # fmt: skip
+    """Train CheXbert's heads and its BERT on texts of known `classes` (n, 14) and save them in CheXbert's own layout:
+    the BERT's folder, and in it chexbert.pth with tensors module.<name>. Returns texts' rows -> (n, 14)."""
     encoded = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
 
     def class_logits(batch: Rows) -> list[Tensor]:  # 14 x (B, 4 or 2)
@@ -155,18 +213,13 @@ def fit_labeller(model: CheXbert, tokenizer, texts: list[str], classes: Tensor, 
             total = total + sum(F.cross_entropy(head, classes[part, i], reduction="sum") for i, head in heads)
         return total / (len(batch) * classes.shape[1])
 
-    fit(model, loss, rows, 64, steps, lr, seed, "labeller")
-
     @torch.no_grad()
     def predict(batch: Rows) -> Tensor:
         return torch.stack([head.argmax(-1) for head in class_logits(batch)], dim=1)
 
-    return predict
-
-
-def save_labeller(model: CheXbert, tokenizer, folder: Path) -> None:
-    """A labeller in CheXbert's own layout: its BERT's folder, and in it chexbert.pth with tensors module.<name>."""
+    fit(model, loss, rows, 64, steps, lr, seed, "labeller")
     model.bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.save({"model_state_dict": nn.ModuleDict({"module": model}).state_dict()}, buffer := io.BytesIO())
     (folder / "chexbert.pth").write_bytes(buffer.getvalue())  # torch has no words for a full disk
+    return predict

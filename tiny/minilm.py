@@ -4,7 +4,6 @@ No code of the package runs: its archive is known by its hash, and the weights a
 """
 
 import hashlib
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -24,11 +23,3 @@ def find_minilm() -> Path:
     if found != SHA256:
         raise ValueError(f"{path}: not the archive of version {VERSION} (sha256 {found[:12]}...): {INSTALL}")
     return path
-
-
-def unpack_minilm(folder: Path) -> None:
-    """Fill `folder` with MiniLM in Hugging Face's layout."""
-    folder.mkdir()
-    with zipfile.ZipFile(find_minilm()) as archive:
-        for name in FILES:
-            (folder / name).write_bytes(archive.read(name))

@@ -63,10 +63,10 @@ def word_piece(corpus: list[str], folder: Path) -> hf.BertTokenizerFast:
     return hf.BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=512)
 
 
-def clip_config(vocab_size: int, sep_id: int, context_length=96, image_size=64, mean=MEAN, std=STD) -> dict:
+def clip_config(vocab_size: int, sep_id: int, image_size: int, mean: float = MEAN, std: float = STD) -> dict:
     """The whole `open_clip_config.json` of a small native CLIP over a BERT tokenizer ([CLS] ... [SEP] [PAD]=0 ...)."""
     config = copy.deepcopy(SIZES["expert"])
-    config["model_cfg"]["text_cfg"] |= {"vocab_size": vocab_size, "eos_id": sep_id, "context_length": context_length}
+    config["model_cfg"]["text_cfg"] |= {"vocab_size": vocab_size, "eos_id": sep_id}
     config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"] = image_size
     config["preprocess_cfg"] |= {"mean": [mean] * 3, "std": [std] * 3}
     return config

@@ -66,24 +66,25 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """The JSON object that a file holds; ValueError when it holds none."""
-    return _json_object(read_text(path), str(path))
+    return json_value(read_text(path), path)
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON-lines file, blank lines left out; ValueError names file and line."""
     lines = enumerate(read_text(path).split("\n"), 1)
-    return [_json_object(line, f"{path}: line {number}") for number, line in lines if line.strip()]
+    return [json_value(line, f"{path}: line {number}") for number, line in lines if line.strip()]
 
 
-def _json_object(text: str, place: str) -> dict:
+def json_value(text: str, place: str | Path, kind: type = dict):
+    """The JSON object, or list, that a text holds; ValueError, beginning with `place`, when it holds none."""
     try:
         value = json.loads(text)
         if re.search(r"\\ud[89a-f]", text, re.IGNORECASE):  # half a character, which no file can hold, becomes "?"
             value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits, brackets a thousand deep
         raise ValueError(f"{place}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: not a JSON object")
+    if not isinstance(value, kind):
+        raise ValueError(f"{place}: not a JSON {'object' if kind is dict else kind.__name__}")
     return value
 
 

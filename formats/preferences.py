@@ -7,13 +7,12 @@ file, which lies beside the pairs' or below, in the frontal view's place. MMedPO
 images are the data set's. `python -m evidence.pairs` makes such a file.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from data import Study, describe_skips
-from formats.files import inside, read_jsonl, read_text
+from formats.files import inside, json_value, read_jsonl, read_text
 from formats.images import check_image
 
 
@@ -32,27 +31,17 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """The pairs of a file, in its order; ValueError, one line with file, row and key, for what is not as said above."""
     if not str(path):
         raise ValueError("dpo.pairs is empty: name a file of preference pairs; `python -m evidence.pairs` makes one")
-    path = Path(path)
-    rows = read_list(path) if read_text(path).lstrip().startswith("[") else read_jsonl(path)
+    path, text = Path(path), read_text(Path(path))
+    rows = json_value(text, path, list) if text.lstrip().startswith("[") else read_jsonl(path)
     if not rows:
         raise ValueError(f"{path}: no rows")
     return [read_row(row, f"{path}: row {number}", path.parent) for number, row in enumerate(rows, 1)]
 
 
-def read_list(path: Path) -> list[dict]:
-    """The objects of a file that is one JSON list; ValueError for anything else in it."""
-    try:
-        rows = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    odd = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
-    if odd:
-        raise ValueError(f"{path}: row {odd}: not a JSON object")
-    return rows
-
-
-def read_row(row: dict, where: str, folder: Path) -> Pair:
+def read_row(row, where: str, folder: Path) -> Pair:
     """One row as a Pair, its rejected_image in `folder`; ValueError, beginning with `where`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a JSON object")
     theirs = "conversations" in row
     keys = ("conversations", "rejected_conversations") if theirs else ("chosen", "rejected")
     texts = [last_turn(row.get(key)) if theirs else row.get(key) for key in keys]

@@ -13,12 +13,17 @@ from scorers.expert import fold_of
 
 
 def stand_in(cfg: Config, similarity: Callable | None) -> Callable:
-    """What judges in Stage 2: the expert's `similarity`, or the oracle's, of the own or of another study's image."""
-    if cfg.scorers.expert == "oracle":
-        similarity = oracle_similarity(exact_labels(cfg), truth_reader(cfg.data))
-    if cfg.scorers.expert_sees == "other":
-        similarity = other_images(similarity, load_studies(cfg.data, cfg.data.rl_split), cfg.tiny.folds)
-    return similarity
+    """What judges in Stage 2: the expert's `similarity`, or the oracle's, of the own or of another study's image.
+
+    ValueError for an oracle of a data set without exact or gold labels.
+    """
+    oracle, other = cfg.scorers.expert == "oracle", cfg.scorers.expert_sees == "other"
+    studies = load_studies(cfg.data, cfg.data.rl_split) if oracle or other else []
+    if oracle and studies[0].labels is None:
+        raise ValueError(f"scorers.expert oracle: {cfg.data.path} has no truth.jsonl, nor data.labels: no labels")
+    if oracle:
+        similarity = oracle_similarity({study.id: study.labels for study in studies}, truth_reader(cfg.data))
+    return other_images(similarity, studies, cfg.tiny.folds) if other else similarity
 
 
 def oracle_similarity(labels: dict[str, list[str]], counts: Callable = truth_counts) -> Callable:
@@ -45,11 +50,3 @@ def other_images(similarity: Callable, studies: list[Study], folds: int) -> Call
         return similarity([read_image(study.image) for study in shown], [study.id for study in shown], groups)
 
     return blind
-
-
-def exact_labels(cfg: Config) -> dict[str, list[str]]:
-    """{id: labels} of the RL split; ValueError for a data set without exact or gold labels."""
-    studies = load_studies(cfg.data, cfg.data.rl_split)
-    if studies[0].labels is None:
-        raise ValueError(f"scorers.expert oracle: {cfg.data.path} has no truth.jsonl, nor data.labels: no labels")
-    return {study.id: study.labels for study in studies}

@@ -14,6 +14,7 @@ what is written here only its owner may read.
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import os
@@ -34,6 +35,7 @@ FREE_FIELDS = (
     "threads", "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "dpo.micro_batch",
     "model.gradient_checkpointing",
 )  # fmt: skip
+private = functools.partial(os.open, mode=0o600)  # an `opener` for files that nobody but their owner may read
 FINISHED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
 
 
@@ -77,11 +79,6 @@ def lock(path: Path, wait: bool):
     except OSError as error:
         print(f"{path}: not locked ({error.strerror}): see to it that no second process writes to {path.parent}")
     return file
-
-
-def private(path: str, flags: int) -> int:
-    """An `opener` for files that nobody but their owner may read."""
-    return os.open(path, flags, 0o600)
 
 
 def write_text(path: Path, text: str) -> None:

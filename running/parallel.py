@@ -121,8 +121,12 @@ def shard(base) -> None:
     fully_shard(language_model, ignored_params=whole)  # the root, which fetches the next layer ahead of time
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Sum gradients over the processes in one flat buffer. A process without studies contributes zeros."""
+def optimizer_step(optimizer: torch.optim.Optimizer, max_norm: float, divide_by: float = 1.0) -> float:
+    """Sum gradients over the processes in one flat buffer, divide, clip, update; the gradient norm before clipping.
+
+    A process without studies contributes zeros.
+    """
+    parameters = optimizer.param_groups[0]["params"]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     if dist.is_initialized():
@@ -130,12 +134,6 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
         dist.all_reduce(flat)
         for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad.copy_(grad.view_as(parameter))
-
-
-def optimizer_step(optimizer: torch.optim.Optimizer, max_norm: float, divide_by: float = 1.0) -> float:
-    """Sum gradients over the processes, divide, clip, update. Returns the gradient norm before clipping."""
-    parameters = optimizer.param_groups[0]["params"]
-    sum_gradients(parameters)
     for parameter in parameters:
         parameter.grad /= divide_by
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()

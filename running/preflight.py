@@ -90,10 +90,8 @@ def check_programs(cfg: Config) -> Iterator[Item]:
            if not need.specifier.contains(version(need.name) or "0", prereleases=True)]  # fmt: skip
     command = "pip install -r requirements.txt -c constraints.txt" if bad else ""
     yield "missing" if bad else "ok", "packages", "; ".join(bad) or f"all {len(needs)} of requirements.txt", command
-    if shutil.which("java"):
-        yield "ok", "Java", "there, for METEOR", ""
-    else:
-        yield "to do", "Java", "no `java` on PATH: the tables will lack METEOR", "apt-get install default-jre-headless"
+    lacking = "to do", "Java", "no `java` on PATH: the tables will lack METEOR", "apt-get install default-jre-headless"
+    yield ("ok", "Java", "there, for METEOR", "") if shutil.which("java") else lacking
 
 
 def check_data(cfg: Config) -> Iterator[Item]:
@@ -170,7 +168,8 @@ def policy_shape(cfg: Config) -> Shape | None:
     if folder.is_dir():
         with suppress(ValueError):  # check_policy says what is wrong with it
             model, processor = load_family(str(folder), torch.float32, pixels, device_map="meta")
-            largest = getattr(processor.image_processor, "size", {}).get("longest_edge", 0)
+            qwen = model.config.model_type == "qwen2_5_vl"
+            largest = processor.image_processor.size["longest_edge"] if qwen else 0  # in pixels
             return read_shape(model.config, model.num_parameters(), largest)
     shape = KNOWN.get(Path(cfg.model.path).name)
     return replace(shape, image_tokens=pixels // 784) if shape and pixels else shape  # 28 x 28 pixels a token

@@ -19,13 +19,14 @@ from formats.files import read_json
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before version 1.6
 POINTER = b"version https://git-lfs"  # what git leaves where a large file was not fetched
+FETCH = "fetch it again (`git lfs pull` or `hf download`)"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spm.model", "spiece.model",
               "sentencepiece.bpe.model")  # the last three: DeBERTa-v3's, T5's, XLM-RoBERTa's
 KNOWN_TEXTS = ("no effusion", "the heart is normal")  # what any model of English reports can spell
 # what torch, transformers, open_clip, PEFT and the metrics' packages make of damaged files
 BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
           ImportError, ArithmeticError, SafetensorError, StrictDataclassError, UnpicklingError, tarfile.TarError,
-          TemplateError)  # fmt: skip
+          zipfile.BadZipFile, zlib.error, TemplateError)  # fmt: skip
 REFUSED = {**dict.fromkeys(("auto_map", "trust_remote_code"), "asks for code that comes with the weights: never run"),
            "quantization_config": "its weights are quantised; use the checkpoint as it was before"}  # fmt: skip
 
@@ -55,7 +56,7 @@ def require(folder: Path, *names: str) -> None:
             start = file.read(len(POINTER))
         if start in (b"", POINTER):
             what = "a git-lfs pointer, not the file itself" if start else "empty"
-            raise ValueError(f"{path}: {what}: fetch it again (`git lfs pull` or `hf download`)")
+            raise ValueError(f"{path}: {what}: {FETCH}")
 
 
 def refuse(folder: Path) -> None:
@@ -119,11 +120,8 @@ def require_finite_tensors(tensors: torch.nn.Module | dict[str, torch.Tensor], w
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """{tensor's name: shape} of a safetensors file; ValueError unless it is exactly as long as its header says."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: broken or cut off ({error}): fetch it again") from error
+    with loading(f"{path}: broken or cut off", FETCH), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}
 
 
 def check_torch_file(path: Path) -> None:
@@ -133,23 +131,17 @@ def check_torch_file(path: Path) -> None:
     """
     require(path.parent, path.name)
     with path.open("rb") as file:
-        if file.read(len(LEGACY)) == LEGACY:
-            return
-    try:
-        check_zip(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: fetch it again") from error
+        legacy = file.read(len(LEGACY)) == LEGACY
+    if not legacy:
+        check_zip(path, FETCH)
 
 
-def check_zip(path: Path) -> None:
+def check_zip(path: Path, advice: str = "") -> None:
     """ValueError unless every record of a zip archive, as torch's files and numpy's .npz are, fits its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = any(part.CRC for part in archive.infolist()) and archive.testzip()  # torch can leave them out: 0
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
-        broken = error
-    if broken:
-        raise ValueError(f"{path}: broken or cut off ({path.stat().st_size:,} bytes; {broken!r:.300})")
+    with loading(f"{path}: broken or cut off", advice), zipfile.ZipFile(path) as archive:
+        broken = any(part.CRC for part in archive.infolist()) and archive.testzip()  # torch can leave them out: 0
+        if broken:
+            raise ValueError(f"{broken} was changed")
 
 
 def check_weights(folder: Path, stem: str = "model") -> None:
@@ -168,8 +160,8 @@ def check_weights(folder: Path, stem: str = "model") -> None:
     for name in sorted(set(places.values())):
         require(folder, name)
         if name.endswith(".safetensors"):
-            inside = tensor_shapes(folder / name).keys() | {""}
-            absent = [tensor for tensor, shard in places.items() if shard == name and tensor not in inside]
+            shapes = tensor_shapes(folder / name)
+            absent = [tensor for tensor, shard in places.items() if tensor and shard == name and tensor not in shapes]
             if absent:
                 raise ValueError(f"{folder / name}: lacks tensor {absent[0]}, which the index puts there")
         else:
@@ -205,7 +197,5 @@ def check_radgraph(folder: Path) -> str:
     for name in ("config.json", "weights.th", "vocabulary/non_padded_namespaces.txt"):
         require(folder, name)
     check_torch_file(folder / "weights.th")
-    try:
+    with loading(f"{folder / 'config.json'}: names no encoder"):
         return read_json(folder / "config.json")["model"]["embedder"]["token_embedders"]["bert"]["model_name"]
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'}: lacks {error}") from None

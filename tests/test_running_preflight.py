@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_families import write_llava_med, write_qwen
 
 import train
 from config import Config, DataConfig, DPOConfig, ModelConfig, parse
@@ -239,6 +240,21 @@ def test_max_pixels_bounds_the_estimate_before_the_download(tmp_path):
     assert preflight.policy_shape(cfg).image_tokens == 512
     assert [item[0] for item in preflight.check_room(cfg) if "max_pixels" in item[2]] == []
     assert preflight.policy_shape(Config(model=ModelConfig(path="phantom:base"))) is None
+
+
+@pytest.mark.parametrize("write", [write_qwen, write_llava_med])
+def test_the_shape_of_a_folder_is_that_of_the_model_in_it(write, tmp_path):
+    model = write(tmp_path)
+    cfg = Config(model=ModelConfig(path=str(tmp_path)))
+    shape = preflight.policy_shape(cfg)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    layers = [layer for name, layer in model.named_modules() if "projector" in name or "merger" in name]
+    linears = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+    assert shape.projector == [[layer.in_features, layer.out_features] for layer in linears]
+    if write is write_qwen:
+        side = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
+        cfg.model.max_pixels = 16 * side**2
+        assert preflight.policy_shape(cfg).image_tokens == 16
 
 
 def test_memory_is_held_against_the_gpu(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_data import r2gen, row
 from test_formats_gold import tables
+from transformers import BertConfig, BertModel
 
 from config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig, ScorerConfig
 from data import load_studies
@@ -23,6 +24,7 @@ from phantom.config import Recipe
 from phantom.oracle import other_images
 from rewards import OPEN, wrap
 from rollout import generate_reports
+from scorers.chexbert import CheXbert
 from scorers.expert import CrossFitted, fold_of, load_expert
 from sft import text_logps
 from tiny import build, fit, minilm
@@ -185,6 +187,18 @@ def test_the_labeller_is_chexbert_on_minilm(cfg):
     score = load_bertscore(folder / "minilm", 6)
     same, denied = score(["there is no effusion"] * 2, ["there is no effusion", "there is an effusion"])
     assert same == pytest.approx(1, abs=1e-3) and denied < 0.95
+
+
+def test_a_trained_labeller_is_measured_without_dropout(tmp_path):
+    """It says the same of the same texts each time."""
+    texts = [f"{word} heart" for word in ("large", "small", "no", "one", "left", "right")] * 8
+    tokenizer = fit.word_piece(texts, tmp_path)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertModel(BertConfig(vocab_size=len(tokenizer), **size, hidden_dropout_prob=0.9))
+    classes = torch.arange(48)[:, None].expand(-1, 14) % 2
+    given = CheXbert(bert), tokenizer, texts, classes, range(40)
+    predict = fit.train_labeller(tmp_path, *given, steps=1, lr=1e-2, seed=0)
+    assert len({predict(range(48)).numpy().tobytes() for _ in range(5)}) == 1
 
 
 def test_minilm_is_known_by_its_hash(tmp_path, monkeypatch):

@@ -218,6 +218,7 @@ def train_labeller(folder: Path, model: CheXbert, tokenizer, texts: list[str], c
         return torch.stack([head.argmax(-1) for head in class_logits(batch)], dim=1)
 
     fit(model, loss, rows, 64, steps, lr, seed, "labeller")
+    model.eval()  # a pretrained BERT has dropout, which would blur what is measured of it
     model.bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.save({"model_state_dict": nn.ModuleDict({"module": model}).state_dict()}, buffer := io.BytesIO())

@@ -5,7 +5,6 @@ under `data.strict`. `python data.py --config C` prints a card of a data set: st
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,21 +170,19 @@ def _percentiles(lengths: list[int]) -> str:
     return " / ".join(f"{value:.0f}" for value in (*np.percentile(lengths, (5, 50, 95)), max(lengths)))
 
 
+@parallel.script("data.py")
 def main() -> None:
     from config import parse
     from phantom.cache import resolve
     from phantom.world import build
 
+    cfg = resolve(parse(description="Print a card of a data set."), ("data",), {"data": build})
     try:
-        cfg = resolve(parse(description="Print a card of a data set."), ("data",), {"data": build})
-        try:
-            tokenizer = load_tokenizer(cfg.model.path, local_files_only=True)
-        except ValueError as error:
-            tokenizer = None
-            print(f"lengths in words only: {error}")
-        print(card(cfg.data, tokenizer))
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error!s:.1500}")
+        tokenizer = load_tokenizer(cfg.model.path, local_files_only=True)
+    except ValueError as error:
+        tokenizer = None
+        print(f"lengths in words only: {error}")
+    print(card(cfg.data, tokenizer))
 
 
 if __name__ == "__main__":

@@ -298,22 +298,14 @@ class TrainRun(Config):
     """only list what this run needs and lacks; exit code 1 when something is missing [ours]"""
 
 
+@parallel.script("train.py", "the same command goes on from the last checkpoint")
 def main() -> None:
     args = parse(TrainRun, __doc__)
     cfg = Config(**{field.name: getattr(args, field.name) for field in fields(Config)})
     if args.check:
         sys.exit(preflight.preflight(cfg))
-    try:
-        parallel.start(cfg.device, cfg.threads)
-        train(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error!s:.1500}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: {str(error).splitlines()[0]} Lower the stage's micro_batch or grpo.micro_group.")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
-    finally:
-        parallel.stop()
+    parallel.start(cfg.device, cfg.threads)
+    train(cfg)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A reward tells a changed truth where it pays less for it than for another wordin
 them: the phantom's, which learnt its English alone, or real ones by `--scorers.*`. The pairs: divergence.csv.
 """
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +13,7 @@ import pandas as pd
 from config import Config, parse
 from phantom.assets import resolve
 from rewards import Scorers, text_components
+from running import parallel
 from scorers.load import load_scorers
 
 
@@ -24,12 +24,10 @@ def divergence(pairs: pd.DataFrame, scorers: Scorers) -> tuple[pd.DataFrame, pd.
     return each.groupby(["English", "differs"], sort=False).mean(numeric_only=True).reset_index(), each
 
 
+@parallel.script("divergence")
 def main() -> None:
     cfg, pairs = parse(Config, __doc__), pd.read_csv(Path(__file__).with_name("divergence.csv"))
-    try:
-        tables = divergence(pairs, load_scorers(resolve(cfg, ("labeller",)), with_expert=False))
-    except (ValueError, OSError) as error:
-        sys.exit(f"divergence: {error}")
+    tables = divergence(pairs, load_scorers(resolve(cfg, ("labeller",)), with_expert=False))
     print(*(table.to_markdown(index=False, floatfmt=".0f") for table in tables), sep="\n\n")
 
 

@@ -23,6 +23,7 @@ from evidence.reader import truth_counts
 from formats.files import read_jsonl
 from formats.images import read_image
 from phantom.assets import resolve
+from running import parallel
 
 QUANTILES = (0.02, 0.25, 0.5, 0.75, 0.98)
 WIDTH, SIZE = 31, 7  # characters a line; points
@@ -110,25 +111,21 @@ def draw_side_by_side(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+@parallel.script("side_by_side")
 def main() -> None:
-    try:
-        cfg = settings(SideConfig(), sys.argv[1:], __doc__)
-        names, split = [name.strip() for name in cfg.policy.split(",")], cfg.split or cfg.data.test_split
-        place = Path(cfg.run) / "eval" / split
-        found = {name: {row["id"]: row for row in read_jsonl(place / name / "reports.jsonl")}
-                 for name in (*names, cfg.against)}  # fmt: skip
-        ours = found[names[-1]]
-        studies = {study.id: study for study in load_studies(resolve(cfg, ("data",)).data, split)}
-        rows = []
-        for name, gain in choose(ours, found[cfg.against]).items():
-            reports = {TITLES.get(policy, policy): found[policy][name]["report"] for policy in names}
-            rows.append({"title": f"{name}, F1 {100 * gain:+.0f}", "image": read_image(studies[name].image),
-                         "labels": ours[name]["labels"],
-                         "reports": reports | {"reference": ours[name]["reference"]}})  # fmt: skip
-        draw_side_by_side(rows, place / "side_by_side.png")
-        print(f"written: {place}/side_by_side.png")
-    except (ValueError, OSError) as error:
-        sys.exit(f"side_by_side: {error!s:.1500}")
+    cfg = settings(SideConfig(), sys.argv[1:], __doc__)
+    names, split = [name.strip() for name in cfg.policy.split(",")], cfg.split or cfg.data.test_split
+    place = Path(cfg.run) / "eval" / split
+    found = {name: {row["id"]: row for row in read_jsonl(place / name / "reports.jsonl")}
+             for name in (*names, cfg.against)}  # fmt: skip
+    ours, rows = found[names[-1]], []
+    images = {study.id: study.image for study in load_studies(resolve(cfg, ("data",)).data, split)}
+    for name, gain in choose(ours, found[cfg.against]).items():
+        reports = {TITLES.get(policy, policy): found[policy][name]["report"] for policy in names}
+        rows.append({"title": f"{name}, F1 {100 * gain:+.0f}", "image": read_image(images[name]),
+                     "labels": ours[name]["labels"], "reports": reports | {"reference": ours[name]["reference"]}})
+    draw_side_by_side(rows, place / "side_by_side.png")
+    print(f"written: {place}/side_by_side.png")
 
 
 if __name__ == "__main__":

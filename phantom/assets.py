@@ -11,7 +11,6 @@
 `python -m phantom.assets --build data base expert labeller` builds ahead of a run, which else does on first use.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +18,7 @@ from config import Config, parse
 from phantom import cache
 from phantom.training import build_base, build_expert, build_labeller
 from phantom.world import build, build_clean
+from running import parallel
 from tiny.build import TINY_BUILDERS
 
 BUILDERS = {"data": build, "data_clean": build_clean, "base": build_base,
@@ -35,13 +35,11 @@ class BuildConfig(Config):
     build: tuple[cache.Name | cache.TinyName, ...] = ("data", "base", "expert", "labeller")
 
 
+@parallel.script("phantom.assets")
 def main() -> None:
     cfg = parse(BuildConfig, "Build the phantom and its models, or those of a data set.")
-    try:
-        for name in cfg.build:
-            print(ensure(cfg, name))
-    except (ValueError, OSError) as error:
-        sys.exit(f"phantom.assets: {error}")
+    for name in cfg.build:
+        print(ensure(cfg, name))
 
 
 if __name__ == "__main__":

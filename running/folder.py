@@ -88,6 +88,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """As `write_text`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.tmp")
     tmp.unlink(missing_ok=True)  # an older one may be readable by all
     try:

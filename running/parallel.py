@@ -7,6 +7,7 @@ GPU is spread over all of them by PyTorch's FSDP2 (`shard`): then every process 
 import os
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -41,6 +42,23 @@ def start(device: str, threads: int = 0) -> None:
     pick_device(device)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
+
+
+@contextmanager
+def script(name: str, interrupted: str = ""):
+    """Around a script's `main`: ends it with one line for what its user can mend, and for Ctrl-C, where `interrupted`
+    says what then; leaves the process group."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error!s:.1500}")
+    except torch.OutOfMemoryError as error:
+        lower = "Lower the stage's micro_batch or grpo.micro_group; in evaluation, eval.batch_size."
+        sys.exit(f"{name}: {str(error).splitlines()[0]} {lower}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted{interrupted and f'; {interrupted}'}")
+    finally:
+        stop()
 
 
 def pick_device(device: str) -> torch.device:

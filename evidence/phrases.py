@@ -8,7 +8,7 @@ text, letter by letter. The numbers of a report are reader.truth_counts'; the ma
 import re
 from typing import NamedTuple
 
-from evidence.reader import BOTH, DENIES, EVENT, UNSIDED, read_report
+from evidence.reader import BOTH, DENIES, EVENT, UNSIDED, label_of, mark_of, pairs_of, read_report
 
 # mark: (symbol, colour, what it says); colour-blind safe (Okabe & Ito 2008), and never told by the colour alone
 MARKS = {
@@ -34,38 +34,21 @@ class Phrase(NamedTuple):
 
 def mark_report(text: str, labels: list[str]) -> tuple[list[Phrase], list[str]]:
     """(phrases that make up `text`, labels of the image that it omits); labels: all that the image shows."""
-    true = {(name, side or None) for name, _, side in (label.partition("_") for label in labels)}
-    stated = read_report(text).stated
+    true, stated = pairs_of(labels), read_report(text).stated
     left_out = true - stated
-    for name in sorted(name for name, side in stated if side is None and name not in UNSIDED):
+    for name in (name for name, side in stated if side is None and name not in UNSIDED):
         left_out.discard(next(((name, side) for side in BOTH if (name, side) in left_out), None))  # it covers one
     phrases, place = [], 0
     for start, end in sentence_spans(text):
         for first, last, says, rejects in clauses(text[start:end]):
-            marks = {judge(pair, true, stated) for pair in says} | {"denied" for p in rejects if known(p, true)}
+            marks = {mark_of(pair, true, stated) for pair in says}
+            marks |= {"denied" for pair in rejects if mark_of(pair, true) == "right"}
             mark = next((mark for mark in WORST if mark in marks), "plain")
             phrases += [Phrase(place, start + first, "plain")] if start + first > place else []
             place = start + last
             phrases.append(Phrase(start + first, place, mark, tuple(sorted(map(label_of, says | rejects)))))
     phrases += [Phrase(place, len(text), "plain")] if place < len(text) else []
-    return phrases, sorted(label_of(pair) for pair in left_out)
-
-
-def label_of(pair: tuple[str, str | None]) -> str:
-    return "_".join(filter(None, pair))
-
-
-def known(pair: tuple[str, str | None], true: set) -> bool:
-    """Whether the image has it; a finding without a side: on any side."""
-    name, side = pair
-    return pair in true or side is None and any(name == other for other, _ in true)
-
-
-def judge(pair: tuple[str, str | None], true: set, stated: frozenset) -> str:
-    """The mark of a stated finding; the wrong side of one whose right side is stated too is a second, invented one."""
-    other = (pair[0], BOTH[pair[1] == "left"])
-    swapped = pair[1] is not None and other in true and other not in stated
-    return "right" if known(pair, true) else "wrong side" if swapped else "invented"
+    return phrases, sorted(map(label_of, left_out))
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:

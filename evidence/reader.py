@@ -8,6 +8,7 @@ it goes, and sentences that say nothing the rules know are counted.
 
 import re
 import tomllib
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -176,35 +177,44 @@ def read_report(text: str) -> Reading:
         says, rejects = read_sentence(sentence)
         stated |= says
         denied |= rejects
-        if not (says or rejects or NOTHING_WRONG.search(sentence)):
-            unread += 1
+        unread += not (says or rejects or NOTHING_WRONG.search(sentence))
     # a finding without a side is no second one where its side is given elsewhere
     sided = {finding for finding, side in stated if side}
     settled = {(finding, side) for finding, side in stated if side or finding not in sided}
     return Reading(frozenset(settled), frozenset(denied - stated), len(sentences), unread)
 
 
+def pairs_of(labels: list[str]) -> set[tuple[str, str | None]]:
+    """(finding, side) of "edema", "effusion_left", ..."""
+    return {(finding, side or None) for finding, _, side in (label.partition("_") for label in labels)}
+
+
+def label_of(pair: tuple[str, str | None]) -> str:
+    return "_".join(filter(None, pair))
+
+
+def mark_of(pair: tuple[str, str | None], true: set, stated: frozenset = frozenset()) -> str:
+    """What a pair that a report states, among all that are `stated`, is to an image with the `true` ones.
+
+    right       it is there; a sided finding without a side: on any side, of which it then covers one
+    wrong side  it is on the other side alone, unless that is stated as well: then this is a second one,
+    invented    as is what is on neither
+    """
+    (finding, side), other = pair, (pair[0], "left" if pair[1] == "right" else "right")
+    if pair in true or side is None and any((finding, s) in true for s in BOTH):
+        return "right"
+    return "wrong side" if side and other in true and other not in stated else "invented"
+
+
 def truth_counts(text: str, labels: list[str]) -> dict[str, int]:
     """Counts of one report against the labels in its image ("edema", "effusion_left", ...), by (finding, side).
 
-    stated = correct + hallucinated and true = correct + omitted. A sided finding stated without a side is correct
-    when the image has it on any side, and then covers one of them. Right finding on the wrong side: one
-    hallucination (and one omission), counted in wrong_side too, unless the text states the right side as well.
+    stated = correct + hallucinated and true = correct + omitted. Right finding on the wrong side: one hallucination
+    (and one omission), counted in wrong_side too.
     """
-    reading = read_report(text)
-    true = {(finding, side or None) for finding, _, side in (label.partition("_") for label in labels)}
-    hallucinated = wrong_side = 0
-    omitted = set(true)
-    for finding, side in sorted(reading.stated, key=str):
-        options = [(finding, side)] if side or finding in UNSIDED else [(finding, s) for s in BOTH]
-        match = next((pair for pair in options if pair in omitted), None)
-        if match:
-            omitted.discard(match)
-            continue
-        hallucinated += 1
-        other = (finding, "left" if side == "right" else "right")
-        wrong_side += int(side is not None and other in true and other not in reading.stated)
-    stated, correct = len(reading.stated), len(true) - len(omitted)
-    return {"stated": stated, "true": len(true), "correct": correct, "hallucinated": hallucinated,
-            "omitted": len(omitted), "wrong_side": wrong_side,
+    reading, true = read_report(text), pairs_of(labels)
+    marks = Counter(mark_of(pair, true, reading.stated) for pair in reading.stated)
+    stated, correct = len(reading.stated), marks["right"]
+    return {"stated": stated, "true": len(true), "correct": correct, "hallucinated": stated - correct,
+            "omitted": len(true) - correct, "wrong_side": marks["wrong side"],
             "sentences": reading.sentences, "unread": reading.unread}  # fmt: skip

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from pycocoevalcap.bleu import bleu_scorer
 from tqdm import tqdm
 
 from config import Config
@@ -27,7 +28,7 @@ from data import Study
 from evidence.findings import finding_counts, read_findings
 from evidence.meteor import corpus_meteor
 from evidence.protocols import tokens
-from evidence.reader import BOTH, UNSIDED, read_report, truth_counts
+from evidence.reader import BOTH, UNSIDED, label_of, read_report, truth_counts
 from evidence.sections import SECTION_KEYS, repeats, section_counts
 from formats.gold import FINDINGS, plain
 from phantom.findings import LABELS as SIDED_LABELS
@@ -46,13 +47,8 @@ AT_ONCE = 2**23  # numbers of a bootstrap's draws in memory
 
 def bleu_stats(candidate: str, reference: str) -> list[int]:
     """[matching 1..4-grams, the candidate's 1..4-grams, candidate length, reference length] (10 integers)."""
-    words = candidate.split(), reference.split()
-    matches = []
-    for n in range(1, 5):
-        found, wanted = (Counter(zip(*(of[i:] for i in range(n)), strict=False)) for of in words)
-        matches.append(sum(min(count, wanted[gram]) for gram, count in found.items() if gram in wanted))
-    c, r = map(len, words)
-    return [*matches, *(max(0, c - n) for n in range(4)), c, r]
+    found = bleu_scorer.cook_test(candidate, bleu_scorer.cook_refs([reference]))
+    return [*found["correct"], *found["guess"], found["testlen"], *found["reflen"]]
 
 
 def rouge_l(candidate: str, reference: str, beta: float = 1.2) -> float:
@@ -105,11 +101,15 @@ def label_average(sums: np.ndarray, measure: str, average: str, labels: list[int
     return label_scores(counts)[place, ..., 0]
 
 
-def stated_labels(text: str, labels: list[str]) -> set[str]:
-    """The phantom's labels that a text states; a finding without its side: on the first side that `labels` have it."""
-    found = [(name, side or [*(s for s in BOTH if f"{name}_{s}" in labels), BOTH[0]][0])
-             for name, side in read_report(text).stated]  # fmt: skip
-    return {name if name in UNSIDED else f"{name}_{side}" for name, side in found}
+def stated_labels(text: str, labels: list[str] = (), rng: np.random.Generator | None = None) -> set[str]:
+    """The phantom's labels that a text states; a finding without its side: on one that `rng` draws, else on the first
+    that `labels` have it on."""
+    found = set()
+    for name, side in sorted(read_report(text).stated, key=str):
+        if side is None and name not in UNSIDED:
+            side = rng.choice(BOTH) if rng else [*(s for s in BOTH if f"{name}_{s}" in labels), BOTH[0]][0]
+        found.add(label_of((name, side)))
+    return found
 
 
 def levels(texts: list[str], labels: list[str], gold: bool = False) -> np.ndarray:
@@ -147,16 +147,10 @@ def mean(sums: np.ndarray) -> np.ndarray:
     return divide(sums[..., 0], sums[..., 1])
 
 
-def ratio(above: str, *below: str, factor: float = 1.0, keys: tuple[str, ...] = TRUTH_KEYS) -> Callable:
-    """The function (..., len(keys)) -> (...) that divides one of the keys by the sum of others."""
-    a, b = keys.index(above), [keys.index(name) for name in below]
-    return lambda sums: divide(factor * sums[..., a], sums[..., b].sum(-1))
-
-
-def effect(after: str, before: str, reports: str) -> Callable:
-    """The function (..., 7) -> (...): the difference of two of the SPILL_KEYS' counts as shares of the reports."""
-    a, b, n = map(SPILL_KEYS.index, (after, before, reports))
-    return lambda sums: divide(sums[..., a] - sums[..., b], sums[..., n])
+def ratio(above: str, *below: str, less: str = "", factor: float = 1.0, keys: tuple[str, ...] = TRUTH_KEYS) -> Callable:
+    """The function (..., len(keys)) -> (...) that divides one of the keys, less another, by the sum of others."""
+    a, b, c = ([keys.index(name) for name in names if name] for names in ([above], [less], below))
+    return lambda sums: divide(factor * (sums[..., a].sum(-1) - sums[..., b].sum(-1)), sums[..., c].sum(-1))
 
 
 F1 = ratio("correct", "stated", "true", factor=2)
@@ -185,9 +179,9 @@ METRICS: dict[str, tuple[str, Callable]] = {
     "looked_f1": ("looked", lambda sums: F1(sums[..., :8]) - F1(sums[..., 8:])),
     "wrong_side_rate": ("truth", ratio("wrong_side", "stated")),
     "equal_hallucination": ("levels", equal_hallucination),
-    "prior_spill": ("spill", effect("guess_cause", "guess_neither", "reports")),
-    "own_effect": ("spill", effect("cause_cause", "cause_neither", "free")),
-    "own_effect_prior": ("spill", effect("guess_both", "guess_cause", "reports")),
+    "prior_spill": ("spill", ratio("guess_cause", "reports", less="guess_neither", keys=SPILL_KEYS)),
+    "own_effect": ("spill", ratio("cause_cause", "free", less="cause_neither", keys=SPILL_KEYS)),
+    "own_effect_prior": ("spill", ratio("guess_both", "reports", less="guess_cause", keys=SPILL_KEYS)),
     "unread_share": ("truth", ratio("unread", "sentences")),
     "section_disagreement_rate": ("sections", ratio("disagreeing", "reports", keys=SECTION_KEYS)),
     "contradicted_rate": ("sections", ratio("contradicted", "stated", keys=SECTION_KEYS)),
@@ -247,7 +241,7 @@ def against_truth(texts: list[list[str]], labels: list[list[str]], gold: bool) -
     truth = [np.sum([[count[key] for key in TRUTH_KEYS] for count in group], axis=0) for group in counts]
     stats = {"truth": truth, "levels": [levels(*of, gold) for of in zip(texts, labels, strict=True)]}
     if not gold:
-        stats["sections"] = [np.sum([list(section_counts(text).values()) for text in of], axis=0) for of in texts]
+        stats["sections"] = [np.sum([section_counts(text) for text in of], axis=0) for of in texts]
     return {name: np.array(of, float) for name, of in stats.items()}
 
 
@@ -276,6 +270,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return tuple(np.percentile(values, (2.5, 97.5)).tolist()) if len(values) else (math.nan, math.nan)
 
 
+def measured(function: Callable, sums: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
+    """{"value", "lo", "hi"} of a function of sums over studies, and of those of resampled studies."""
+    lo, hi = interval(function(drawn))
+    return {"value": float(function(sums)), "lo": lo, "hi": hi}
+
+
 def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ...], resamples: int, seed: int) -> dict:
     """{row: {metric: {"value", "lo", "hi"}}} of what `collect` gave {row: statistics} on the same n studies.
 
@@ -288,12 +288,10 @@ def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ..
         result, sums = results[row], {family: values.sum(0) for family, values in stats.items()}
         for name, (family, function) in METRICS.items():
             if family in stats:
-                lo, hi = interval(function(drawn[row, family]))
-                result[name] = {"value": float(function(sums[family])), "lo": lo, "hi": hi}
-        if "truth" in stats:
-            result["counts"] = dict(zip(TRUTH_KEYS, sums["truth"].astype(int).tolist(), strict=True))
-        if "sections" in stats:
-            result["sections"] = dict(zip(SECTION_KEYS, sums["sections"].astype(int).tolist(), strict=True))
+                result[name] = measured(function, sums[family], drawn[row, family])
+        for family, name, keys in (("truth", "counts", TRUTH_KEYS), ("sections", "sections", SECTION_KEYS)):
+            if family in stats:
+                result[name] = dict(zip(keys, sums[family].astype(int).tolist(), strict=True))
         if "green" in stats:
             result["green"]["unread"] = int(sums["green"][2])
         if "labels" in stats:
@@ -306,13 +304,10 @@ def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ..
 
 def validation_row(outputs: list[list[str]], studies: list[Study], cfg: Config) -> dict[str, float]:
     """The val/* row of a pass during training, of raw greedy outputs [study][1]; F1, hallucination rate with labels."""
-    stats = collect(
-        [[strip_tags(output) for output in group] for group in outputs],
-        [study.report for study in studies],
-        formats=[format_reward(group, cfg.rewards.required_sections) for group in outputs],
-        labels=None if studies[0].labels is None else [study.labels for study in studies],
-        gold=bool(cfg.data.labels),
-    )
+    texts, references = [[strip_tags(text) for text in group] for group in outputs], [study.report for study in studies]
+    formats = [format_reward(group, cfg.rewards.required_sections) for group in outputs]
+    labels = None if studies[0].labels is None else [study.labels for study in studies]
+    stats = collect(texts, references, formats=formats, labels=labels, gold=bool(cfg.data.labels))
     shown = {name: METRICS[name] for name in ("bleu_4", "format_rate", "sided_f1", "hallucination_rate")}
     values = {f"val/{name}": float(f(stats[family].sum(0))) for name, (family, f) in shown.items() if family in stats}
     return {name: value for name, value in values.items() if not math.isnan(value)}

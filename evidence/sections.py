@@ -31,8 +31,8 @@ def denied_by(one: Reading, other: Reading) -> set[tuple[str, str | None]]:
     return {(f, s) for f, s in one.stated if {(f, None), (f, s)} & other.denied}
 
 
-def section_counts(text: str) -> dict[str, int]:
-    """SECTION_KEYS of one report; all 0, not applicable, where it lacks FINDINGS or IMPRESSION.
+def section_counts(text: str) -> list[int]:
+    """The SECTION_KEYS of one report; all 0, not applicable, where it lacks FINDINGS or IMPRESSION.
 
     disagreeing: 1 if the sections state other findings (a finding without a side agrees with either side). Of the
     findings `stated` by the whole, contradicted: stated in a section and denied, on that side or in general, in the
@@ -40,12 +40,11 @@ def section_counts(text: str) -> dict[str, int]:
     """
     parts = split_sections(text)
     if not {"findings", "impression"} <= parts.keys():
-        return dict.fromkeys(SECTION_KEYS, 0)
+        return [0] * len(SECTION_KEYS)
     findings, impression = read_report(parts["findings"]), read_report(parts["impression"])
-    added = alone(impression, findings)
-    contradicted = denied_by(findings, impression) | denied_by(impression, findings)
-    values = (1, int(bool(added or alone(findings, impression))), len(read_report(text).stated), len(contradicted))
-    return dict(zip(SECTION_KEYS, (*values, len(added)), strict=True))
+    added, contradicted = alone(impression, findings), denied_by(findings, impression) | denied_by(impression, findings)
+    disagree = bool(added or alone(findings, impression))
+    return [1, int(disagree), len(read_report(text).stated), len(contradicted), len(added)]
 
 
 def repeats(text: str) -> bool:

@@ -17,11 +17,6 @@ from running.folder import lock, write_bytes, write_text
 from running.weights import check_zip
 
 tabulate.MIN_PADDING = 0  # no column is wider than what stands in it
-MORE = {
-    "gold": "Gold labels",
-    "clinical": "CheXbert labels and model-based scores",
-    "sections": "Sections that disagree, findings the other section denies or the IMPRESSION adds, repeated sentences",
-}
 SHOWN = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
 
 
@@ -109,7 +104,6 @@ def save(folder: Path, result: dict, reports: list[dict], stats: dict[str, dict]
     stats.npz holds metrics.collect's arrays, (n studies, k) under "<row>/<family>": what compare.py resamples. An old
     results.json goes first and the new one comes last: where it is, the files belong together.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **{f"{row}/{name}": array for row in stats for name, array in stats[row].items()})
     with lock(folder.parent / ".lock", wait=True):
@@ -151,7 +145,7 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
         studies = f"{settings['n']} studies, {settings['split']}"
         spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
         titles = {"main": f"{studies}; protocol {protocol}", "spans": f"{spans}; protocol {protocol}"}
-        titles |= {where: f"{title}, {studies}" for where, title in MORE.items()
+        titles |= {where: f"{title}, {studies}" for where, title in SHOWN["more"].items()
                    if any(column.entry(row) for column in columns(where) for row in rows.values())
                    and (where != "gold" or "labels" in settings.get("data", {}))}  # fmt: skip
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
@@ -165,14 +159,12 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
 def table_rows(results: list[dict]) -> dict[str, dict]:
     """{title: {"greedy": ..., "sampled": ...}}: what stands beside any policy, each policy, and its reports given to
     other studies."""
-    always = {"fixed normal template": results[0]["template"], "references": results[0]["references"]}
-    rows = {title: {"greedy": row} for title, row in always.items() if row}
-    for result in results:
-        own = {"greedy": result["greedy"], "sampled": result["sampled"]}
-        others = {"greedy": result["shuffled"], "sampled": result["shuffled_sampled"]}
-        for title, parts in ((result["policy"], own), (f"{result['policy']}, {result['shuffled_as']}", others)):
-            rows |= {title: {name: row for name, row in parts.items() if row}} if parts["greedy"] else {}
-    return rows
+    template, references = results[0]["template"], results[0]["references"]
+    rows = {"fixed normal template": {"greedy": template}, "references": {"greedy": references}}
+    for of in results:
+        rows[of["policy"]] = {"greedy": of["greedy"], "sampled": of["sampled"]}
+        rows[f"{of['policy']}, {of['shuffled_as']}"] = {"greedy": of["shuffled"], "sampled": of["shuffled_sampled"]}
+    return {title: {part: row for part, row in of.items() if row} for title, of in rows.items() if of["greedy"]}
 
 
 def unread_notes(rows: dict[str, dict]) -> list[str]:

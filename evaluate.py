@@ -27,17 +27,17 @@ import numpy as np
 from config import Config
 from data import load_studies
 from evidence.attention import draw_image
+from evidence.baselines import COPIES
 from evidence.compare import compare
-from evidence.copies import COPIES
 from evidence.forced_choice import forced_choice
 from evidence.generate import generate_split
 from evidence.inputs import find_policies, normal_template, read_pairs, settings
 from evidence.judge import Judge, Outputs, Wanted, describe
-from evidence.tables import finish, save
+from evidence.tables import finish
 from formats.images import read_image
 from model import load_policy
 from phantom.assets import resolve
-from rewards import OPEN, strip_tags
+from rewards import OPEN, strip_tags, wrap
 from rollout import generate_reports
 from running import parallel
 from running.folder import write_text
@@ -71,7 +71,7 @@ def evaluate(
     empty ones), one policy after another.
     shuffled_as, notes: what the tables say. without, tagged: see Judge.
     """
-    first, n, shared = parallel.rank() == 0, len(wanted.ids), describe(cfg, wanted)
+    first, n = parallel.rank() == 0, len(wanted.ids)
     if without:
         notes = [*notes, f"not scored for want of {', '.join(without)}: the phantom's scorers know only its reports"]
     if first:
@@ -80,18 +80,13 @@ def evaluate(
     parallel.barrier()  # loading the judge may take longer than a process waits for another inside a pass
     for name, adapter, greedy, sampled, (aucs, forced) in written:  # every process writes, the first one scores
         if first:
-            stats = {"greedy": judge.score(greedy, "greedy") | forced}
-            if sampled is not None:
-                stats["sampled"] = judge.score(sampled, "sampled")
-            if n > 1:
-                judge.shuffled(stats, greedy, sampled, derangement(n, cfg.seed))
-            stats |= always
-            result = {"policy": name, "adapter": str(adapter or ""), "settings": shared, "shuffled_as": shuffled_as,
-                      "forced_choice": aucs, "notes": [*notes, *judge.notes()]}  # fmt: skip
-            save(folder / name, result | judge.summarise(stats), judge.report_rows(greedy, sampled), stats)
+            stats = judge.rows(greedy, sampled, derangement(n, cfg.seed) if n > 1 else ()) | always
+            stats["greedy"] |= forced
+            about = {"adapter": str(adapter or ""), "shuffled_as": shuffled_as, "forced_choice": aucs}
+            judge.save(folder / name, about | {"notes": [*notes, *judge.notes()]}, greedy, sampled, stats)
         parallel.barrier()  # and so may judging
     if first:
-        finish(folder, shared, {} if cfg.predictions else vars(cfg.rewards))
+        finish(folder, describe(cfg, wanted), {} if cfg.predictions else vars(cfg.rewards))
     parallel.barrier()
 
 
@@ -103,14 +98,12 @@ def evaluate_run(cfg: EvalRun) -> None:
     expert = ["expert"] * ("retrieved" in policies)
     cfg = resolve(cfg, ("data", "base", *expert) if without else ("data", "base", "labeller", *expert))
     studies = load_studies(cfg.data, split)
-    labels = None if studies[0].labels is None else [study.labels for study in studies]
-    wanted = Wanted(split, [study.id for study in studies], [study.report for study in studies], labels)
 
     def written() -> Iterator[Written]:
         model = None
         for name, adapter in policies.items():
             if adapter is None and name in COPIES:
-                yield name, None, COPIES[name](cfg, studies), None, ({}, {})
+                yield name, None, [[wrap(report)] for report in COPIES[name](cfg, studies)], None, ({}, {})
                 continue
             del model  # before the next one is loaded
             model, processor = load_policy(cfg, adapter)
@@ -121,7 +114,7 @@ def evaluate_run(cfg: EvalRun) -> None:
             looks = forced_choice(model, processor, studies, cfg) if cfg.data.labels else ({}, {})
             yield name, adapter, greedy, sampled, looks
 
-    evaluate(cfg, wanted, written(), Path(cfg.run) / "eval" / split, without=without)
+    evaluate(cfg, Wanted.of(split, studies), written(), Path(cfg.run) / "eval" / split, without=without)
 
 
 def evaluate_predictions(cfg: EvalRun) -> None:
@@ -153,7 +146,6 @@ def report_image(cfg: EvalRun) -> None:
         draw_image(model, processor, image, cfg, Path(cfg.attention))
     # its whole path, as R2Gen calls every study's first image 0.png
     path = run / "images" / f"{str(Path(cfg.image).resolve()).lstrip('/')}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")
     print(f"{text}\n\n{name}, written to {path}. Not for clinical use.")
 
@@ -166,24 +158,20 @@ def derangement(n: int, seed: int) -> list[int]:
     return places.tolist()
 
 
+@parallel.script("evaluate.py")
 def main() -> None:
-    try:
-        cfg = settings(EvalRun(), sys.argv[1:], __doc__)
-        parallel.start(cfg.device, cfg.threads)
-        if parallel.world() > 1 and (cfg.compare or cfg.image or cfg.predictions):
-            raise ValueError("several processes are for --run; start this without torchrun")
-        if cfg.attention and not cfg.image:
-            raise ValueError("--attention is for the report of one --image")
-        if cfg.compare:
-            print(compare(cfg.compare, cfg.split or cfg.data.test_split))
-        elif cfg.image:
-            report_image(cfg)
-        else:
-            (evaluate_predictions if cfg.predictions else evaluate_run)(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error!s:.1500}")
-    finally:
-        parallel.stop()
+    cfg = settings(EvalRun(), sys.argv[1:], __doc__)
+    parallel.start(cfg.device, cfg.threads)
+    if parallel.world() > 1 and (cfg.compare or cfg.image or cfg.predictions):
+        raise ValueError("several processes are for --run; start this without torchrun")
+    if cfg.attention and not cfg.image:
+        raise ValueError("--attention is for the report of one --image")
+    if cfg.compare:
+        print(compare(cfg.compare, cfg.split or cfg.data.test_split))
+    elif cfg.image:
+        report_image(cfg)
+    else:
+        (evaluate_predictions if cfg.predictions else evaluate_run)(cfg)
 
 
 if __name__ == "__main__":

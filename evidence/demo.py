@@ -29,7 +29,7 @@ def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     text_only = [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
 
     own = cfg.model.path.startswith("tiny:")
-    assets = (tiny_assets if own else phantom_assets)(cfg, flags)
+    assets = asset_tasks(cfg, flags, own)
     labeller, base, expert = assets[-3:]
     n_val, n_test = (OWN_STUDIES, 2 * OWN_STUDIES) if own else (p.val, p.test)
     sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.4 * cfg.sft.steps, [base])
@@ -45,26 +45,21 @@ def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     return [*assets, sft, gate, stage1, *branches, *tables]
 
 
-def build(title: str, name: str, flags: list[str], seconds: float, *after: Task) -> Task:
-    return Task(title, "phantom.assets", ["--build", name, *flags], seconds, list(after))
+def asset_tasks(cfg: Config, flags: list[str], own: bool) -> list[Task]:
+    """Labeller, base and expert, after the phantom's data set; a data set's own need nothing of each other."""
 
+    def build(title: str, name: str, seconds: float, *after: Task) -> Task:
+        return Task(title, "phantom.assets", ["--build", name, *flags], seconds, list(after))
 
-def phantom_assets(cfg: Config, flags: list[str]) -> list[Task]:
-    """The data set, labeller, base and expert."""
-    p, a = cfg.phantom, cfg.assets
-    studies = p.expert + p.base + p.sft + p.train + p.val + p.test
-    data = build("phantom data set", "data", flags, 10 + 0.0016 * studies)
-    return [data, build("labeller", "labeller", flags, 10 + 0.18 * a.labeller_steps),
-            build("base model", "base", flags, 0.08 * a.vision_steps + 0.2 * a.base_steps, data),
-            build("expert", "expert", flags, 0.5 * a.expert_steps, data)]  # fmt: skip
-
-
-def tiny_assets(cfg: Config, flags: list[str]) -> list[Task]:
-    """Labeller, base and expert of the data set's own; the longest first, as they need nothing of each other."""
-    t = cfg.tiny
-    return [build("labeller", "tiny:labeller", flags, 30 + 2.0 * t.labeller_steps),
-            build("base model", "tiny:base", flags, 30 + 0.1 * t.vision_steps + t.base_steps),
-            build("experts", "tiny:expert", flags, 30 + 0.8 * t.folds * t.expert_steps)]  # fmt: skip
+    p, a, t = cfg.phantom, cfg.assets, cfg.tiny
+    if own:  # the longest first
+        return [build("labeller", "tiny:labeller", 30 + 2.0 * t.labeller_steps),
+                build("base model", "tiny:base", 30 + 0.1 * t.vision_steps + t.base_steps),
+                build("experts", "tiny:expert", 30 + 0.8 * t.folds * t.expert_steps)]  # fmt: skip
+    data = build("phantom data set", "data", 10 + 0.0016 * (p.expert + p.base + p.sft + p.train + p.val + p.test))
+    return [data, build("labeller", "labeller", 10 + 0.18 * a.labeller_steps),
+            build("base model", "base", 0.08 * a.vision_steps + 0.2 * a.base_steps, data),
+            build("expert", "expert", 0.5 * a.expert_steps, data)]  # fmt: skip
 
 
 def check_gate(cfg: Config) -> None:

@@ -7,11 +7,10 @@ is the most that a report can reach. A finding counts as stated unless a denial 
 
 import re
 import tomllib
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from evidence.reader import split_sentences, truth_counts
+from evidence.reader import split_sentences
 from formats.gold import FINDINGS, plain
 
 RULES = tomllib.loads(Path(__file__).with_name("findings.toml").read_text(encoding="utf-8"))
@@ -51,9 +50,3 @@ def finding_counts(text: str, labels: list[str]) -> dict[str, int]:
     wrong = sum(bool(ours and theirs and not ours & theirs) for ours, theirs in pairs)
     return {"stated": len(stated), "true": len(true), "correct": len(stated & true), "hallucinated": len(stated - true),
             "omitted": len(true - stated), "wrong_side": wrong, "sentences": sentences, "unread": unread}  # fmt: skip
-
-
-def truth_reader(data) -> Callable[[str, list[str]], dict[str, int]]:
-    """What counts a text against a study's labels: these rules for gold labels, the phantom's for its exact ones.
-    data: a config.DataConfig."""
-    return finding_counts if data.labels else truth_counts

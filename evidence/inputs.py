@@ -88,32 +88,26 @@ def read_pairs(predictions: str, references: str) -> tuple[Wanted, list[str], li
 
     Studies without a reference are left out. ValueError where one file lacks an id of the other.
     """
-    wanted, given, notes = read_reports(references), read_reports(predictions), []
+    wanted, given = read_reports(references), read_reports(predictions)
     for have, lack, path in ((wanted, given, predictions), (given, wanted, references)):
         absent = [name for name in have if name not in lack]
         if absent:
             raise ValueError(f"{path}: no row for id {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1))
-
-    def note(said: str, names: list[str], path: str) -> None:
-        if names:
-            notes.append(f"{path}: {len(names)} {said} (first: id {names[0]})")
-
-    note("empty references, left out", [name for name, row in wanted.items() if not row["report"]], references)
+    empty = [name for name, row in wanted.items() if not row["report"]]
     wanted = {name: row for name, row in wanted.items() if row["report"]}
     if not wanted:
         raise ValueError(f"{references}: every report is empty")
-    reports = [given[name]["report"] for name in wanted]
-    note("empty reports, scored as they are", [name for name in wanted if not given[name]["report"]], predictions)
-    labels = [row["labels"] for row in wanted.values()]
-    unknown = [name for name, row in wanted.items() if row["labels"] is None]
+    blank, labels = [name for name in wanted if not given[name]["report"]], [row["labels"] for row in wanted.values()]
+    of, unknown = "without labels", [name for name, row in wanted.items() if row["labels"] is None]
     if not any(labels):  # no finding anywhere is no phantom's truth
-        unknown, of = list(wanted) if [] in labels else [], "with empty labels alone"
-    else:
-        of = "without labels"
-    note(f"rows {of}, so no report is held against the exact truth", unknown, references)
-    texts = [row["report"] for row in wanted.values()]
-    texts = [strip_tags(text) if "report>" in text else text for text in texts]
-    return Wanted(references, list(wanted), texts, None if unknown or not any(labels) else labels), reports, notes
+        of, unknown = "with empty labels alone", [*wanted] if [] in labels else []
+    said = [(references, "empty references, left out", empty),
+            (predictions, "empty reports, scored as they are", blank),
+            (references, f"rows {of}, so no report is held against the exact truth", unknown)]  # fmt: skip
+    notes = [f"{path}: {len(names)} {what} (first: id {names[0]})" for path, what, names in said if names]
+    texts = [strip_tags(row["report"]) if "report>" in row["report"] else row["report"] for row in wanted.values()]
+    exact = labels if any(labels) and not unknown else None
+    return Wanted(references, list(wanted), texts, exact), [given[name]["report"] for name in wanted], notes
 
 
 def normal_template(wanted: Wanted, data: DataConfig) -> str:

@@ -1,14 +1,18 @@
 """The judge of an evaluation: holds reports against references and, on the phantom, against the exact truth."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from config import Config, to_dict
-from evidence import metrics, reader
+from data import Study
+from evidence import metrics
 from evidence.findings import read_findings
 from evidence.meteor import Meteor
+from evidence.reader import label_of, read_report
+from evidence.tables import save
 from rewards import format_reward, strip_tags, unwrap
 from running.parallel import pick_device
 from scorers.chexbert import CHEXPERT_LABELS
@@ -29,6 +33,11 @@ class Wanted:
     references: list[str]
     labels: list[list[str]] | None  # exact or gold labels of each image, where they are known
 
+    @classmethod
+    def of(cls, split: str, studies: list[Study]) -> "Wanted":
+        labels = None if studies[0].labels is None else [study.labels for study in studies]
+        return cls(split, [study.id for study in studies], [study.report for study in studies], labels)
+
 
 class Judge:
     """Statistics (metrics.collect's) and their summaries of one row of reports after another.
@@ -41,8 +50,7 @@ class Judge:
         self.gold = bool(cfg.data.labels and wanted.labels)
         device = pick_device(cfg.device)
         frozen = load_scorers(cfg, device, with_expert=False, without=without)
-        quick = {"label": frozen.label, "bertscore": frozen.bertscore, "radgraph": frozen.radgraph}
-        self.quick, self.costly = {name: scorer for name, scorer in quick.items() if scorer}, {}
+        self.quick, self.costly = {name: scorer for name, scorer in vars(frozen).items() if scorer}, {}
         if cfg.eval.green:
             self.costly["green"] = load_green(cfg.eval.green, device)
         if cfg.eval.ratescore:
@@ -56,14 +64,19 @@ class Judge:
             rows["references"] = self.score([[text] for text in self.wanted.references], "template")
         return rows
 
-    def shuffled(self, stats: dict[str, dict], greedy: Outputs, sampled: Outputs | None, other: list[int]) -> None:
-        """Add to `stats` the rows of reports given to other studies: study i gets those of other[i]. A greedy
-        report hangs on its image alone, so this swaps the images."""
-        stats["shuffled"] = self.score([greedy[i] for i in other], "shuffled")
-        if sampled is not None and self.gold:
+    def rows(self, greedy: Outputs, sampled: Outputs | None, other: Sequence[int] = ()) -> dict[str, dict]:
+        """Statistics by row of a policy's reports and, as `shuffled`, of those given to other studies: study i gets
+        those of other[i]. A greedy report hangs on its image alone, so this swaps the images."""
+        stats = {"greedy": self.score(greedy, "greedy")}
+        if sampled is not None:
+            stats["sampled"] = self.score(sampled, "sampled")
+        if other:
+            stats["shuffled"] = self.score([greedy[i] for i in other], "shuffled")
+        if other and sampled is not None and self.gold:
             stats["shuffled_sampled"] = self.score([sampled[i] for i in other], "shuffled_sampled")
             both = [stats[row]["truth"] for row in ("sampled", "shuffled_sampled")]
             stats["sampled"]["looked"] = np.concatenate(both, axis=1)  # (n, 16)
+        return stats
 
     def notes(self) -> list[str]:
         """What the tables must say of METEOR and of the truth."""
@@ -93,9 +106,13 @@ class Judge:
         return metrics.collect(texts, self.wanted.references, protocol=self.cfg.eval.protocol, formats=formats,
                                labels=self.wanted.labels, gold=self.gold, **scorers)  # fmt: skip
 
-    def summarise(self, stats: dict[str, dict]) -> dict[str, dict]:
-        """metrics.summarise of {row: statistics}."""
-        return metrics.summarise(stats, CHEXPERT_LABELS, self.cfg.eval.bootstrap, self.cfg.seed)
+    def save(self, folder: Path, about: dict, greedy: Outputs, sampled: Outputs | None, stats: dict[str, dict]) -> None:
+        """Write what the policy that `folder` is called after wrote, and its statistics by row; about: tables.Result's
+        other fields."""
+        result = {"policy": folder.name, "adapter": "", "settings": describe(self.cfg, self.wanted)}
+        result |= {"notes": self.notes()} | about
+        result |= metrics.summarise(stats, CHEXPERT_LABELS, self.cfg.eval.bootstrap, self.cfg.seed)
+        save(folder, result, self.report_rows(greedy, sampled), stats)
 
     def report_rows(self, greedy: Outputs, sampled: Outputs | None) -> list[dict]:
         """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
@@ -106,10 +123,9 @@ class Judge:
             if sampled is not None:
                 row["samples"] = [self.text(sample) for sample in sampled[i]]
             if wanted.labels is not None:
-                stated = () if self.gold else reader.read_report(row["report"]).stated
-                stated = [f"{name}_{side}" if side else name for name, side in stated]
-                row["labels"] = wanted.labels[i]
-                row["stated"] = sorted(read_findings(row["report"])[0] if self.gold else stated)
+                text = row["report"]
+                stated = read_findings(text)[0] if self.gold else map(label_of, read_report(text).stated)
+                row |= {"labels": wanted.labels[i], "stated": sorted(stated)}
             rows.append(row)
         return rows
 
@@ -117,16 +133,15 @@ class Judge:
 def describe(cfg: Config, wanted: Wanted) -> dict:
     """The settings that numbers must share to stand in one table."""
     plain = to_dict(cfg)
-    fields = {"data": ("path", "format", "target", "prompt", "views"), "model": ("path", "dtype", "max_pixels"),
-              "eval": ("samples", "bootstrap", "green", "protocol")}  # fmt: skip
-    parts = {table: {name: plain[table][name] for name in names} for table, names in fields.items()}
+    fields = {"data": ("path", "format", "target", "prompt", "views", "labels"),
+              "eval": ("samples", "bootstrap", "green", "protocol"),
+              "model": ("path", "dtype", "max_pixels")}  # fmt: skip
+    unused = {"labels": "", "green": "", "protocol": "raw"}  # which older evaluations did not know: not named
+    parts = {table: {name: plain[table][name] for name in names if plain[table][name] != unused.get(name)}
+             for table, names in fields.items()}  # fmt: skip
     parts["scorers"] = {name: value for name, value in plain["scorers"].items() if name != "expert"}  # no metric's
     if cfg.scorers.radgraph == "auto":
         parts["scorers"]["radgraph"] = "rules"
-    if cfg.data.labels:
-        parts["data"]["labels"] = cfg.data.labels
-    # what older evaluations did not know is named only where it is used
-    parts["eval"] = {name: value for name, value in parts["eval"].items() if value not in ("", "raw")}
     sections = plain["rewards"]["required_sections"]  # of the format rate
     return {"split": wanted.source, "n": len(wanted.ids), "seed": cfg.seed, "rollout": plain["rollout"],
             "required_sections": sections, **parts}  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 
 from config import Config
 from data import Study, load_studies
-from evidence.findings import truth_reader
+from evidence.findings import finding_counts
 from evidence.reader import truth_counts
 from formats.images import read_image
 from scorers.expert import fold_of
@@ -22,7 +22,8 @@ def stand_in(cfg: Config, similarity: Callable | None) -> Callable:
     if oracle and studies[0].labels is None:
         raise ValueError(f"scorers.expert oracle: {cfg.data.path} has no truth.jsonl, nor data.labels: no labels")
     if oracle:
-        similarity = oracle_similarity({study.id: study.labels for study in studies}, truth_reader(cfg.data))
+        counts = finding_counts if cfg.data.labels else truth_counts
+        similarity = oracle_similarity({study.id: study.labels for study in studies}, counts)
     return other_images(similarity, studies, cfg.tiny.folds) if other else similarity
 
 

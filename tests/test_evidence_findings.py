@@ -1,5 +1,6 @@
 """The reader of real reports, by hand; on the real references where they are; and what is built on it."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,7 @@ from test_data import config
 import data
 from config import Config, DataConfig
 from evidence import judge, metrics
-from evidence.findings import SENTENCES, finding_counts, read_findings, truth_reader
-from evidence.reader import truth_counts
+from evidence.findings import SENTENCES, finding_counts, read_findings
 from formats.gold import FINDINGS
 from rewards import wrap
 
@@ -61,10 +61,6 @@ def test_counts_are_by_finding_and_a_side_is_wrong_only_where_both_name_one():
     assert finding_counts("Qwerty.", [])["unread"] == 1
 
 
-def test_the_data_set_decides_who_reads():
-    assert truth_reader(config("x")) is truth_counts and truth_reader(config("x", labels="t.csv")) is finding_counts
-
-
 def test_f1_less_shuffled_f1_by_hand():
     own, other = np.zeros((2, 8)), np.zeros((2, 8))
     places = [metrics.TRUTH_KEYS.index(key) for key in ("stated", "true", "correct")]
@@ -74,7 +70,7 @@ def test_f1_less_shuffled_f1_by_hand():
     assert function(np.concatenate([own, other], axis=1).sum(0)) == pytest.approx(3 / 4 - 1 / 4)
 
 
-def test_the_judge_counts_gold_labels_and_shows_what_the_rules_can_read(monkeypatch):
+def test_the_judge_counts_gold_labels_and_shows_what_the_rules_can_read(monkeypatch, tmp_path):
 
     class Meteor(SimpleNamespace):
         def __call__(self, candidates, texts):
@@ -85,11 +81,11 @@ def test_the_judge_counts_gold_labels_and_shows_what_the_rules_can_read(monkeypa
     wanted = judge.Wanted("val", list("abc"), references, [["cardiomegaly"], ["effusion_left", "spine"], []])
     cfg = Config(data=DataConfig(labels="gold.csv"))
     held = judge.Judge(cfg, wanted, ["--scorers.chexbert", "--scorers.bertscore", "--scorers.radgraph"])
-    stats = held.always("The lungs are clear.")
     greedy, sampled = [[wrap(text)] for text in references], [[wrap(text)] * 2 for text in references]
-    stats |= {"greedy": held.score(greedy, "greedy"), "sampled": held.score(sampled, "sampled")}
-    held.shuffled(stats, greedy, sampled, [1, 2, 0])
-    rows = held.summarise(stats)
+    stats = held.always("The lungs are clear.") | held.rows(greedy, sampled, [1, 2, 0])
+    held.save(tmp_path / "P", {"adapter": "x"}, greedy, sampled, stats)
+    rows = json.loads((tmp_path / "P" / "results.json").read_text())
+    assert (rows["policy"], rows["adapter"], rows["settings"]["data"]["labels"]) == ("P", "x", "gold.csv")
     assert rows["references"]["sided_f1"]["value"] == pytest.approx(4 / 5)  # the spine is told nowhere
     assert (rows["references"]["truth_precision"]["value"], rows["references"]["truth_recall"]["value"]) == (1, 2 / 3)
     assert rows["template"]["counts"]["stated"] == 0 and rows["greedy"]["distinct"]["value"] == pytest.approx(3)

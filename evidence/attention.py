@@ -14,6 +14,7 @@ import math
 import sys
 import textwrap
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,21 +25,23 @@ from tqdm import tqdm
 from config import Config
 from data import load_studies, read_views
 from evidence.inputs import find_policies, settings
-from evidence.metrics import interval, resample
+from evidence.metrics import divide, measured, resample
 from evidence.phrases import mark_report, sentence_spans
 from evidence.tables import draw, write_json
-from formats.files import read_jsonl
 from model import completion_logps, get_base, load_policy, sampling_rules
 from phantom.assets import resolve
-from phantom.image import decode_mask
+from phantom.image import read_masks
 from rollout import EVALUATION, rollout
+from running import parallel
 from running.folder import write_text
 from vlm.attention import Recording, pack
 
 RESAMPLES = 2000
 SHOWN = 3  # studies in the picture
 SCALE = 2  # the colours go from 2 halvings to 2 doublings of an even share
-RATIOS = {"share": (0, 1), "own / others'": (2, 3), "own / mirrored": (4, 5)}  # of `summarise`'s sums
+# of `summarise`'s sums
+RATIOS = {name: lambda sums, i=2 * i: divide(sums[..., i], sums[..., i + 1])
+          for i, name in enumerate(("share", "own / others'", "own / mirrored"))}  # fmt: skip
 
 
 @dataclass
@@ -82,9 +85,9 @@ def look(model, processor, images: list, cfg: Config, ids: list[str]) -> list[Lo
             height, width = (inputs["image_grid_thw"][i, 1:] // base.model.visual.spatial_merge_size).tolist()
         maps = weights[:, i][:, rows][:, :, patches[-height * width :]].unflatten(-1, (height, width))
         places = [len(decode(tokens[:n], skip_special_tokens=True)) for n in range(len(tokens) + 1)]
-        view = images[i][0] if isinstance(images[i], list) else images[i]
-        seen = view.convert("L") if "image_grid_thw" in inputs else inputs["pixel_values"][i].mean(dim=0).float().cpu()
-        looks.append(Look(text, places, maps.float().numpy(), np.asarray(seen)))
+        pixels = None if "image_grid_thw" in inputs else inputs["pixel_values"][i].mean(dim=0).float().cpu()  # (H, W)
+        picture = np.asarray(images[i][0].convert("L") if pixels is None else pixels)
+        looks.append(Look(text, places, maps.float().numpy(), picture))
     return looks
 
 
@@ -126,11 +129,8 @@ def summarise(rows: list[dict], seed: int) -> dict:
     if rows:
         found["layers"] = np.mean([row["layers"] for row in rows], axis=0).tolist()
         table = np.stack([*sums.values()])  # (studies, 6)
-        drawn = np.vstack([table.sum(0), resample({"": table}, RESAMPLES, np.random.default_rng(seed))[""]])
-        with np.errstate(invalid="ignore"):
-            ratios = {name: drawn[:, above] / drawn[:, below] for name, (above, below) in RATIOS.items()}
-        found |= {name: dict(zip(("value", "lo", "hi"), (float(values[0]), *interval(values[1:])), strict=True))
-                  for name, values in ratios.items()}  # fmt: skip
+        drawn = resample({"": table}, RESAMPLES, np.random.default_rng(seed))[""]
+        found |= {name: measured(ratio, table.sum(0), drawn) for name, ratio in RATIOS.items()}
     return found
 
 
@@ -149,25 +149,29 @@ def markdown(found: dict[str, dict], what: str) -> str:
     return f"{what}\n\n{draw(heads, body, markdown=True)}\n\n{notes}\n"
 
 
-def overlay(axis, seen: Look, tokens: list[int], title: str):
-    """The picture in grey; over it, orange where a patch gets more than an even share of attention, purple: less."""
-    weights, (height, width) = seen.maps[:, tokens].mean(axis=(0, 1)), seen.picture.shape  # (h, w)
-    doublings = np.log2(np.maximum(weights / weights.mean(), 2.0**-SCALE))
-    axis.imshow(seen.picture, cmap="gray", interpolation="nearest")
-    axis.set_title(title, fontsize=8)
-    axis.set_axis_off()
-    place = (-0.5, width - 0.5, height - 0.5, -0.5)
-    strength = 0.7 * np.minimum(np.abs(doublings), 1)  # a patch with its even share stays as it is
-    axis.imshow(doublings, "PuOr_r", vmin=-SCALE, vmax=SCALE, alpha=strength, extent=place, interpolation="nearest")
-
-
-def save(figure, axes, path: Path) -> None:
-    """Write a figure of overlays with the key to their colours."""
-    from matplotlib.cm import ScalarMappable
+def draw_panels(panels: list[list[tuple]], size: tuple[float, float], path: Path) -> None:
+    """Write rows of panels of that size in inches, (a Look, its tokens, title, a mask to outline or None) each: the
+    picture in grey; over it, orange where a patch gets more than an even share of attention, purple: less."""
+    from matplotlib.cm import ScalarMappable  # a second of every script's start
     from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
+    height, width, ticks = len(panels), max(map(len, panels)), range(-SCALE, SCALE + 1)
+    figure = Figure(figsize=(size[0] * width + 1, size[1] * height), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (seen, tokens, title, mask) in zip(axes.flat, chain(*panels), strict=False):
+        weights, (h, w) = seen.maps[:, tokens].mean(axis=(0, 1)), seen.picture.shape
+        doublings = np.log2(np.maximum(weights / weights.mean(), 2.0**-SCALE))  # (rows, columns) of patches
+        axis.imshow(seen.picture, cmap="gray", interpolation="nearest")
+        strength = 0.7 * np.minimum(np.abs(doublings), 1)  # a patch with its even share stays as it is
+        axis.imshow(doublings, "PuOr_r", vmin=-SCALE, vmax=SCALE, alpha=strength, interpolation="nearest",
+                    extent=(-0.5, w - 0.5, h - 0.5, -0.5))  # fmt: skip
+        axis.set_title(title, fontsize=8)
+        if mask is not None:
+            axis.contour(mask, levels=[0.5], colors=["#56B4E9"], linewidths=1.2)
     bar = figure.colorbar(ScalarMappable(Normalize(-SCALE, SCALE), "PuOr_r"), ax=axes, shrink=0.8, aspect=30)
-    ticks = range(-SCALE, SCALE + 1)
     bar.set_ticks(ticks, labels=[f"{2.0**tick:g}" for tick in ticks])
     bar.set_label("attention, in even shares", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,53 +180,39 @@ def save(figure, axes, path: Path) -> None:
 
 def draw_image(model, processor, image, cfg: Config, path: Path) -> None:
     """Write a picture of where the policy looks while it writes each sentence of its report of an image."""
-    from matplotlib.figure import Figure  # a second of every script's start
-
     [seen] = look(model, processor, [[image]], cfg, [cfg.image])
     spans = sentence_spans(seen.text)
     if not spans:
         raise ValueError(f"--attention: the report of {cfg.image} has no sentence")
-    width, height = min(4, len(spans)), -(-len(spans) // 4)
-    figure = Figure(figsize=(2.3 * width + 1, 2.7 * height), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (start, end) in zip(axes.flat, spans, strict=False):
-        overlay(axis, seen, seen.during(start, end), textwrap.fill(seen.text[start:end], 32))
-    save(figure, axes, path)
+    panels = [(seen, seen.during(*span), textwrap.fill(seen.text[slice(*span)], 32), None) for span in spans]
+    draw_panels([panels[i : i + 4] for i in range(0, len(panels), 4)], (2.3, 2.7), path)
 
 
 def draw_studies(looks: dict[str, dict[str, Look]], rows: dict[str, list[dict]], masks: dict, path: Path) -> None:
     """A column for each policy, a row for each of the first SHOWN studies of which all policies rightly state some
     finding with a side: the one with the smallest mask, outlined. Nothing is drawn where there is no such study."""
-    from matplotlib.figure import Figure
-
     stated = set.intersection(*({(row["id"], row["label"]) for row in found} for found in rows.values()))
     chosen: dict[str, str] = {}
     for study, label in sorted(stated, key=lambda pair: (pair[0], masks[pair[0]][pair[1]].sum())):
         if "_" in label and len(chosen) < SHOWN:
             chosen.setdefault(study, label)
-    if not chosen:
-        return
-    figure = Figure(figsize=(2 * len(looks) + 1, 2.2 * len(chosen)), layout="constrained")
-    axes = figure.subplots(len(chosen), len(looks), squeeze=False)
-    for line, (study, label) in zip(axes, chosen.items(), strict=True):
-        for axis, (name, seen) in zip(line, looks.items(), strict=True):
-            row = next(row for row in rows[name] if (row["id"], row["label"]) == (study, label))
-            where = f"{study}, {label.replace('_', ' ')}\n" if axis is line[0] else "\n"
-            overlay(axis, seen[study], row["tokens"], f"{where}{name.replace('_', ' ')}: {row['own']:.2f}")
-            axis.contour(masks[study][label], levels=[0.5], colors=["#56B4E9"], linewidths=1.2)
-    save(figure, axes, path)
+    panels: list[list[tuple]] = [[] for _ in chosen]
+    for line, (study, label) in zip(panels, chosen.items(), strict=True):
+        for name, found in rows.items():
+            row = next(row for row in found if (row["id"], row["label"]) == (study, label))
+            where = "" if line else f"{study}, {label.replace('_', ' ')}"
+            title = f"{where}\n{name.replace('_', ' ')}: {row['own']:.2f}"
+            line.append((looks[name][study], row["tokens"], title, masks[study][label]))
+    if panels:
+        draw_panels(panels, (2, 2.2), path)
 
 
 def measure_run(cfg: AttentionRun) -> None:
     """Measure and draw the chosen policies of a run; ValueError for data without masks."""
     policies, cfg = find_policies(Path(cfg.run), cfg.policy), resolve(cfg, ("data", "base"))
-    split, truth = cfg.split or cfg.data.test_split, Path(cfg.data.path) / "truth.jsonl"
-    if not truth.exists():
-        raise ValueError(f"{truth}: no such file; only the phantom knows its findings' masks")
-    studies, known = load_studies(cfg.data, split), {row["id"]: row["findings"] for row in read_jsonl(truth)}
-    masks = {study.id: {f["label"]: decode_mask(f["mask"]) for f in known[study.id]} for study in studies}
+    studies = load_studies(cfg.data, cfg.split or cfg.data.test_split)
+    advice = "only the phantom knows its findings' masks"
+    masks = read_masks(Path(cfg.data.path), [study.id for study in studies], advice)
     looks: dict[str, dict[str, Look]] = {}
     for name, adapter in policies.items():
         (model, processor), looks[name] = load_policy(cfg, adapter), {}
@@ -232,19 +222,16 @@ def measure_run(cfg: AttentionRun) -> None:
             looks[name] |= zip(ids, look(model, processor, views, cfg, ids), strict=True)
     rows, folder = {name: measure(seen, masks) for name, seen in looks.items()}, Path(cfg.run) / "attention"
     found = {name: summarise(row, cfg.seed) for name, row in rows.items()}
-    text = markdown(found, f"{len(studies)} studies, {split}, greedy reports")
-    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown(found, f"{len(studies)} studies, {studies[0].split}, greedy reports")
     write_text(folder / "attention.md", text)
     write_json(folder / "attention.json", {"policies": found, "findings": rows})
     draw_studies(looks, rows, masks, folder / "attention.png")
     print(f"\n{text}\nwritten: {folder}/attention.md, .json, .png")
 
 
+@parallel.script("attention")
 def main() -> None:
-    try:
-        measure_run(settings(AttentionRun(), sys.argv[1:], __doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"attention: {error!s:.1500}")
+    measure_run(settings(AttentionRun(), sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,10 @@ from config import Config
 from data import Study, describe_skips, load_studies
 from evidence.generate import generate_split
 from evidence.inputs import settings
-from formats.files import read_jsonl
 from formats.images import read_image
 from model import load_policy
 from phantom.assets import resolve
-from phantom.image import decode_mask
+from phantom.image import read_masks
 from phantom.oracle import stand_in
 from rewards import Scorers, compute_rewards, unwrap, wrap
 from running import parallel
@@ -103,17 +102,6 @@ def noised(image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> Im
     return Image.fromarray(pixels)
 
 
-def truth_masks(studies: list[Study], folder: Path) -> list[np.ndarray]:
-    """Each study's exact (H, W) bool mask of all its findings, (0, 0) for none; ValueError for data without masks."""
-    truth = folder / "truth.jsonl"
-    found = {row.get("id"): row.get("findings") for row in (read_jsonl(truth) if truth.exists() else ())}
-    for study in studies:
-        if not isinstance(found.get(study.id), list):
-            raise ValueError(f"--visual: {truth} has no masks of study {study.id}: give --mask expert")
-    masks = [[decode_mask(finding["mask"]) for finding in found[study.id]] for study in studies]
-    return [np.any(some, axis=0) if some else np.zeros((0, 0), bool) for some in masks]
-
-
 def expert_mask(image: Image.Image, study: Study, similarity: Callable) -> np.ndarray:
     """(H, W) bool: the cells of a grid whose cover, in the image's mean grey, takes from Eq. 6's similarity to the
     reference more than their mean and a standard deviation."""
@@ -132,17 +120,17 @@ def visual_pairs(studies: list[Study], cfg: PairsConfig, folder: Path, similarit
 
     similarity: the expert's, Eq. 6, which makes masks and weights; None: exact masks, weights of 1.
     """
-    rows, masks = [], truth_masks(studies, Path(cfg.data.path)) if similarity is None else [None] * len(studies)
-    for number, (study, mask) in enumerate(zip(studies, masks, strict=True)):
+    rows, ids = [], [study.id for study in studies]
+    masks = read_masks(Path(cfg.data.path), ids, "give --mask expert") if similarity is None else {}
+    for number, study in enumerate(studies):
         image, weight = read_image(study.image), 1.0
-        mask = expert_mask(image, study, similarity) if mask is None else mask
+        mask = expert_mask(image, study, similarity) if similarity else np.any([*masks[study.id].values()], axis=0)
         if mask.any():
             out, name = noised(image, mask, np.random.default_rng([cfg.seed, number])), f"{study.id}.png"
             if similarity is not None:
                 s = similarity([image, out], [study.id, name], [[study.report]] * 2)[:, 0].tolist()
                 weight = round(max(0.0, s[0] - s[1]), 6)
             out.save(file := io.BytesIO(), "PNG")
-            folder.mkdir(parents=True, exist_ok=True)
             write_bytes(folder / name, file.getvalue())
             rows.append({"id": study.id, "chosen": study.report, "rejected": study.report, "weight": weight,
                          "rejected_image": f"{folder.name}/{name}"})  # fmt: skip
@@ -170,23 +158,16 @@ def make_pairs(cfg: PairsConfig) -> None:
         scorers.similarity = judge or scorers.similarity
         rows, folder = text_pairs(outputs, studies, scorers, cfg), out.with_name(f"{out.stem}_images")
         rows += visual_pairs(studies, cfg, folder, scorers.similarity if looks else None) if cfg.visual else []
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} pairs: {out}")
     parallel.barrier()
 
 
+@parallel.script("pairs", "nothing was written")
 def main() -> None:
     cfg = settings(PairsConfig(), sys.argv[1:], __doc__)
-    try:
-        parallel.start(cfg.device, cfg.threads)
-        make_pairs(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"pairs: {error!s:.1500}")
-    except KeyboardInterrupt:
-        sys.exit("pairs: interrupted; nothing was written")
-    finally:
-        parallel.stop()
+    parallel.start(cfg.device, cfg.threads)
+    make_pairs(cfg)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from formats.files import read_jsonl
 from phantom.findings import Finding
 
 ZONE_Y = {"upper": -0.36, "mid": -0.02, "lower": 0.30}
@@ -215,6 +216,17 @@ def decode_mask(mask: dict) -> np.ndarray:
     """`encode_mask` undone: (H, W) bool."""
     runs = mask["counts"]
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(mask["size"], order="F")
+
+
+def read_masks(folder: Path, ids: Collection[str], advice: str) -> dict[str, dict[str, np.ndarray]]:
+    """{id: {label: (H, W) bool mask}} of what the images of a data set show; ValueError, which ends with `advice`, for
+    one that does not tell."""
+    truth = folder / "truth.jsonl"
+    found = {row.get("id"): row.get("findings") for row in (read_jsonl(truth) if truth.exists() else ())}
+    for study in ids:
+        if not isinstance(found.get(study), list):
+            raise ValueError(f"{truth} has no masks of study {study}: {advice}")
+    return {study: {finding["label"]: decode_mask(finding["mask"]) for finding in found[study]} for study in ids}
 
 
 def outline(mask: np.ndarray) -> list[np.ndarray]:

@@ -130,5 +130,7 @@ def test_the_command_measures_and_draws_a_run(micro, tmp_path, monkeypatch, caps
     assert found["policies"]["base"]["findings"] == sum(map(len, truth.values())) == len(found["findings"]["base"]) > 3
     assert "own / mirrored" in (tmp_path / "attention/attention.md").read_text() and "0.9" in capsys.readouterr().out
     assert (tmp_path / "attention/attention.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="only the phantom knows its findings' masks"):
+    studies = attention.load_studies(data, "test")
+    monkeypatch.setattr(attention, "load_studies", lambda *_: studies)
+    with pytest.raises(ValueError, match="no masks of study .*: only the phantom knows its findings' masks"):
         attention.measure_run(dataclasses.replace(cfg, data=dataclasses.replace(data, path=str(tmp_path))))

@@ -151,6 +151,35 @@ print("past the update", flush=True)
 """
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("x" * 2000), f"run.py: {'x' * 1500}"),
+        (OSError("gone"), "run.py: gone"),
+        (torch.OutOfMemoryError("full.\nmore"), "run.py: full. Lower the stage's micro_batch or grpo.micro_group; in "
+         "evaluation, eval.batch_size."),
+        (KeyboardInterrupt(), "run.py: interrupted; the same command goes on"),
+    ],
+)  # fmt: skip
+def test_a_script_ends_with_one_line_for_what_its_user_can_mend(error, said):
+    @parallel.script("run.py", "the same command goes on")
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == said
+
+
+def test_a_scripts_own_faults_are_no_line():
+    @parallel.script("run.py")
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()
+
+
 @pytest.mark.slow
 def test_a_hung_process_ends_the_run_while_one_that_works_alone_does_not(tmp_path):
     (tmp_path / "hang.py").write_text(HANG)

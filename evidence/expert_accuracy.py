@@ -71,29 +71,25 @@ def accuracy_file(run: Path, expert: str, policy: str = "stage1", split: str = "
     return run / "eval" / split / policy / "accuracy" / (re.sub(r"[^\w+.]+", "_", expert) + ".json")
 
 
+@parallel.script("expert_accuracy")
 def main() -> None:
     cfg = settings(AccuracyConfig(), sys.argv[1:], __doc__)
-    try:
-        parallel.start(cfg.device, cfg.threads)
-        [(policy, adapter)] = find_policies(Path(cfg.run), cfg.policy).items()
-        one = resolve(cfg, ("data", "base"))
-        studies = load_studies(one.data, cfg.split)
-        if studies[0].labels is None:
-            raise ValueError(f"{one.data.path} has no exact labels, by which candidates could be ordered")
-        model, processor = load_policy(one, adapter)
-        outputs = generate_split(model, processor, studies, one, cfg.rollout.group_size, f"{policy}: candidates")
-        groups = [[strip_tags(text) for text in group] for group in outputs]
-        for key in cfg.experts:
-            name, _, noise = key.partition("+")
-            one = resolve(replace(cfg, scorers=replace(cfg.scorers, expert=name)), ("data", "expert"))
-            similarity = with_errors(load_expert(one.scorers.expert).similarity, float(noise or 0))
-            found = accuracy(similarity, studies, groups)
-            path = accuracy_file(Path(cfg.run), key, policy, cfg.split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
-            print(f"{key}: {found['value']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}] of the pairs in order")
-    except (ValueError, OSError) as error:
-        sys.exit(f"expert_accuracy: {error!s:.1500}")
+    parallel.start(cfg.device, cfg.threads)
+    [(policy, adapter)] = find_policies(Path(cfg.run), cfg.policy).items()
+    one = resolve(cfg, ("data", "base"))
+    studies = load_studies(one.data, cfg.split)
+    if studies[0].labels is None:
+        raise ValueError(f"{one.data.path} has no exact labels, by which candidates could be ordered")
+    model, processor = load_policy(one, adapter)
+    outputs = generate_split(model, processor, studies, one, cfg.rollout.group_size, f"{policy}: candidates")
+    groups = [[strip_tags(text) for text in group] for group in outputs]
+    for key in cfg.experts:
+        name, _, noise = key.partition("+")
+        one = resolve(replace(cfg, scorers=replace(cfg.scorers, expert=name)), ("data", "expert"))
+        similarity = with_errors(load_expert(one.scorers.expert).similarity, float(noise or 0))
+        found = accuracy(similarity, studies, groups)
+        write_json(accuracy_file(Path(cfg.run), key, policy, cfg.split), found)
+        print(f"{key}: {found['value']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}] of the pairs in order")
 
 
 if __name__ == "__main__":

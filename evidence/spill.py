@@ -89,13 +89,11 @@ def measure(cfg: SpillRun) -> None:
         print(f"{name}: " + ", ".join(f"{c.flat} {spread(e | {'mean': e['value']}, c.factor)}" for c, e in numbers))
 
 
+@parallel.script("spill")
 def main() -> None:
-    try:
-        cfg = settings(SpillRun(), sys.argv[1:], __doc__)
-        parallel.start(cfg.device, cfg.threads)
-        measure(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"spill: {error!s:.1500}")
+    cfg = settings(SpillRun(), sys.argv[1:], __doc__)
+    parallel.start(cfg.device, cfg.threads)
+    measure(cfg)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
             save(block.screenshot(), f"tour/{i}.png")
         save(page.query_selector("#glance").screenshot(), "tour/7.png", 900)
         save(page.query_selector("#writes").screenshot(), "tour/8.png", 900)
-        page.add_style_tag(content="header, h2, .turn, #update > p, .facts, .look h5 + p + h5 { display: none }")
+        page.add_style_tag(content="header, h2, .turn, #update > p, .facts, .look div + h5 { display: none }")
         save(page.screenshot(full_page=True), "page.png", 860)
         browser.close()
 

@@ -146,7 +146,7 @@ def markdown(found: dict[str, dict], what: str) -> str:
              "(1 = chance). others': the same label's masks in other studies. mirrored: findings with a side alone. "
              "95% intervals, bootstrap over studies.")  # fmt: skip
     heads = ["", "findings (studies)", *RATIOS, "share by layer"]
-    return f"{what}\n\n{draw(heads, body, markdown=True)}\n\n{notes}\n"
+    return f"{what}\n\n{draw(heads, body, 'pipe')}\n\n{notes}\n"
 
 
 def draw_panels(panels: list[list[tuple]], size: tuple[float, float], path: Path) -> None:

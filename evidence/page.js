@@ -1,6 +1,6 @@
 // Turns the cards of a deck (updates, studies) by buttons, arrow keys, links and filters; tells a token's numbers.
 document.documentElement.className = "js";
-const decks = [...document.querySelectorAll(".deck")].filter((deck) => deck.querySelector(".turn"));
+const decks = [...document.querySelectorAll(".deck")].filter((deck) => deck.querySelector(".card"));
 
 const cardsOf = (deck) => [...deck.querySelectorAll(".card")].filter((card) => !card.dataset.out);
 
@@ -42,7 +42,17 @@ function follow() {
   card.scrollIntoView();
 }
 
+// the bar above a deck's cards, which turns them: made here, as without this script it would do nothing
+function addBar(deck, what) {
+  deck.querySelector(".card").insertAdjacentHTML("beforebegin", `<nav class="turn" aria-label="choose the ${what}">
+    <button data-step="-1" title="the ${what} before (arrow key)">←</button> <select aria-label="${what}"></select>
+    <button data-step="1" title="the next ${what} (arrow key)">→</button> <output aria-live="polite"></output></nav>`);
+  const titles = [...deck.querySelectorAll(".card")].map((card) => new Option(card.querySelector("h3").textContent, card.id));
+  deck.querySelector(".turn select").append(...titles);
+}
+
 for (const deck of decks) {
+  addBar(deck, { update: "update", writes: "study" }[deck.id]);
   show(deck, cardsOf(deck)[0]);
   deck.querySelector(".turn select").onchange = (event) => show(deck, document.getElementById(event.target.value));
   for (const button of deck.querySelectorAll("[data-step]")) button.onclick = () => step(deck, Number(button.dataset.step));

@@ -149,7 +149,7 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
                    if any(column.entry(row) for column in columns(where) for row in rows.values())
                    and (where != "gold" or "labels" in settings.get("data", {}))}  # fmt: skip
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
-        parts = [part for where, title in titles.items() for part in (title, grid(rows, where, weights, markdown=True))]
+        parts = [part for where, title in titles.items() for part in (title, grid(rows, where, weights, "pipe"))]
         write_text(folder / "results.md", "\n\n".join([*parts, *label_table(rows), *notes]) + "\n")
     for where, title in titles.items():
         print(f"\n{title}\n{grid(rows, where, weights)}")
@@ -179,15 +179,15 @@ def unread_notes(rows: dict[str, dict]) -> list[str]:
     return notes
 
 
-def draw(heads: list[str], body: list[list[str]], markdown: bool = False) -> str:
-    """A table for the terminal or as Markdown: names to the left, numbers to the right."""
+def draw(heads: list[str], body: list[list[str]], style: str = "plain") -> str:
+    """A table for the terminal, as Markdown ("pipe") or HTML ("html"): names to the left, numbers to the right."""
     sides = ("left", *["right"] * (len(heads) - 1))
-    style = "pipe" if markdown else "plain"
     return tabulate.tabulate(body, heads, style, disable_numparse=True, colalign=sides, headersglobalalign="right")
 
 
-def grid(rows: dict[str, dict], where: str, weights: dict, markdown: bool = False) -> str:
-    """One table of columns.toml; what no row was measured on is left out, but METEOR is n/a without Java.
+def grid(rows: dict[str, dict], where: str, weights: dict, style: str = "plain") -> str:
+    """One table of columns.toml; what no row was measured on is left out, but METEOR is n/a without Java. In HTML, each
+    number has its interval behind it.
     Starred is what `weights` make a reward; not in comparisons and sweeps, whose policies had rewards of their own."""
     shown = [c for c in columns(where) if c.key == "greedy/meteor" or any(c.entry(row) for row in rows.values())]
 
@@ -196,12 +196,14 @@ def grid(rows: dict[str, dict], where: str, weights: dict, markdown: bool = Fals
         numbers = [entry.get(key) for key in (("lo", "hi") if where == "spans" else ("value",))]
         text = "n/a" if None in numbers else "-".join(f"{column.factor * number:.1f}" for number in numbers)
         stated = where in ("main", "gold") and column.key == "greedy/hallucination_rate" and entry
+        if style == "html" and entry.get("lo") is not None:
+            text += f" [{column.factor * entry['lo']:.1f}, {column.factor * entry['hi']:.1f}]"
         return f"{text} ({row['greedy']['counts']['stated']})" if stated else text
 
     body = [[name, *(cell(row, column) for column in shown)] for name, row in rows.items()]
-    heads = [c.flat if markdown else c.title if "\n" in c.title else f"\n{c.title}" for c in shown]
+    heads = [c.flat if style != "plain" else c.title if "\n" in c.title else f"\n{c.title}" for c in shown]
     stars = ["*" * (c.reward > "" and all(map(weights.get, c.reward.split()))) for c in shown]
-    return draw(["", *map(str.__add__, heads, stars)], body, markdown)
+    return draw(["", *map(str.__add__, heads, stars)], body, style)
 
 
 def label_table(rows: dict[str, dict]) -> list[str]:
@@ -214,4 +216,4 @@ def label_table(rows: dict[str, dict]) -> list[str]:
         for line, scores in zip(body, labels.values(), strict=True):
             line.append(" / ".join(f"{100 * scores[measure]:.1f}" for measure in MEASURES))
     heads = ["label", "studies that state it", *found]
-    return ["CheXbert labels: precision / recall / F1 in %", draw(heads, body, markdown=True)]
+    return ["CheXbert labels: precision / recall / F1 in %", draw(heads, body, "pipe")]

@@ -69,9 +69,10 @@ def read_json(path: Path) -> dict:
     return json_value(read_text(path), path)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file, blank lines left out; ValueError names file and line."""
-    lines = enumerate(read_text(path).split("\n"), 1)
+def read_jsonl(path: Path, whole: bool = True) -> list[dict]:
+    """The objects of a JSON-lines file, blank lines left out; ValueError names file and line. Not `whole`: without what
+    follows the last line's end, the half of a row that a kill cut short."""
+    lines = enumerate(read_text(path).split("\n")[: None if whole else -1], 1)
     return [json_value(line, f"{path}: line {number}") for number, line in lines if line.strip()]
 
 

@@ -597,7 +597,7 @@ def test_widest_table_fits_150_columns():
 )
 def test_rewards_are_starred_by_their_weights(off, starred):
     rows = {"P": {"greedy": {metric: {"value": 0.5} for metric in METRICS} | {"counts": {"stated": 1}}}}
-    heads = tables.grid(rows, "main", to_dict(EvalRun())["rewards"] | off, markdown=True).splitlines()[0].split("|")
+    heads = tables.grid(rows, "main", to_dict(EvalRun())["rewards"] | off, "pipe").splitlines()[0].split("|")
     assert " ".join(head.strip(" *") for head in heads if "*" in head) == starred
 
 

@@ -29,6 +29,7 @@ SWEPT = {"greedy/bleu_4": "BLEU-4", "greedy/rouge_l": "ROUGE-L, %", "greedy/f1_m
 # references, and the expert of the image reward: arm
 CROSSED = {"noisy references": {"none": "stage1_continued", "noisy": "noisy_expert", "clean": "valor"},
            "clean references": {"none": "clean_text", "noisy": "clean_noisy", "clean": "clean_both"}}  # fmt: skip
+PHASE = ("expert_200", "expert_150", "expert_100", "expert_50", "valor", "noisy_expert", "score_noise")  # by experts
 PRIMARY = {"sampled/sided_f1": "sided F1, %, sampled", "sampled/equal_hallucination": "hallucinated %, at equal number",
            "sampled/prior_spill": "prior spill, points"}  # fmt: skip
 
@@ -159,13 +160,13 @@ def draw_phase(results: dict, path: Path) -> None:
     """Each arm's gain over Stage 1 continued against its expert's measured accuracy; the line is the plan's trend."""
     gains = results["versus"].get("stage1_continued", {})
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for arm, measured in results["accuracy"].items():
-        if measured and "sampled/sided_f1" in gains.get(arm, {}) and not arm.startswith(("vis", "clean", "valor_")):
-            place, gain = np.mean([*measured.values()]), gains[arm]["sampled/sided_f1"]
-            mean, lo, hi = (100 * gain[name] for name in ("mean", "lo", "hi"))
-            random = arm.startswith("score_noise")
-            axis.plot([place, place], [lo, hi], color="#D55E00" if random else "#0072B2", linewidth=1.4)
-            axis.plot(place, mean, "s" if random else "o", color="#D55E00" if random else "#0072B2", markersize=7)
+    for arm in PHASE:
+        measured, gain = results["accuracy"].get(arm), gains.get(arm, {}).get("sampled/sided_f1")
+        if measured and gain:
+            place, (mean, lo, hi) = np.mean([*measured.values()]), (100 * gain[name] for name in ("mean", "lo", "hi"))
+            colour, mark = ("#D55E00", "s") if arm == "score_noise" else ("#0072B2", "o")
+            axis.plot([place, place], [lo, hi], color=colour, linewidth=1.4)
+            axis.plot(place, mean, mark, color=colour, markersize=7)
             axis.annotate(arm.replace("_", " "), (place, mean), (5, 4), textcoords="offset points", fontsize=8)
     for found in results["trends"]:
         if found["row"] == "a":

@@ -361,7 +361,8 @@ def test_references_and_experts_are_crossed(tmp_path, monkeypatch):
 
 def test_the_phase_diagram_puts_gains_over_measured_accuracy(tmp_path, monkeypatch):
     results = made_up({"valor": 0.06, "expert_200": 0.01, "score_noise": 0.03, "visual_only": 0.02})
-    results["accuracy"] = {"valor": {0: 0.78, 1: 0.8}, "expert_200": {0: 0.7}, "score_noise": {0: 0.7}, "vis_05": {}}
+    measured = {"valor": {0: 0.78, 1: 0.8}, "expert_200": {0: 0.7}, "score_noise": {0: 0.7}, "expert_50": {}}
+    results["accuracy"] = measured | {"visual_only": {0: 0.7}}  # of valor's expert: no dot of its own
     results["trends"] = [{"row": "a", "places": {"valor": 0.79, "expert_200": 0.7}, "line": [0.5, -0.34],
                           "zero": (0.66, 0.7)}]  # fmt: skip
     [axis] = drawn_by(monkeypatch, figures.draw_phase, results, tmp_path / "phase.png").axes

@@ -114,6 +114,7 @@ def test_filters_leave_what_they_say(view):
     assert found == {"differs": ("1 of 2", ["study-2"]), "invented": ("1 of 1", ["study-2"]),
                      "omitted": ("1 of 1", ["study-3"])}  # fmt: skip
     one.check(".filter [value=invented]")
+    assert one.input_value(".filter select") == "stage2"  # whatever else was evaluated
     one.select_option(".filter select", "sft")
     assert shown(one, "#writes") == [] and one.inner_text("#writes .turn output") == "none"
     one.uncheck(".filter [value=invented]")

@@ -166,7 +166,8 @@ def trend(arms: dict[str, Runs], row: dict, accuracy: dict[str, dict[int, float]
     slope's interval has 0, as the set is then unbounded. None where an arm has not run, or two seeds have not all.
     """
     wanted = [arms.get(name, {}) for name in [*row["arms"], row["minus"]]]
-    seeds = sorted(set.intersection(*map(set, wanted)))
+    placed = [] if "at" in row else [accuracy.get(name, {}) for name in row["arms"]]
+    seeds = sorted(set.intersection(*map(set, wanted + placed)))
     stats = [counted(runs, seeds, row["metric"]) for runs in wanted]
     if len(seeds) < 2 or not all(stats):
         return None

@@ -149,8 +149,9 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, 
     if own:
         return [*tasks.values(), *judged.values()]
     rest, experts = [], dict.fromkeys(filter(None, map(expert_of, arms.values())))
-    if experts and nth < MEASURED:
-        after = [tasks["stage1"], *(assets[e.partition("+")[0].removeprefix("phantom:")] for e in experts)]
+    if experts and "stage1" in tasks and nth < MEASURED:
+        built = [e.partition("+")[0].removeprefix("phantom:") for e in experts]  # others lie somewhere already
+        after = [tasks["stage1"], *(assets[name] for name in built if name in assets)]
         rest = [Task(f"seed {seed}: experts", "evidence.expert_accuracy", [*common, "--experts", *experts], 60, after,
                      [accuracy_file(run, expert) for expert in experts], logs / f"{seed}_experts.txt")]  # fmt: skip
     rest += [Task(f"seed {seed}: baselines", "evidence.baselines", [*common, "--eval.samples", "8"], 100,

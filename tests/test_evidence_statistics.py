@@ -152,6 +152,7 @@ def test_a_slope_that_may_be_nothing_locates_no_threshold():
     found = trend(arms, ROW | {"arms": ["a", "b"], "at": [0.6, 0.8]}, {})
     assert found["zero"] is None and found["verdict"] == "open" and found["n_seeds"] == 2
     assert trend(arms, ROW | {"arms": ["a", "c"], "at": [0, 1]}, {}) is None  # c has not run
+    assert trend(arms, ROW | {"arms": ["a", "b"]}, {"a": {0: 0.6, 1: 0.7}, "b": {0: 0.7}}) is None  # one seed measured
     assert trend({arm: {0: of[0]} for arm, of in arms.items()}, ROW | {"arms": ["a", "b"], "at": [0, 1]}, {}) is None
 
 

@@ -392,6 +392,17 @@ def test_whose_accuracy_is_measured(arm, expert):
     assert sweep.expert_of(noisy) == "phantom:expert+0.05"
 
 
+def test_an_expert_of_ones_own_and_arms_without_stage_1_need_no_other_task(cfg, monkeypatch):
+    """Nothing is built for an expert that lies somewhere, and without Stage 1 there are no groups to measure on."""
+    mine = {"after": "stage1", "flags": "--stage 2 --scorers.expert /models/mine", "what": "mine"}
+    monkeypatch.setitem(sweep.ARMS, "mine", mine)
+    titles = {task.title: task for task in sweep.make_tasks(replace(cfg, arms=("mine",)), [])}
+    measured = titles["seed 0: experts"]
+    assert measured.flags[-2:] == ["--experts", "/models/mine"]
+    assert [task.title for task in measured.after] == ["seed 0: stage1"]
+    assert "seed 0: experts" not in {task.title for task in sweep.make_tasks(replace(cfg, arms=("valor_dense",)), [])}
+
+
 @pytest.mark.parametrize("name", ["worlds", "omissions"])
 def test_a_plan_without_arms_runs_those_that_it_compares(cfg, name):
     plan = f"{Path(sweep.__file__).parent}/plan_{name}.toml"

@@ -266,7 +266,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(finished, tmp_path, mon
 def test_a_finished_stage_is_not_done_again_and_other_settings_are_refused(finished, capsys):
     train.train(replace(finished, dpo=replace(finished.dpo, micro_batch=1)))  # which changes no result
     assert "dpo is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="dpo.beta = 0.1, now it is 0.2"):
+    with pytest.raises(ValueError, match="dpo.beta = 0.3, now it is 0.2"):
         train.train(replace(finished, dpo=replace(finished.dpo, beta=0.2)))
 
 

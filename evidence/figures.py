@@ -107,7 +107,7 @@ def draw_arms(results: dict, path: Path) -> None:
         tidy(axis, ENDS[key], "x")
     axes[0].set_yticks(places, [arm.replace("_", " ") for arm in arms])
     axes[0].set_ylim(-0.7, len(arms) - 0.3)
-    what = f"{results['studies']} test studies; dot: mean of {len(results['seeds'])} seeds; line: 95% interval"
+    what = f"{results['studies']} test studies; dot: mean over the seeds; line: 95% interval"
     finish(figure, path, f"{what}; ticks: each seed")
 
 

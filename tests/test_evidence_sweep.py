@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import re
 import shutil
 import sys
 import tomllib
@@ -140,6 +141,23 @@ def test_a_plan_brings_arms_of_its_own_and_seeds_models_of_their_own(tmp_path):
     (tmp_path / "plan_x.toml").write_text(wrong)
     with pytest.raises(ValueError, match=r"plan_x.toml: \[sft\] must stand below \[b\]"):
         sweep.make_tasks(replace(cfg, plan=str(tmp_path / "plan_x.toml")), [])
+
+
+def test_the_list_of_dpos_settings_trains_what_it_says(cfg):
+    """And the sweep's arms take settings that stand in it."""
+    plan = f"{Path(sweep.__file__).parent}/plan_dpo.toml"
+    cfg = replace(cfg, plan=plan, seeds=(0,))
+    listed, trained = sweep.chosen_arms(cfg), [t for t in sweep.make_tasks(cfg, []) if t.script == "train.py"]
+    configs = {t.title.removeprefix("seed 0: "): parse(Config, argv=t.flags) for t in trained}
+    tried = {name: of.dpo for name, of in configs.items() if name != "sft"}
+    assert len(tried) == len(listed) - 3 == len({(d.pairs, d.weighted, d.lr, d.beta) for d in tried.values()})
+    for name, dpo in tried.items():
+        assert listed[name]["what"].endswith(f", lr {np.format_float_scientific(dpo.lr, exp_digits=1, trim='-')}, "
+                                             f"beta {dpo.beta:g}") and dpo.steps == 160, name  # fmt: skip
+        assert dpo.weighted == name.startswith("mmedpo") == dpo.pairs.endswith("pairs_mmedpo.jsonl")
+    for name in ("dpo", "dpo_visual", "mmedpo", "mmedpo_text", "mmedpo_visual", "mmedpo_unweighted"):
+        lr, beta = re.search(r"--dpo.lr (\S+) --dpo.beta (\S+)", sweep.ARMS[name]["flags"]).groups()
+        assert (float(lr), float(beta)) in {(d.lr, d.beta) for of, d in tried.items() if of[:3] == name[:3]}
 
 
 def test_own_flags_stay_and_others_are_passed_on(monkeypatch):

@@ -1,6 +1,7 @@
 """Where a policy looks while it writes a finding: the paper's Figure 5, and beside it a number.
 
     python -m evidence.attention --run runs/phantom        # every stage -> <run>/attention/attention.md, .json, .png
+    python -m evidence.attention --run R --also phantom:base_pooled    # and another base
     python evaluate.py --image X.png --attention OUT.png   # any policy, any image: a panel a sentence
 
 Its greedy report is read once more by a plan that keeps its attention weights (vlm/attention.Recording). A word's map:
@@ -13,7 +14,7 @@ policy that looks where such findings mostly are has more than 1 too. So it is h
 import math
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,7 @@ RATIOS = {name: lambda sums, i=2 * i: divide(sums[..., i], sums[..., i + 1])
 class AttentionRun(Config):
     policy: str = ""  # as in evaluate.py: base, names of folders inside the run, or adapter folders [ours]
     split: str = ""  # split whose reports are looked at; empty = data.test_split [ours]
+    also: str = ""  # another base, as in model.path, in the last row and column [ours]
 
 
 class Look(NamedTuple):
@@ -149,9 +151,9 @@ def markdown(found: dict[str, dict], what: str) -> str:
     return f"{what}\n\n{draw(heads, body, 'pipe')}\n\n{notes}\n"
 
 
-def draw_panels(panels: list[list[tuple]], size: tuple[float, float], path: Path) -> None:
-    """Write rows of panels of that size in inches, (a Look, its tokens, title, a mask to outline or None) each: the
-    picture in grey; over it, orange where a patch gets more than an even share of attention, purple: less."""
+def draw_panels(panels: list[list[tuple]], size: tuple[float, float], path: Path, note: str = "") -> None:
+    """Write rows of panels of that size in inches, (a Look, its tokens, title, a mask to outline or None) each, below a
+    note: the picture in grey; over it, orange where a patch gets more than an even share of attention, purple: less."""
     from matplotlib.cm import ScalarMappable  # a second of every script's start
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
@@ -171,6 +173,7 @@ def draw_panels(panels: list[list[tuple]], size: tuple[float, float], path: Path
         axis.set_title(title, fontsize=8)
         if mask is not None:
             axis.contour(mask, levels=[0.5], colors=["#56B4E9"], linewidths=1.2)
+    figure.suptitle(note, fontsize=9)
     bar = figure.colorbar(ScalarMappable(Normalize(-SCALE, SCALE), "PuOr_r"), ax=axes, shrink=0.8, aspect=30)
     bar.set_ticks(ticks, labels=[f"{2.0**tick:g}" for tick in ticks])
     bar.set_label("attention, in even shares", fontsize=8)
@@ -188,7 +191,8 @@ def draw_image(model, processor, image, cfg: Config, path: Path) -> None:
     draw_panels([panels[i : i + 4] for i in range(0, len(panels), 4)], (2.3, 2.7), path)
 
 
-def draw_studies(looks: dict[str, dict[str, Look]], rows: dict[str, list[dict]], masks: dict, path: Path) -> None:
+def draw_studies(looks: dict[str, dict[str, Look]], rows: dict[str, list[dict]], masks: dict, path: Path,
+                 note: str) -> None:  # fmt: skip
     """A column for each policy, a row for each of the first SHOWN studies of which all policies rightly state some
     finding with a side: the one with the smallest mask, outlined. Nothing is drawn where there is no such study."""
     stated = set.intersection(*({(row["id"], row["label"]) for row in found} for found in rows.values()))
@@ -204,18 +208,22 @@ def draw_studies(looks: dict[str, dict[str, Look]], rows: dict[str, list[dict]],
             title = f"{where}\n{name.replace('_', ' ')}: {row['own']:.2f}"
             line.append((looks[name][study], row["tokens"], title, masks[study][label]))
     if panels:
-        draw_panels(panels, (2, 2.2), path)
+        draw_panels(panels, (2, 2.2), path, note)
 
 
 def measure_run(cfg: AttentionRun) -> None:
     """Measure and draw the chosen policies of a run; ValueError for data without masks."""
-    policies, cfg = find_policies(Path(cfg.run), cfg.policy), resolve(cfg, ("data", "base"))
+    given, also, cfg = cfg, Path(cfg.also.removeprefix("phantom:")).name, resolve(cfg, ("data", "base"))
+    policies = {name: (cfg, adapter) for name, adapter in find_policies(Path(cfg.run), cfg.policy).items()}
+    if also:
+        other = replace(given, model=replace(given.model, path=cfg.also))
+        policies[also] = (resolve(other, ("data", "base")), None)
     studies = load_studies(cfg.data, cfg.split or cfg.data.test_split)
     advice = "only the phantom knows its findings' masks"
     masks = read_masks(Path(cfg.data.path), [study.id for study in studies], advice)
     looks: dict[str, dict[str, Look]] = {}
-    for name, adapter in policies.items():
-        (model, processor), looks[name] = load_policy(cfg, adapter), {}
+    for name, of in policies.items():
+        (model, processor), looks[name] = load_policy(*of), {}
         for start in tqdm(range(0, len(studies), cfg.eval.batch_size), desc=f"{name:<28}", unit="batch"):
             batch = studies[start : start + cfg.eval.batch_size]
             ids, views = [study.id for study in batch], [read_views(study) for study in batch]
@@ -225,7 +233,10 @@ def measure_run(cfg: AttentionRun) -> None:
     text = markdown(found, f"{len(studies)} studies, {studies[0].split}, greedy reports")
     write_text(folder / "attention.md", text)
     write_json(folder / "attention.json", {"policies": found, "findings": rows})
-    draw_studies(looks, rows, masks, folder / "attention.png")
+    ratio = [*RATIOS][1]
+    told = ", ".join(f"{name} {row[ratio]['value']:.2f}" for name, row in found.items() if row["findings"])
+    note = f"own mask / the label's masks in other studies, all findings (1 = does not look for it): {told}"
+    draw_studies(looks, rows, masks, folder / "attention.png", note)
     print(f"\n{text}\nwritten: {folder}/attention.md, .json, .png")
 
 

@@ -20,10 +20,6 @@ PARTS = {"bleu4": ("#0072B2", "BLEU-4"), "rouge_l": ("#56B4E9", "ROUGE-L"), "ber
 WINDOW = 9  # updates in the running mean of a reward: one batch is 8 studies, noisy
 ENDS = {"greedy/hallucination_rate": "hallucinated, % of stated", "greedy/sided_f1": "sided F1, %",
         "greedy/bleu_4": "BLEU-4", "sampled/hallucination_rate": "hallucinated %, sampled"}  # fmt: skip
-# what is swept: {its value: arm}; both stages at each k_clin
-SWEEPS = {"lambda_vis": {0: "stage1_continued", 0.05: "vis_05", 0.1: "vis_10", 0.25: "vis_25", 0.5: "valor",
-                         1: "visual_only"},
-          "k_clin": {1: "valor_dense", 4: "valor", 16: "valor_rare"}}  # fmt: skip
 SWEPT = {"greedy/bleu_4": "BLEU-4", "greedy/rouge_l": "ROUGE-L, %", "greedy/f1_micro": "CheXbert F1, %",
          "sampled/sided_f1": "sided F1, %, sampled", "greedy/hallucination_rate": "hallucinated, %"}  # fmt: skip
 # references, and the expert of the image reward: arm
@@ -111,12 +107,10 @@ def draw_arms(results: dict, path: Path) -> None:
     finish(figure, path, f"{what}; ticks: each seed")
 
 
-def draw_sweeps(results: dict, path: Path, sweeps: dict[str, dict[float, str]] = SWEEPS) -> None:
-    """A row for each sweep {value: arm}, a column for each of SWEPT: dot and 95% interval of each arm that `results`
-    have, a tick per seed; one value beside the other, not to scale. Nothing is drawn where no sweep has two arms."""
-    known = {name: {value: results["arms"][arm] for value, arm in grid.items() if arm in results["arms"]}
-             for name, grid in sweeps.items()}  # fmt: skip
-    known = {name: grid for name, grid in known.items() if len(grid) > 1}
+def draw_sweeps(results: dict, path: Path) -> None:
+    """A row for each of sweep_tables.SWEEPS, a column for each of SWEPT: dot and 95% interval at each value that was
+    run, a tick per seed; one value beside the other, not to scale. Nothing is drawn where no sweep has two."""
+    known = {name: grid for name, grid in results["sweeps"].items() if len(grid) > 1}
     if not known:
         return
     size = (2.7 * len(SWEPT), 2.6 * len(known) + 0.3)
@@ -134,7 +128,7 @@ def draw_sweeps(results: dict, path: Path, sweeps: dict[str, dict[float, str]] =
             axis.set_xlim(-0.5, len(grid) - 0.5)
             axis.set_xlabel(name)
             tidy(axis, title, "y")
-    what = f"{results['studies']} test studies; dot: mean over the seeds; line: 95% interval; ticks: each seed"
+    what = f"{results['studies']} test studies; of a row's seeds, the same for all its dots: mean, 95% interval, each"
     finish(figure, path, what)
 
 

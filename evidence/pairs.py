@@ -1,12 +1,12 @@
-"""Preference pairs out of the SFT policy's own reports, for `train.py --stage dpo` (formats/preferences.py).
+"""Preference pairs out of a policy's own reports, for `train.py --stage dpo` (formats/preferences.py).
 
     python -m evidence.pairs --run R --out pairs.jsonl                 # text pairs, judged as in Stage 1
     python -m evidence.pairs --run R --out pairs.jsonl --by visual     # judged as in Stage 2
     python -m evidence.pairs --run R --out pairs.jsonl --visual        # visual pairs too; --mask expert on real data
 
-Text pairs. The SFT policy writes rollout.group_size candidates for each study of the RL split; the reward that GRPO
-gets judges them and the reference, against the reference's *text*, the clinical part always with it. The worst readable
-candidate is rejected, the reference (--chosen best: the best candidate) is preferred; the weight is the difference of
+Text pairs. The policy writes rollout.group_size candidates for each study of the RL split; the reward that GRPO gets
+judges them against the reference's *text*, the clinical part always with it. The worst readable candidate is rejected,
+the reference (which is judged, too; --chosen best: the best candidate) is preferred; the weight is the difference of
 their rewards. MMedPO (arXiv 2412.06141) asks GPT-4o which sample contradicts the reference most, and several medical
 LLMs for the weight.
 
@@ -32,7 +32,7 @@ from PIL import Image
 from config import Config
 from data import Study, describe_skips, load_studies
 from evidence.generate import generate_split
-from evidence.inputs import settings
+from evidence.inputs import find_policies, settings
 from formats.images import read_image
 from model import load_policy
 from phantom.assets import resolve
@@ -48,6 +48,7 @@ GRID = 8  # x 8 cells of the expert's heat map
 
 @dataclass
 class PairsConfig(Config):
+    policy: str = "sft"  # whose candidates: base, a folder inside the run, or an adapter folder [ours]
     out: str = "pairs.jsonl"  # file of the pairs; the noised images of visual pairs stand in a folder beside it [ours]
     by: Literal["text", "visual"] = "text"  # judge by R_text (Eq. 5) or, with the frozen expert, R_vis (Eq. 8) [ours]
     chosen: Literal["reference", "best"] = "reference"  # preferred: it, or the best candidate [MMedPO: reference]
@@ -59,10 +60,10 @@ class PairsConfig(Config):
 def text_pair(candidates: list[str], reference: str, rewards: list[float], chosen: str) -> tuple[dict, str]:
     """({"chosen", "rejected", "weight"}, "") out of G raw candidates, or ({}, why there is none).
 
-    rewards: those of the candidates, then the reference's. Of equal rewards the first counts.
+    rewards: those of the candidates, then the reference's where it is the one chosen. Of equal ones the first counts.
     """
     texts = [unwrap(output) for output in candidates]
-    readable = [(reward, text) for reward, text in zip(rewards[:-1], texts, strict=True) if text is not None]
+    readable = [(reward, text) for reward, text in zip(rewards[: len(texts)], texts, strict=True) if text is not None]
     if not readable:
         return {}, "no readable candidate"
     best = (rewards[-1], reference) if chosen == "reference" else max(readable, key=lambda pair: pair[0])
@@ -77,11 +78,12 @@ def text_pairs(outputs: list[list[str]], studies: list[Study], scorers: Scorers,
     rows, skips, size = [], {}, cfg.eval.batch_size
     for start in range(0, len(studies), size):
         some, groups = studies[start : start + size], outputs[start : start + size]
-        judged = [[*group, wrap(study.report)] for group, study in zip(groups, some, strict=True)]
+        last = [[wrap(study.report)] * (cfg.chosen == "reference") for study in some]
+        judged = [[*group, *reference] for group, reference in zip(groups, last, strict=True)]
         images, ids = [read_image(study.image) for study in some], [study.id for study in some]
         given = judged, [study.report for study in some], images, ids, scorers, cfg.rewards
         # k = 0, a multiple of k_clin: the clinical part is in, unless k_clin = 0 turns it off
-        rewards = compute_rewards(*given, k=0, stage=2 if cfg.by == "visual" else 1)[0]  # (B, G + 1)
+        rewards = compute_rewards(*given, k=0, stage=2 if cfg.by == "visual" else 1)[0]  # (B, G or G + 1)
         for study, group, values in zip(some, groups, rewards.tolist(), strict=True):
             row, why = text_pair(group, study.report, values, cfg.chosen)
             if why:
@@ -141,14 +143,15 @@ def visual_pairs(studies: list[Study], cfg: PairsConfig, folder: Path, similarit
 
 def make_pairs(cfg: PairsConfig) -> None:
     """Write the file of pairs; every process of a torchrun job writes reports, the first one judges and saves."""
-    out, adapter, looks = Path(cfg.out), Path(cfg.run) / "sft" / "adapter", cfg.visual and cfg.mask == "expert"
+    out, looks = Path(cfg.out), cfg.visual and cfg.mask == "expert"
     oracle, expert = cfg.scorers.expert == "oracle", cfg.by == "visual" or looks
     if looks and oracle:
         raise ValueError("--mask expert: the oracle looks at no image; name another by --scorers.expert")
     if flags := may_judge(cfg, with_expert=expert):
         raise ValueError(f"the phantom's scorers know nothing of {cfg.data.path}: name others by {', '.join(flags)}")
-    if not adapter.exists():
-        raise ValueError(f"no {adapter}: train the SFT policy first, by train.py --stage 0")
+    [adapter, *more] = find_policies(Path(cfg.run), cfg.policy).values()
+    if more:
+        raise ValueError(f"--policy {cfg.policy}: pairs are of one policy")
     cfg = parallel.broadcast(lambda: resolve(cfg, ("data", "base", "labeller", *["expert"] * expert)))
     studies, judge = load_studies(cfg.data, cfg.data.rl_split), stand_in(cfg, None) if expert and oracle else None
     model, processor = load_policy(cfg, adapter)

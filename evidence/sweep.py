@@ -180,7 +180,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"sweep: {error}")
     write_json(out / f"{name or 'phantom'}.json", results)
-    write_text(out / f"{name or 'phantom'}.md", markdown(results | {"world": name or "phantom"}))
+    write_text(out / f"{name or 'phantom'}.md", markdown(results | {"world": name or "phantom"}, vars(cfg.rewards)))
     if not cfg.plan:  # the figures name the phantom's arms
         if not cfg.recompute:
             draw_curves([root / str(seed) for seed in cfg.seeds], out / "curves.png")

@@ -92,6 +92,10 @@ class Column:
         part, metric = self.key.split("/")
         return row.get(part, {}).get(metric, {})
 
+    def star(self, weights: dict) -> str:
+        """"*" where `weights`, the settings `rewards`, make this a reward too, else ""."""
+        return "*" * (self.reward > "" and all(map(weights.get, self.reward.split())))
+
 
 def columns(where: str) -> list[Column]:
     """The columns of the table called `where`."""
@@ -188,7 +192,7 @@ def draw(heads: list[str], body: list[list[str]], style: str = "plain") -> str:
 def grid(rows: dict[str, dict], where: str, weights: dict, style: str = "plain") -> str:
     """One table of columns.toml; what no row was measured on is left out, but METEOR is n/a without Java. In HTML, each
     number has its interval behind it.
-    Starred is what `weights` make a reward; not in comparisons and sweeps, whose policies had rewards of their own."""
+    Starred is what `weights` make a reward; not in comparisons, whose policies had rewards of their own."""
     shown = [c for c in columns(where) if c.key == "greedy/meteor" or any(c.entry(row) for row in rows.values())]
 
     def cell(row: dict, column: Column) -> str:  # a number or an interval, "n/a" where there is none
@@ -202,8 +206,7 @@ def grid(rows: dict[str, dict], where: str, weights: dict, style: str = "plain")
 
     body = [[name, *(cell(row, column) for column in shown)] for name, row in rows.items()]
     heads = [c.flat if style != "plain" else c.title if "\n" in c.title else f"\n{c.title}" for c in shown]
-    stars = ["*" * (c.reward > "" and all(map(weights.get, c.reward.split()))) for c in shown]
-    return draw(["", *map(str.__add__, heads, stars)], body, style)
+    return draw(["", *(head + c.star(weights) for head, c in zip(heads, shown, strict=True))], body, style)
 
 
 def label_table(rows: dict[str, dict]) -> list[str]:

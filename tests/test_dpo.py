@@ -296,20 +296,29 @@ import pickle, sys
 from running import parallel
 import train
 parallel.start("cpu", 1)
+load = train.load_stage
+def loaded(*given):
+    found = load(*given)
+    print("sharded:", sum(hasattr(p, "full_tensor") for p in found[0].parameters()))
+    return found
+train.load_stage = loaded
 train.train(pickle.load(open(sys.argv[1], "rb")))
 parallel.stop()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(finished, tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_train_as_one(finished, tmp_path, fsdp):
     run, sft = tmp_path / "run", str(Path(finished.run) / "sft")
-    (tmp_path / "cfg").write_bytes(pickle.dumps(replace(finished, run=str(run), init_from=sft, reference=sft)))
+    cfg = replace(finished, run=str(run), init_from=sft, reference=sft, fsdp=fsdp)
+    (tmp_path / "cfg").write_bytes(pickle.dumps(cfg))
     (tmp_path / "script.py").write_text(SCRIPT)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*words, str(tmp_path / "script.py"), str(tmp_path / "cfg")], env=environment,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert fsdp == (int(done.stdout.split("sharded: ")[1].split()[0]) > 10)
     for one, two in zip(rows(Path(finished.run) / "dpo"), rows(run / "dpo"), strict=True):
         assert one == pytest.approx(two, abs=1e-4, rel=1e-3)

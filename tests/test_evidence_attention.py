@@ -121,13 +121,16 @@ def test_the_command_measures_and_draws_a_run(micro, tmp_path, monkeypatch, caps
         return [seen._replace(text=text, places=[0, *[len(text)] * (len(seen.places) - 1)])
                 for seen, text in zip(real(model, processor, images, cfg, ids), texts, strict=True)]  # fmt: skip
 
-    cfg = attention.AttentionRun(**vars(dataclasses.replace(micro, run=str(tmp_path))), policy="base")
+    cfg = attention.AttentionRun(**vars(dataclasses.replace(micro, run=str(tmp_path))), policy="base",
+                                 also="phantom:base_pooled")  # fmt: skip
     data = attention.resolve(cfg).data
     truth |= {study.id: study.labels for study in attention.load_studies(data, "test")}
     monkeypatch.setattr(attention, "look", speaking)
     attention.measure_run(cfg)
     found = json.loads((tmp_path / "attention/attention.json").read_text())
     assert found["policies"]["base"]["findings"] == sum(map(len, truth.values())) == len(found["findings"]["base"]) > 3
+    assert found["policies"]["base_pooled"].keys() == found["policies"]["base"].keys()
+    assert len({json.dumps(found["findings"][name]) for name in found["findings"]}) == 2  # another base, other maps
     assert "own / mirrored" in (tmp_path / "attention/attention.md").read_text() and "0.9" in capsys.readouterr().out
     assert (tmp_path / "attention/attention.png").stat().st_size > 10_000
     studies = attention.load_studies(data, "test")

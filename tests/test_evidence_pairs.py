@@ -133,6 +133,9 @@ def test_the_judge_is_the_reward_of_grpo_with_its_clinical_part(cfg, monkeypatch
     asked.clear()
     make_pairs(replace(cfg, by="visual"))
     assert set(asked) == {(cfg.rollout.group_size + 1, True, True, True)}
+    asked.clear()
+    make_pairs(replace(cfg, chosen="best", policy="base"))  # as many reward calls as GRPO's groups
+    assert set(asked) == {(cfg.rollout.group_size, False, True, False)}
 
 
 def test_the_oracle_takes_the_experts_place(cfg):
@@ -151,10 +154,12 @@ def test_the_expert_masks_where_there_is_no_truth(cfg, capsys):
 
 
 def test_what_is_lacking_is_one_line(cfg, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no .*nowhere/sft/adapter: train the SFT policy first"):
+    with pytest.raises(ValueError, match="policy 'sft': neither in .*nowhere .* nor an adapter folder"):
         make_pairs(replace(cfg, run=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="--policy base,sft: pairs are of one policy"):
+        make_pairs(replace(cfg, policy="base,sft"))
     with pytest.raises(ValueError, match="the phantom's scorers know nothing of .*: name others by --scorers.chexbert"):
         make_pairs(replace(cfg, data=DataConfig(path=str(tmp_path)), model=ModelConfig(path=str(tmp_path))))
     monkeypatch.setattr(sys, "argv", ["pairs.py", "--run", str(tmp_path / "nowhere"), "--assets-dir", cfg.assets_dir])
-    with pytest.raises(SystemExit, match="^pairs: no .*nowhere"):
+    with pytest.raises(SystemExit, match="^pairs: policy 'sft': neither in .*nowhere"):
         pairs.main()

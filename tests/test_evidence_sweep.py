@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import Config, DataConfig, parse
+from config import Config, DataConfig, RewardConfig, parse
 from evidence import counts, figures, statistics, sweep, sweep_tables
 from evidence.expert_accuracy import accuracy_file
 from evidence.tables import columns
@@ -45,6 +45,13 @@ def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cf
     assert configs["valor_rare"].init_from.endswith("runs/1/stage1_rare")
     assert configs["mmedpo"].dpo.weighted and not configs["mmedpo_unweighted"].dpo.weighted
     assert {c.dpo.steps for c in configs.values() if c.stage == "dpo"} == {160}
+    for arm, c in configs.items():  # as many updates and studies as both stages, as many candidates a study
+        if c.stage == "dpo":
+            more = 2 if arm == "mmedpo_all" else 1
+            assert (c.dpo.batch_size, c.rollout.group_size) == (more * c.grpo.batch_size, valor.rollout.group_size)
+    for task in tasks:
+        if task.script == "evidence.pairs":
+            assert task.flags[task.flags.index("--data.limit") + 1] == str(160 * valor.grpo.batch_size)
     for arm, c in configs.items():
         if c.stage == "2":  # fair: as many updates, the same learning rate, batch and group
             assert (c.stage2.steps, c.grpo, c.rollout) == (valor.stage2.steps, valor.grpo, valor.rollout), arm
@@ -244,7 +251,9 @@ def test_every_number_is_recomputed_from_the_counts_alone(tmp_path, monkeypatch)
     spilt = [(of[:, 2].sum() - of[:, 1].sum()) / of[:, 0].sum() for of in arrays["valor/sampled/spill"].astype(int)]
     assert found["arms"]["valor"]["sampled/prior_spill"]["mean"] == pytest.approx(np.mean(spilt))
     text = (tmp_path / "again/phantom.md").read_text()
-    assert text == sweep_tables.markdown(sweep_tables.collect_results(*counts.read_counts(tmp_path / "counts.npz")))
+    again = sweep_tables.collect_results(*counts.read_counts(tmp_path / "counts.npz"))
+    assert text == sweep_tables.markdown(again, vars(RewardConfig()))
+    assert "| BLEU-4* |" in text and "| CheXb. F1* |" in text and "| format %* |" in text and "| sampl. F1 |" in text
     assert f"{100 * np.mean(hallucinated):.1f} [" in text and "valor (2 seeds)" in text
     row = next(line for line in text.splitlines() if "truer than the same updates" in line)
     assert found["accuracy"] == {"valor": {"3": 0.7, "4": 0.8}} and "mean of the seeds: valor 0.750." in text
@@ -334,11 +343,11 @@ def test_both_sweeps_stand_in_one_figure(tmp_path, monkeypatch):
     """Dots at the arms' means, in the order of the values; arms without results are left out, and so is a lone one."""
     drawn = []
     monkeypatch.setattr(figures.plt, "close", drawn.append)
-    arms = {arm: {key: {"mean": i / 10, "lo": i / 10 - 0.02, "hi": i / 10 + 0.03, "seeds": {0: i / 10 - 0.01}}
-                  for key in figures.SWEPT}
-            for i, arm in enumerate(("stage1_continued", "vis_10", "valor"))}  # fmt: skip
-    assert {arm for grid in figures.SWEEPS.values() for arm in grid.values()} <= set(sweep.ARMS)
-    figures.draw_sweeps({"studies": 384, "arms": arms}, tmp_path / "sweeps.png")
+    grid = {at: {key: {"mean": i / 10, "lo": i / 10 - 0.02, "hi": i / 10 + 0.03, "seeds": {0: i / 10 - 0.01}}
+                 for key in figures.SWEPT}
+            for i, at in enumerate((0, 0.1, 0.5))}  # fmt: skip
+    lone = {"k_clin": {4: grid[0.5]}}
+    figures.draw_sweeps({"studies": 384, "sweeps": {"lambda_vis": grid} | lone}, tmp_path / "sweeps.png")
     [figure] = drawn
     axes = figure.axes[: len(figures.SWEPT)]
     assert len(axes) == len(figures.SWEPT) == len([axis for axis in figure.axes if axis.has_data()])
@@ -348,8 +357,24 @@ def test_both_sweeps_stand_in_one_figure(tmp_path, monkeypatch):
         assert spans == [pytest.approx([10 * i - 2, 10 * i + 3]) for i in range(3)]
         [dots] = [line for line in axis.lines if line.get_linestyle() == ":"]
         assert list(dots.get_ydata()) == pytest.approx([0, 10, 20])
-    figures.draw_sweeps({"studies": 384, "arms": {"valor": arms["valor"]}}, tmp_path / "none.png")
+    figures.draw_sweeps({"studies": 384, "sweeps": lone}, tmp_path / "none.png")
     assert (tmp_path / "sweeps.png").stat().st_size > 10_000 and not (tmp_path / "none.png").exists()
+
+
+def test_all_arms_of_a_sweep_stand_on_the_same_seeds(monkeypatch):
+    """VALOR has a third seed, of another level: beside arms of two seeds its first two count, alone all three."""
+    assert {arm for grid in sweep_tables.SWEEPS.values() for arm in grid.values()} <= set(sweep.ARMS)
+    level = {0: 3, 1: 5, 2: 40}
+    runs = {arm: {seed: {"greedy/length": np.full((4, 2), (level[seed] + more, 1.0))} for seed in range(seeds)}
+            for arm, seeds, more in (("base", 3, 0), ("fixed_template", 3, 0), ("sft", 3, 0), ("valor", 3, 0),
+                                     ("stage1_continued", 2, 1), ("visual_only", 2, 2))}  # fmt: skip
+    known = ("split", "studies", "torch", "protocol", "assets")
+    settings = dict.fromkeys(known) | {"about": {arm: arm for arm in runs if arm not in ("base", "fixed_template")},
+                                       "kinds": {}, "accuracy": {}, "seeds": {"base": [0, 1, 2]}}  # fmt: skip
+    found = sweep_tables.collect_results(runs, settings, {"comparison": [], "margins": {}})
+    means = {at: of["greedy/length"]["mean"] for at, of in found["sweeps"]["lambda_vis"].items()}
+    assert means == {0: 5, 0.5: 4, 1: 6} and found["arms"]["valor"]["greedy/length"]["mean"] == 16
+    assert {*found["sweeps"]["k_clin"]} == {4} and found["sweeps"]["k_clin"][4]["greedy/length"]["mean"] == 16
 
 
 def made_up(arms, seeds=(0, 1)):

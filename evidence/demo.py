@@ -53,9 +53,9 @@ def asset_tasks(cfg: Config, flags: list[str], own: bool) -> list[Task]:
 
     p, a, t = cfg.phantom, cfg.assets, cfg.tiny
     if own:  # the longest first
-        return [build("labeller", "tiny:labeller", 30 + 2.0 * t.labeller_steps),
-                build("base model", "tiny:base", 30 + 0.1 * t.vision_steps + t.base_steps),
-                build("experts", "tiny:expert", 30 + 0.8 * t.folds * t.expert_steps)]  # fmt: skip
+        return [build("labeller", "tiny:labeller", 30 + 0.5 * t.labeller_steps),
+                build("base model", "tiny:base", 30 + 0.06 * t.vision_steps + 0.4 * t.base_steps),
+                build("experts", "tiny:expert", 30 + 0.35 * t.folds * t.expert_steps)]  # fmt: skip
     data = build("phantom data set", "data", 10 + 0.0016 * (p.expert + p.base + p.sft + p.train + p.val + p.test))
     return [data, build("labeller", "labeller", 10 + 0.18 * a.labeller_steps),
             build("base model", "base", 0.08 * a.vision_steps + 0.2 * a.base_steps, data),

@@ -127,7 +127,8 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
     require_placed(missing, (), home)
     bert.embeddings.requires_grad_(False)
     predict = fit.train_labeller(folder, CheXbert(bert), tokenizer, texts, classes, data.train,
-                                 steps=recipe.models.labeller_steps, lr=2e-4, seed=recipe.seed + 3)  # fmt: skip
+                                 steps=recipe.models.labeller_steps, lr=5e-4, seed=recipe.seed + 3,
+                                 batch_size=16)  # fmt: skip
     told, true = predict(data.held) == POSITIVE, classes[data.held] == POSITIVE  # (n, 14)
     hits, all_ = (told & true).sum(dim=0), (told.sum(dim=0) + true.sum(dim=0)).clamp(min=1)
     f1 = dict(zip(CHEXPERT_LABELS, (2 * hits / all_).tolist(), strict=True))

@@ -197,7 +197,7 @@ def train_expert(folder: Path, data: Data, corpus: list[str], text_of: Callable,
 
 
 def train_labeller(folder: Path, model: CheXbert, tokenizer, texts: list[str], classes: Tensor, rows: Rows, *,
-                   steps: int, lr: float, seed: int) -> Callable:  # fmt: skip
+                   steps: int, lr: float, seed: int, batch_size: int = 64) -> Callable:  # fmt: skip
     """Train CheXbert's heads and its BERT on texts of known `classes` (n, 14) and save them in CheXbert's own layout:
     the BERT's folder, and in it chexbert.pth with tensors module.<name>. Returns texts' rows -> (n, 14)."""
     encoded = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
@@ -217,7 +217,7 @@ def train_labeller(folder: Path, model: CheXbert, tokenizer, texts: list[str], c
     def predict(batch: Rows) -> Tensor:
         return torch.stack([head.argmax(-1) for head in class_logits(batch)], dim=1)
 
-    fit(model, loss, rows, 64, steps, lr, seed, "labeller")
+    fit(model, loss, rows, batch_size, steps, lr, seed, "labeller")
     model.eval()  # a pretrained BERT has dropout, which would blur what is measured of it
     model.bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -33,6 +33,7 @@ from tiny.minilm import FILES, find_minilm
 from tiny.models import policy_tokenizer
 
 LAYERS = 3  # of MiniLM's six, under the labeller's heads
+COPIES = 8  # of each film, moved, that the base's language model reads
 
 
 def read_data(recipe: Recipe) -> fit.Data:
@@ -69,7 +70,7 @@ def build_base(recipe: Recipe, folder: Path) -> None:
     rows = [i for i in data.train for _ in range(3 if data.labels[i].any() else 1)]
     tokenizer, steps = policy_tokenizer(corpus, tiny.vocabulary, lower=True), (tiny.vision_steps, tiny.base_steps)
     classify = fit.train_base(folder, data, texts, tokenizer, prompt, data.moved, rows, steps=steps, seed=recipe.seed,
-                              by="both", max_tokens=tiny.max_tokens)  # fmt: skip
+                              by="both", max_tokens=tiny.max_tokens, copies=COPIES)  # fmt: skip
     with torch.no_grad():
         quality = aucs(classify(data.pixels(data.held)).mean(dim=1), data.labels[data.held])
     fit.report_quality(folder, {"validation_studies": len(data.held), "vision_tower_auc": quality})

@@ -5,6 +5,7 @@ the model on others.
 """
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -116,12 +117,13 @@ def fit_tower(tower: nn.Module, pixels: Callable, labels: Tensor, rows: Rows, st
 
 
 def train_base(folder: Path, data: Data, texts: list[str], tokenizer, prompt: str, pixels: Callable, rows: Rows, *,
-               steps: tuple[int, int], seed: int, by: str, max_tokens: int) -> Callable:  # fmt: skip
+               steps: tuple[int, int], seed: int, by: str, max_tokens: int, copies: int = 1) -> Callable:  # fmt: skip
     """Train a LLaVA and save it with its processor: its tower (`fit_tower`, by steps[0] updates on `pixels` of the
     training studies), then, tower frozen, projection and language model on a text for the image of each of `rows`.
     With the tower trained along, random early gradients wreck it and the model stays blind (F1 1 for 60).
 
-    Returns the tower's classifier. prompt: the instruction; max_tokens: of a text, tags and EOS included.
+    Returns the tower's classifier. prompt: the instruction; max_tokens: of a text, tags and EOS included; copies: of
+    each image, as `pixels` gives them, that the language model reads in turn: on one alone it learns images by heart.
     """
     size = data.images.shape[-1]
     processor, model = new_processor(tokenizer, size, data.mean, data.std), new_llava(tokenizer, size)
@@ -129,14 +131,14 @@ def train_base(folder: Path, data: Data, texts: list[str], tokenizer, prompt: st
     classify = fit_tower(model.model.vision_tower, pixels, data.labels, data.train, steps[0], seed, by)
     model.model.vision_tower.requires_grad_(False)
     with torch.no_grad():  # once: the tower does not change any more
-        parts = [encode_images(model, {"pixel_values": data.pixels(part)})["vision"]
-                 for part in torch.arange(data.train.stop).split(256)]  # fmt: skip
-    vision = torch.cat(parts)  # (n, tokens, Dv)
+        seen = [torch.cat([encode_images(model, {"pixel_values": pixels(part)})["vision"]
+                           for part in torch.arange(data.train.stop).split(256)]) for _ in range(copies)]  # fmt: skip
+    turns = itertools.cycle(seen)  # (n, tokens, Dv) each
     encoded = encode_prompts(processor, [read_image(data.studies[0].image)], prompt, "cpu")  # batch 1
     limits = Config(rollout=RolloutConfig(max_new_tokens=max_tokens))
 
     def loss(batch: list[int]) -> Tensor:
-        total, tokens = 0.0, 0
+        total, tokens, vision = 0.0, 0, next(turns)
         for part in by_length(batch, texts):
             inputs = {name: row.expand(len(part), *row.shape[1:]) for name, row in encoded.items()}
             inputs["vision"] = vision[part]

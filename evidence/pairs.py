@@ -149,6 +149,8 @@ def make_pairs(cfg: PairsConfig) -> None:
         raise ValueError("--mask expert: the oracle looks at no image; name another by --scorers.expert")
     if flags := may_judge(cfg, with_expert=expert):
         raise ValueError(f"the phantom's scorers know nothing of {cfg.data.path}: name others by {', '.join(flags)}")
+    if cfg.policy == "sft" and not (Path(cfg.run) / "sft" / "adapter").exists():
+        raise ValueError(f"no {cfg.run}/sft/adapter: train the SFT policy first, by train.py --stage 0")
     [adapter, *more] = find_policies(Path(cfg.run), cfg.policy).values()
     if more:
         raise ValueError(f"--policy {cfg.policy}: pairs are of one policy")

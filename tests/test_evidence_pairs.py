@@ -154,12 +154,14 @@ def test_the_expert_masks_where_there_is_no_truth(cfg, capsys):
 
 
 def test_what_is_lacking_is_one_line(cfg, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="policy 'sft': neither in .*nowhere .* nor an adapter folder"):
+    with pytest.raises(ValueError, match="no .*nowhere/sft/adapter: train the SFT policy first"):
         make_pairs(replace(cfg, run=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="policy 'stage9': neither in .*run .* nor an adapter folder"):
+        make_pairs(replace(cfg, policy="stage9"))
     with pytest.raises(ValueError, match="--policy base,sft: pairs are of one policy"):
         make_pairs(replace(cfg, policy="base,sft"))
     with pytest.raises(ValueError, match="the phantom's scorers know nothing of .*: name others by --scorers.chexbert"):
         make_pairs(replace(cfg, data=DataConfig(path=str(tmp_path)), model=ModelConfig(path=str(tmp_path))))
     monkeypatch.setattr(sys, "argv", ["pairs.py", "--run", str(tmp_path / "nowhere"), "--assets-dir", cfg.assets_dir])
-    with pytest.raises(SystemExit, match="^pairs: policy 'sft': neither in .*nowhere"):
+    with pytest.raises(SystemExit, match="^pairs: no .*nowhere"):
         pairs.main()

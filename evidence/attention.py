@@ -215,9 +215,12 @@ def measure_run(cfg: AttentionRun) -> None:
     """Measure and draw the chosen policies of a run; ValueError for data without masks."""
     given, also, cfg = cfg, Path(cfg.also.removeprefix("phantom:")).name, resolve(cfg, ("data", "base"))
     policies = {name: (cfg, adapter) for name, adapter in find_policies(Path(cfg.run), cfg.policy).items()}
+    if also in policies:
+        raise ValueError(f"--also {cfg.also}: {also} is the name of a policy already")
     if also:
         other = replace(given, model=replace(given.model, path=cfg.also))
         policies[also] = (resolve(other, ("data", "base")), None)
+        load_policy(*policies[also])  # before the others take their minutes
     studies = load_studies(cfg.data, cfg.split or cfg.data.test_split)
     advice = "only the phantom knows its findings' masks"
     masks = read_masks(Path(cfg.data.path), [study.id for study in studies], advice)
@@ -233,7 +236,7 @@ def measure_run(cfg: AttentionRun) -> None:
     text = markdown(found, f"{len(studies)} studies, {studies[0].split}, greedy reports")
     write_text(folder / "attention.md", text)
     write_json(folder / "attention.json", {"policies": found, "findings": rows})
-    ratio = [*RATIOS][1]
+    ratio = "own / others'"
     told = ", ".join(f"{name} {row[ratio]['value']:.2f}" for name, row in found.items() if row["findings"])
     note = f"own mask / the label's masks in other studies, all findings (1 = does not look for it): {told}"
     draw_studies(looks, rows, masks, folder / "attention.png", note)

@@ -133,6 +133,9 @@ def test_the_command_measures_and_draws_a_run(micro, tmp_path, monkeypatch, caps
     assert len({json.dumps(found["findings"][name]) for name in found["findings"]}) == 2  # another base, other maps
     assert "own / mirrored" in (tmp_path / "attention/attention.md").read_text() and "0.9" in capsys.readouterr().out
     assert (tmp_path / "attention/attention.png").stat().st_size > 10_000
+    for also, said in (("elsewhere/base", "base is the name of a policy already"), ("nowhere", "nowhere")):
+        with pytest.raises(ValueError, match=said):
+            attention.measure_run(dataclasses.replace(cfg, also=also))
     studies = attention.load_studies(data, "test")
     monkeypatch.setattr(attention, "load_studies", lambda *_: studies)
     with pytest.raises(ValueError, match="no masks of study .*: only the phantom knows its findings' masks"):

@@ -81,7 +81,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
             axis.axvline(border + 0.5, color="black", linewidth=0.8, linestyle=":")
             for first in clinical[:1]:
                 axis.axvline(first, color="black", linewidth=0.8, linestyle="--")
-    marks = "dashed: first clinical reward; dotted: Stage 2 begins; 0 = SFT"
+    start = "; 0 = SFT" if len(series(runs, "sft", "val/bleu_4")) else ""  # of each run it was validated
+    marks = f"dashed: first clinical reward; dotted: Stage 2 begins{start}"
     finish(figure, path, f"mean of {len(runs)} seeds, band = their range; {marks}")
 
 

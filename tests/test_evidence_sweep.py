@@ -473,8 +473,13 @@ def test_the_curves_mark_where_clinical_rewards_and_stage_2_begin(tmp_path, monk
     for axis in drawn[0].axes:
         marks = {line.get_linestyle(): line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1}
         assert marks == {":": 12.5, "--": 4}
+    assert "0 = SFT" in drawn[0].get_suptitle() and drawn[0].axes[3].lines[0].get_xdata()[0] == 0
     assert {"BLEU-4", "CheXbert F1"} == {text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()}
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    log = tmp_path / "1/sft/metrics.jsonl"  # of a run whose SFT policy was not validated
+    log.write_text(log.read_text().replace("val/", "x/"))
+    figures.draw_curves([tmp_path / "0", tmp_path / "1"], tmp_path / "curves.png")
+    assert "0 = SFT" not in drawn[1].get_suptitle() and drawn[1].axes[3].lines[0].get_xdata()[0] == 3
 
 
 @pytest.mark.parametrize("text, said", [(None, "cannot be read"), ("[", "not TOML"), ("", "no table 'margins'"),

@@ -108,6 +108,22 @@ def test_the_base_is_a_llava_that_writes_small_letters(built):
     assert len(generate_reports(model, processor, images, built, ids=["a", "b"])) == 2
 
 
+def test_the_language_model_reads_copies_of_a_film_in_turn(cfg, tmp_path, monkeypatch):
+    """Two copies, each moved anew, one after the other; of the phantom's images there is one, as it is."""
+    data, seen, read = build.read_data(Recipe(cfg.data, cfg.tiny, 0)), [], fit.text_logps
+    texts = [study.report for study in data.studies]
+    monkeypatch.setattr(fit, "fit", lambda model, loss_of, *rest: [loss_of([0, 2]) for _ in range(3)])
+    monkeypatch.setattr(fit, "text_logps", lambda model, processor, inputs, *rest: seen.append(inputs["vision"]) or
+                        read(model, processor, inputs, *rest))  # fmt: skip
+    tokenizer = build.policy_tokenizer(texts, 400, lower=True)
+    for pixels, copies in ((data.moved, 2), (data.pixels, 1)):
+        fit.train_base(tmp_path, data, texts, tokenizer, "look", pixels, [0, 2], steps=(1, 1), seed=0, by="mean",
+                       max_tokens=24, copies=copies)  # fmt: skip
+        first, second, third = seen[0], seen[2], seen[4]  # a batch of two comes in two parts
+        assert torch.equal(first, third) and torch.equal(first, second) == (copies == 1)
+        seen.clear()
+
+
 def test_no_expert_judges_what_it_saw(built, cfg):
     """Words that only one fold's reports have are unknown to that fold's expert."""
     expert = load_expert(built.scorers.expert)

@@ -42,8 +42,13 @@ class SamplingRules:
 
     temperature: float
     min_new_tokens: int  # EOS is impossible before this position
-    eos_ids: list[int]
-    banned_ids: list[int]  # never sampled: an image placeholder in a report would break the next forward
+    eos_ids: list[int] | Tensor
+    banned_ids: list[int] | Tensor  # never sampled: an image placeholder in a report would break the next forward
+
+    def to(self, device) -> "SamplingRules":
+        """The same with ids that lie on the device: a list is copied there, and waited for, at every token."""
+        ids = (torch.tensor(x, dtype=torch.long, device=device) for x in (self.eos_ids, self.banned_ids))
+        return SamplingRules(self.temperature, self.min_new_tokens, *ids)
 
 
 def sampling_rules(model, processor, cfg: Config) -> SamplingRules:

@@ -91,21 +91,22 @@ def sample(model, inputs, rules, u, max_new_tokens, group_size=1, top_p=1.0, top
         completions = torch.full((len(hidden), max_new_tokens), rules.eos_ids[0], device=hidden.device)  # (N, T)
         out = Rollout(completions, torch.zeros_like(completions), torch.zeros_like(completions, dtype=torch.float32),
                       torch.zeros_like(first, dtype=torch.bool))  # fmt: skip
-        eos, u = torch.tensor(rules.eos_ids, device=hidden.device), u if u is None else u.to(hidden.device)
+        rules, u = rules.to(hidden.device), u if u is None else u.to(hidden.device)
         rows = torch.arange(len(hidden), device=hidden.device)  # (n,) the reports in the batch, n = N at first
         for t in range(max_new_tokens):
             logits = policy_logits(base.lm_head(hidden), torch.full_like(rows, t), rules)  # 2) (n, V)
             logps = logits.log_softmax(dim=-1)  # (n, V)
             token = logits.argmax(-1) if u is None else draw(truncate(logps.exp(), top_k, top_p), u[rows, t])  # 3) (n,)
-            out.record(rows, t, token, logps, eos)  # 4)
-            writing = ~out.finished[rows]  # (n,)
-            left = bool(writing.any())
-            if t == max_new_tokens - 1 or not (any(parallel.gather(left)) if together else left):
+            out.record(rows, t, token, logps, rules.eos_ids)  # 4)
+            if t == max_new_tokens - 1:
                 break
-            stay = cache.keep(writing)  # (n',) places in the batch that the finished reports leave to the others
-            rows, token = rows[stay], token[stay]  # (n',) each
+            stay = cache.keep(~out.finished[rows])  # (n',) places in the batch that go on; none: all are finished
+            if not (any(parallel.gather(len(stay) > 0)) if together else len(stay)):
+                break
+            rows, token = (rows[stay], token[stay]) if len(stay) else (rows, token)  # (n',) each
             hidden = next_hidden(model, cache, token, first[rows] + t)  # 5) (n, D)
-    return Rollout(out.completions[:, : t + 1], out.completion_mask[:, : t + 1], out.logps[:, : t + 1], out.finished)
+    length = int(out.completion_mask.sum(dim=1).max())  # of the longest report
+    return Rollout(out.completions[:, :length], out.completion_mask[:, :length], out.logps[:, :length], out.finished)
 
 
 def rollout(model, processor, images: list, ids: list[str], cfg: Config, step: int, samples: int | None = None):

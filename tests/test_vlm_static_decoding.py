@@ -1,6 +1,7 @@
 """The decoding step of one shape gives the plain step's tokens and log-probs, and torch.compile takes all of it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from vlm.attention import run_layers
 from vlm.static_decoding import first, halved
 
 
-def both(family, monkeypatch, layers, length=40, group=5):  # noqa: F811
+def both(family, monkeypatch, layers, length=40, group=5, look=1):  # noqa: F811
     """The Rollouts of the plain and of the static path, whose reports end at different tokens; sizes of its batches."""
+    monkeypatch.setattr(static_decoding, "LOOK", look)
     cfg, images = family
     model, inputs, *_, rules = load(cfg, images, "language")
     rules = replace(rules, eos_ids=list(range(20, 60)))  # some reports end early
@@ -41,6 +43,14 @@ def test_one_shape_changes_nothing(family, monkeypatch):  # noqa: F811
     assert lengths.min() < 5 and lengths.max() > 10  # ragged
     assert_same(plain, static)
     assert sizes[0] == 10 and len(set(sizes)) <= 5 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 5
+
+
+def test_between_two_looks_nothing_is_asked(family, monkeypatch):  # noqa: F811
+    plain, static, sizes = both(family, monkeypatch, run_layers, look=8)
+    assert_same(plain, static)
+    changes = [i for i, (a, b) in enumerate(pairwise(sizes), 1) if a != b]
+    assert changes and all((i + 1) % 8 == 0 for i in changes)  # before step i, tokens 0 to i were looked at
+    assert (len(sizes) + 1) % 8 == 0 or len(sizes) == 39  # the end is seen at a look, too, or it is the limit
 
 
 def test_greedy_and_several_studies_of_one_report(family, monkeypatch):  # noqa: F811

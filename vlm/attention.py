@@ -204,12 +204,14 @@ class Decoding:
 
     def keep(self, writing: Tensor) -> Tensor:
         """Which rows (n',) of the n to go on with, where `writing` (n,) are not finished; the cache forgets the others,
-        and the studies that have none left. A copy of what is written so far: not at every token."""
+        and the studies that have none left. A copy of what is written so far: not at every token. None is left: (0,),
+        and nothing is forgotten."""
         left = int(writing.sum())
-        if not 0 < left < SHRINK * len(writing):
+        if left >= SHRINK * len(writing):
             return torch.arange(len(writing), device=writing.device)
         rows = writing.nonzero()[:, 0]  # (n',)
-        self.take(rows, self.study[rows].unique_consecutive())
+        if left:
+            self.take(rows, self.study[rows].unique_consecutive())
         return rows
 
     def take(self, rows: Tensor, studies: Tensor) -> None:

@@ -11,6 +11,9 @@ shape while reports are written, and no number is looked at by Python:
                W = 2    bd   ef   il        of studies: a few sizes, each compiled once. A finished report (f) may keep
                W = 1    b    e    l         its row for that: what it goes on writing is dropped
 
+    looks      token 8, 16, ...         which reports have ended is asked then only: whoever asks waits for the GPU,
+                                        which otherwise has its next steps before it needs them
+
 The numbers are those of the plain path up to float rounding, the tokens the same.
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from vlm.attention import Decoding, run_layers
 
+LOOK = 8  # tokens between two looks at what has ended
 SHAPES = 64  # sizes of batches that may be compiled; torch's own limit is 8, beyond which a step fails
 
 
@@ -29,6 +33,7 @@ class StaticDecoding(Decoding):
 
     def start(self, reports: int, length: int) -> None:
         super().start(reports, length)
+        self.unseen = 0  # tokens since the last look
         self.t = torch.zeros((), dtype=torch.long, device=self.prompt_mask.device)
         self.own = [tuple(x.zero_() for x in layer) for layer in self.own]  # 0 x garbage may be NaN
         self.fix()
@@ -42,8 +47,13 @@ class StaticDecoding(Decoding):
     def keep(self, writing: Tensor) -> Tensor:
         """As in the plain path, but the rows (n',) that stay are W' of each of B' studies, which are W and B halved now
         and then; of a study's rows those that are being written come first."""
-        grid = writing.view(-1, self.width)  # (B, W)
+        self.unseen += 1
+        if self.unseen < LOOK:
+            return torch.arange(len(writing), device=writing.device)
+        self.unseen, grid = 0, writing.view(-1, self.width)  # (B, W)
         counts = grid.sum(dim=1)  # (B,)
+        if not int(counts.max()):
+            return writing.nonzero()[:, 0]  # (0,)
         width, studies = halved(self.width, int(counts.max())), halved(len(grid), int(counts.count_nonzero()))
         if (studies, width) == grid.shape:
             return torch.arange(len(writing), device=writing.device)

@@ -1,16 +1,17 @@
 """Ours against TRL, `generate` and plain forwards on the same work, in turn, in one run: `make bench`.
 
     python benchmarks/bench.py                     LLaVA-mini on the CPU (40 minutes on two cores)
-    python benchmarks/bench.py --size 7b           LLaVA-Med's geometry on a GPU
+    python benchmarks/bench.py --size 7b --cases sampling step loss compile       LLaVA-Med's geometry on a GPU
     python benchmarks/bench.py --cases step --repeats 3
 
 Each side of a case is a process of its own (sides.py) that is told when to run, so both are measured under the same
 load of the machine: one repeat here, one there. A ratio is of such neighbours; the table shows the median of the
-ratios and their range, and each side's peak memory beside the loaded model. Beside each row stands the load; above 2
-its numbers are not published. Written to benchmarks/results/.
+ratios and their range, and each side's peak memory beside the loaded model. Beside each row stands the load; above 2,
+on a GPU's host above half its cores, its numbers are not published. Written to benchmarks/results/.
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -35,6 +36,10 @@ PAIRS = {  # case -> peer, ours, what it is
     "sampling": ("generate", "our_sampling", "group sampling: generate(num_return_sequences=G) / ours"),
     "loss": ("plain_loss", "our_loss", "loss pass, forward + backward: B x G plain forwards / ours"),
 }
+COMPILED = {  # with rollout.compile; on a CPU it does not pay, and takes minutes to compile
+    "sampling": ("generate", "our_compiled_sampling", "the same with rollout.compile"),
+    "step": ("trl_step", "our_compiled_step", "GRPO step with rollout.compile: TRL / ours"),
+}
 GROUPER = ("prefix_grouper_loss", "our_loss", "the same: PrefixGrouper's shared prefix / ours")
 SHORT = {"step": "GRPO step", "sampling": "group sampling", "loss": "loss pass"}
 GROWTH = [
@@ -45,7 +50,8 @@ GROWTH = [
 REWARDS = {"CheXbert": "f1chexbert", "RadGraph": "radgraph", "BERTScore": "bert_score",
            "BLEU-4 and ROUGE-L": "sacrebleu"}  # fmt: skip
 SIDES = ("peer", "ours")
-QUIET = 2.0  # load above which a row is not published: what waits for a core hurts the slower side more
+# load above which a row is not published: what waits for a core hurts the slower side more; a GPU's host has idle ones
+QUIET = 2.0 if DEVICE == "cpu" else (os.cpu_count() or 2) / 2
 SETTINGS = """\
 Both sides: the same random weights, images, prompt and reward function; LoRA r 16 on q, k, v, o; KL on; AdamW,
 learning rate 1e-6; one update per rollout; exactly T new tokens (EOS is barred until then); temperature 1, no
@@ -61,8 +67,8 @@ class Bench:
     size: str = "mini"
     """mini or 7b (sides.py)"""
     cases: tuple[str, ...] = ("step", "sampling", "loss", "rewards", "group", "prompt")
-    """step, sampling, loss: the standard case; group, prompt: how each grows with G and with the image tokens; rewards:
-    against their packages"""
+    """step, sampling, loss: the standard case; compile: sampling and step with rollout.compile; group, prompt: how each
+    grows with G and with the image tokens; rewards: against their packages"""
     repeats: int = 5
     """timed repeats of each side in the standard case; of all else 3 at most"""
 
@@ -142,28 +148,45 @@ def flag(key: str, value) -> list[str]:
     return [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
 
 
+@functools.cache
+def measure_alone(name: str, case: Case, repeats: int) -> tuple[list[float], int, float]:
+    """(seconds of each repeat, peak in bytes, load) of one side; measured once, also where it stands in two rows."""
+    side, load = Side(name, case), Load()
+    try:
+        with load.measured():
+            seconds = [side.run() for _ in range(repeats)]
+        return seconds, side.end(), load.mean()
+    finally:
+        side.process.kill()
+
+
+def compare_alone(peer: str, ours: str, case: Case, repeats: int) -> dict:
+    """As `compare`, one side after the other: two 7B models would not fit at once."""
+    both = [measure_alone(name, case, repeats) for name in (peer, ours)]
+    seconds, peak, load = (dict(zip(SIDES, values, strict=True)) for values in zip(*both, strict=True))
+    return {"case": asdict(case), "seconds": seconds, "peak": peak, "load": max(load.values())}
+
+
 def compare(peer: str, ours: str, case: Case, repeats: int) -> dict:
-    """Seconds of both sides, repeat by repeat, and their peaks: in turn, but two 7B models would not fit at once."""
-    names, seconds, peak, load = {"peer": peer, "ours": ours}, {"peer": [], "ours": []}, {}, Load()
-    for together in [["peer", "ours"]] if case.size == "mini" else [["peer"], ["ours"]]:
-        sides = {}
-        try:
-            for name in together:
-                sides[name] = Side(names[name], case)
-            for _ in range(repeats):
-                for name, side in sides.items():
-                    with load.measured():
-                        seconds[name].append(side.run())
-            peak |= {name: side.end() for name, side in sides.items()}
-        finally:
-            for side in sides.values():
-                side.process.kill()  # the one that is left when the other failed
+    """Seconds of both sides, repeat by repeat in turn, and their peaks."""
+    seconds, sides, load = {"peer": [], "ours": []}, {}, Load()
+    try:
+        for name, side in zip(SIDES, (peer, ours), strict=True):
+            sides[name] = Side(side, case)
+        for _ in range(repeats):
+            for name, side in sides.items():
+                with load.measured():
+                    seconds[name].append(side.run())
+        peak = {name: side.end() for name, side in sides.items()}
+    finally:
+        for side in sides.values():
+            side.process.kill()  # the one that is left when the other failed
     return {"case": asdict(case), "seconds": seconds, "peak": peak, "load": load.mean()}
 
 
 def standard_of(bench: Bench) -> Case:
     """The case that all others differ from in one thing."""
-    return Case(bench.size) if bench.size == "mini" else Case("7b", studies=8, tokens=128, checkpointing=True)
+    return Case(bench.size) if bench.size == "mini" else Case("7b", studies=8, checkpointing=True)
 
 
 def short(bench: Bench) -> int:
@@ -174,14 +197,16 @@ def short(bench: Bench) -> int:
 def cases_of(bench: Bench) -> list[tuple[str, str, str, Case]]:
     """(label, peer, ours, case) of everything that runs as sides.py's processes; the standard case first."""
     standard, rows = standard_of(bench), []
-    for name, (peer, ours, label) in PAIRS.items():
-        if name in bench.cases:
-            rows.append((label, peer, ours, standard))
-        if name == "loss" and name in bench.cases and bench.size == "mini":
+    for name in (name for name in bench.cases if name in PAIRS):
+        peer, ours, label = PAIRS[name]
+        rows.append((label, peer, ours, standard))
+        if name == "loss" and bench.size == "mini":
             rows.append((GROUPER[2], *GROUPER[:2], standard))
-        if name == "step" and name in bench.cases and bench.size == "mini":
+        if name == "step" and bench.size == "mini":
             label = "the same, gradient checkpointing on both sides"
             rows.append((label, peer, ours, replace(standard, checkpointing=True)))
+    if "compile" in bench.cases:
+        rows += [(label, peer, ours, standard) for peer, ours, label in COMPILED.values()]
     for what, change, label in GROWTH:
         if what in bench.cases:
             rows += [(f"{SHORT[name]}, {label}", *PAIRS[name][:2], replace(standard, **change)) for name in PAIRS]
@@ -227,7 +252,7 @@ def bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / best
 
 
-def sampling_bound(case: Case, seconds: float) -> str:
+def sampling_bound(label: str, case: Case, seconds: float) -> str:
     """Our sampling beside the least it could take: weights and caches read once for each token of a row."""
     shape, itemsize = shape_of(case.size), 4 if case.size == "mini" else 2
     h, f, k = shape.hidden, shape.inner, shape.key
@@ -237,7 +262,7 @@ def sampling_bound(case: Case, seconds: float) -> str:
     least = case.tokens * (weights + cached * shape.layers * 2 * k * itemsize) / speed
     share = f"{100 * least / seconds:.0f}% of the bound set by reading weights and caches once a step"
     speed = f"at {speed / 1e9:.0f} GB/s (a large copy's speed)"
-    return f"our sampling: {tokens / seconds:,.0f} tokens/s, prefill included, {share} {speed}"
+    return f"{label}, ours: {tokens / seconds:,.0f} tokens/s, prefill included, {share} {speed}"
 
 
 def rows(bench: Bench):
@@ -250,7 +275,8 @@ def rows(bench: Bench):
             yield label, None, f"{package} is not installed here"
             continue
         try:
-            result = compare(peer, ours, case, bench.repeats if case == standard_of(bench) else short(bench))
+            side_by_side = compare if case.size == "mini" else compare_alone
+            result = side_by_side(peer, ours, case, bench.repeats if case == standard_of(bench) else short(bench))
             rewards += [result] * bool(case.reward)
             yield label, result, ""
         except SideFailed as error:
@@ -281,8 +307,8 @@ def main(bench: Bench) -> None:
         print(lines[-1], flush=True)
         if result and result["load"] <= QUIET:
             results.append({"label": label} | result)
-        if result and result["load"] <= QUIET and label == PAIRS["sampling"][2]:
-            notes.append(sampling_bound(standard_of(bench), statistics.median(result["seconds"]["ours"])))
+        if result and result["load"] <= QUIET and label in (PAIRS["sampling"][2], COMPILED["sampling"][2]):
+            notes.append(sampling_bound(label, standard_of(bench), statistics.median(result["seconds"]["ours"])))
         # after every row: what has been measured survives a time limit
         text = "\n".join([*lines, "", *notes, "", f"The standard case: {asdict(standard_of(bench))}", "", SETTINGS])
         path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")

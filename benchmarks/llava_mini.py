@@ -52,22 +52,24 @@ def shape_of(size: str) -> Shape:
     return Shape(0, layers, h, inner, h, key, VOCABULARY[size], 576, ((vision, h), (h, h)))
 
 
-def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of `size` words."""
-    words = ["<pad>", "<s>", "</s>", "<image>", "<unk>", *dict.fromkeys(PROMPT.replace(":", " :").split())]
-    words += [f"w{i}" for i in range(size - len(words))]
+def tokenizer_of(size: int, known: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: it splits at white space and knows the words `known`, or of PROMPT and `size` in all."""
+    exact, known = bool(known), known or PROMPT.replace(":", " :").split()
+    words = list(dict.fromkeys(["<pad>", "<s>", "</s>", "<image>", "<unk>", *known]))
+    words += [f"w{i}" for i in range(0 if exact else size - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if exact else pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         additional_special_tokens=["<image>"], extra_special_tokens={"image_token": "<image>"}, padding_side="left",
     )  # fmt: skip
 
 
-def build(size: str, image_tokens: int, device: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A model with random weights (seed 0), and its processor; the image's side follows from its tokens (a square)."""
+def build(size: str, image_tokens: int, device: str, known: tuple[str, ...] = ()):
+    """(LLaVA with random weights (seed 0), its processor); the image's side follows from its tokens (a square).
+    known: the words that it can write, if not all of its vocabulary."""
     side = 14 * round(image_tokens**0.5)
-    tokenizer = tokenizer_of(VOCABULARY[size])
+    tokenizer = tokenizer_of(VOCABULARY[size], known)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCABULARY[size]}
     text_class = LlamaConfig if size == "mini" else MistralConfig
     config = LlavaConfig(

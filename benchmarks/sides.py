@@ -32,7 +32,7 @@ from train import policy_step, split_batch  # noqa: E402
 from vlm.families import embed_prompt  # noqa: E402
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     size: str = "mini"
     """mini or 7b"""
@@ -50,18 +50,22 @@ class Case:
     """gradient checkpointing, on both sides"""
     reward: str = ""
     """of the reward pass: which of reward_pass.PARTS"""
+    compile: bool = False
+    """ours decodes by rollout.compile"""
     threads: int = 2
     """CPU threads"""
 
     def config(self) -> Config:
         """Our settings."""
-        rollout_config = RolloutConfig(self.group, min_new_tokens=self.tokens - 1, max_new_tokens=self.tokens)
+        lengths = {"min_new_tokens": self.tokens - 1, "max_new_tokens": self.tokens}
+        rollout_config = RolloutConfig(self.group, compile=self.compile, **lengths)
         settings = GRPOConfig(self.studies, micro_batch=self.studies, advantage="zscore", lr=1e-6)
         model_config = ModelConfig(gradient_checkpointing=self.checkpointing)
         config = Config(rollout=rollout_config, grpo=settings, model=model_config)
         return replace(config, data=replace(config.data, prompt=PROMPT))
 
 
+STEPS = 20  # that TRL may be asked for: its data set encodes as many copies of each image before the first
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -129,13 +133,13 @@ def trl_step(case: Case) -> None:
         args = TRLConfig(
             folder, per_device_train_batch_size=case.studies * case.group, num_generations=case.group, beta=0.04,
             max_completion_length=case.tokens, generation_kwargs={"min_new_tokens": case.tokens}, learning_rate=1e-6,
-            gradient_checkpointing=case.checkpointing, max_steps=1000, report_to="none", save_strategy="no",
+            gradient_checkpointing=case.checkpointing, max_steps=STEPS, report_to="none", save_strategy="no",
             logging_steps=1, bf16=case.size == "7b", use_cpu=DEVICE == "cpu", disable_tqdm=True, max_grad_norm=1.0,
             optim="adamw_torch", dataloader_pin_memory=False, shuffle_dataset=False,
         )  # fmt: skip
         trainer = GRPOTrainer(
             model, lambda completions, **_: reward([c[0]["content"] for c in completions]), args,
-            Dataset.from_list(rows * 1000), processing_class=processor, peft_config=lora_config(), callbacks=[Ask()],
+            Dataset.from_list(rows * STEPS), processing_class=processor, peft_config=lora_config(), callbacks=[Ask()],
         )  # fmt: skip
         mark_memory()
         trainer.train()
@@ -150,10 +154,20 @@ def our_sampling(case: Case) -> Callable[[], None]:
     inputs = policy.encode_prompts(processor, images, PROMPT, DEVICE)
 
     def run() -> None:
-        out = sample(model, inputs, rules, u, case.tokens, case.group)
+        out = sample(model, inputs, rules, u, case.tokens, case.group, compiled=case.compile)
         assert out.completion_mask.all()
 
     return run
+
+
+def our_compiled_step(case: Case) -> Callable[[], None]:
+    """The same update with rollout.compile."""
+    return our_step(replace(case, compile=True))
+
+
+def our_compiled_sampling(case: Case) -> Callable[[], None]:
+    """The same sampling with rollout.compile."""
+    return our_sampling(replace(case, compile=True))
 
 
 def generate(case: Case) -> Callable[[], None]:
@@ -329,8 +343,8 @@ def told_to_go() -> bool:
     return sys.stdin.readline().strip() == "go"
 
 
-FUNCTIONS = (our_step, trl_step, our_sampling, generate, our_loss, plain_loss, prefix_grouper_loss, our_rewards,
-             package_rewards)  # fmt: skip
+FUNCTIONS = (our_step, our_compiled_step, trl_step, our_sampling, our_compiled_sampling, generate, our_loss, plain_loss,
+             prefix_grouper_loss, our_rewards, package_rewards)  # fmt: skip
 SIDES = {f.__name__: f for f in FUNCTIONS}
 
 

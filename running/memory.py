@@ -8,7 +8,8 @@
     margin       CUDA context, vision tower, fragmentation: a flat guess
 
 Sampling and loss never overlap: a stage needs the larger of the two beside the rest. The activations' formula is held
-against what autograd keeps of a small model on the CPU; nothing was measured on a GPU. The sums assume an attention
+against what autograd keeps of a small model on the CPU; on a GPU, for 7B, the loss took up to 14% more, sampling up to
+22% less than is said here (benchmarks/results/peak_memory-7b.md). The sums assume an attention
 kernel that keeps no attention matrix, images of the largest size and reports of the full length: real runs stay below.
 """
 

@@ -47,8 +47,11 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     """Reward components, KL, validation hallucination and BLEU-4 over the policy updates of both stages, with the first
     clinical reward and the beginning of Stage 2.
 
-    runs: run folders, one per seed, with the stages sft, stage1, stage1_continued and valor.
+    runs: run folders, one per seed, with the stages sft, stage1, stage1_continued and valor; nothing is drawn where one
+    of these was not trained.
     """
+    if not all((run / arm / "metrics.jsonl").exists() for run in runs for arm in ("sft", *ARMS)):
+        return
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
     border, clinical = series(runs, "stage1", "reward/total").index[-1], series(runs, "stage1", "reward/chexbert").index
 

@@ -456,6 +456,14 @@ def test_a_plan_without_arms_runs_those_that_it_compares(cfg, name):
     assert statistics.read_plan(plan)["margins"] == statistics.MARGINS
 
 
+def test_no_curves_of_a_sweep_that_left_an_arm_out(tmp_path):
+    for arm in ("sft", "stage1", "stage1_continued"):
+        (tmp_path / "0" / arm).mkdir(parents=True)
+        (tmp_path / "0" / arm / "metrics.jsonl").write_text('{"k": 1}\n')
+    figures.draw_curves([tmp_path / "0"], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_the_curves_mark_where_clinical_rewards_and_stage_2_begin(tmp_path, monkeypatch):
     drawn, rng = [], np.random.default_rng(0)
     monkeypatch.setattr(figures.plt, "close", drawn.append)

@@ -17,6 +17,8 @@ ARMS = {"stage1": ("#555555", "-", "Stage 1"), "stage1_continued": ("#D55E00", "
 PARTS = {"bleu4": ("#0072B2", "BLEU-4"), "rouge_l": ("#56B4E9", "ROUGE-L"), "bertscore": ("#009E73", "BERTScore"),
          "chexbert": ("#D55E00", "CheXbert F1"), "radgraph": ("#CC79A7", "RadGraph F1"),
          "similarity": ("#E69F00", "image-text similarity"), "format": ("#999999", "format")}  # fmt: skip
+CURVES = ("rewards of sampled reports, Stage 1 then Stage 2", "KL to the SFT policy, nats per token",
+          "validation: hallucinated, % of stated (greedy)", "validation: BLEU-4 (greedy)")  # fmt: skip
 WINDOW = 9  # updates in the running mean of a reward: one batch is 8 studies, noisy
 ENDS = {"greedy/hallucination_rate": "hallucinated, % of stated", "greedy/sided_f1": "sided F1, %",
         "greedy/bleu_4": "BLEU-4", "sampled/hallucination_rate": "hallucinated %, sampled"}  # fmt: skip
@@ -47,8 +49,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     """Reward components, KL, validation hallucination and BLEU-4 over the policy updates of both stages, with the first
     clinical reward and the beginning of Stage 2.
 
-    runs: run folders, one per seed, with the stages sft, stage1, stage1_continued and valor; nothing is drawn where one
-    of these was not trained.
+    runs: run folders, one per seed; nothing is drawn where SFT or one of ARMS was not trained.
     """
     if not all((run / arm / "metrics.jsonl").exists() for run in runs for arm in ("sft", *ARMS)):
         return
@@ -73,9 +74,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         curve(axes[1, 0], validation(arm, "val/hallucination_rate"), *style)
         curve(axes[1, 1], validation(arm, "val/bleu_4"), *style)
     axes[0, 0].set_ylim(bottom=0)  # room for the legend
-    titles = ("rewards of sampled reports, Stage 1 then Stage 2", "KL to the SFT policy, nats per token",
-              "validation: hallucinated, % of stated (greedy)", "validation: BLEU-4 (greedy)")  # fmt: skip
-    for axis, title in zip(axes.flat, titles, strict=True):
+    for axis, title in zip(axes.flat, CURVES, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("policy update k")
         axis.spines[["top", "right"]].set_visible(False)

@@ -162,6 +162,15 @@ def test_rows_that_leave_the_batch_change_nothing(family, monkeypatch):
     torch.testing.assert_close(leaving.logps, staying.logps, atol=1e-5, rtol=0)
 
 
+def test_sampling_ends_with_the_last_report(family, monkeypatch):
+    cfg, images = family
+    model, inputs, *_, rules = load(cfg, images, "language")
+    rules, steps, real = replace(rules, eos_ids=list(range(20, 240))), [], Decoding.step  # most tokens end a report
+    monkeypatch.setattr(Decoding, "step", lambda self, *given: (steps.append(len(given[1])), real(self, *given))[1])
+    out = sample(model, inputs, rules, torch.rand(10, 40, generator=torch.Generator().manual_seed(5)), 40, 5)
+    assert out.finished.all() and len(steps) == out.completions.shape[1] - 1 < 39
+
+
 def test_parts_of_the_vocabulary_product_change_nothing(family, monkeypatch):
     model, *given = load(*family, "language")
     whole = completion_logps(model, *given)

@@ -14,12 +14,13 @@ from vlm.attention import run_layers
 from vlm.static_decoding import first, halved
 
 
-def both(family, monkeypatch, layers, length=40, group=5, look=1):  # noqa: F811
-    """The Rollouts of the plain and of the static path, whose reports end at different tokens; sizes of its batches."""
+def both(family, monkeypatch, layers, length=40, group=5, look=1, last=60):  # noqa: F811
+    """The Rollouts of the plain and of the static path, whose reports end at different tokens, those from 20 to `last`;
+    sizes of its batches."""
     monkeypatch.setattr(static_decoding, "LOOK", look)
     cfg, images = family
     model, inputs, *_, rules = load(cfg, images, "language")
-    rules = replace(rules, eos_ids=list(range(20, 60)))  # some reports end early
+    rules = replace(rules, eos_ids=list(range(20, last)))  # some reports end early
     u, sizes = torch.rand(2 * group, length, generator=torch.Generator().manual_seed(5)), []
 
     def counted(base, embeds, positions, plan):
@@ -50,7 +51,14 @@ def test_between_two_looks_nothing_is_asked(family, monkeypatch):  # noqa: F811
     assert_same(plain, static)
     changes = [i for i, (a, b) in enumerate(pairwise(sizes), 1) if a != b]
     assert changes and all((i + 1) % 8 == 0 for i in changes)  # before step i, tokens 0 to i were looked at
-    assert (len(sizes) + 1) % 8 == 0 or len(sizes) == 39  # the end is seen at a look, too, or it is the limit
+
+
+def test_when_all_have_ended_the_next_look_ends_it(family, monkeypatch):  # noqa: F811
+    plain, static, sizes = both(family, monkeypatch, run_layers, look=8, last=240)  # most tokens end a report
+    assert_same(plain, static)
+    longest = int(plain.completion_mask.sum(dim=1).max())
+    assert plain.finished.all() and longest < 30
+    assert len(sizes) + 1 == -(-longest // 8) * 8
 
 
 def test_greedy_and_several_studies_of_one_report(family, monkeypatch):  # noqa: F811

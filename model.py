@@ -42,8 +42,8 @@ class SamplingRules:
 
     temperature: float
     min_new_tokens: int  # EOS is impossible before this position
-    eos_ids: list[int] | Tensor
-    banned_ids: list[int] | Tensor  # never sampled: an image placeholder in a report would break the next forward
+    eos_ids: list[int] | Tensor  # (E,)
+    banned_ids: list[int] | Tensor  # (banned,) never sampled: an image placeholder would break the next forward
 
     def to(self, device) -> "SamplingRules":
         """The same with ids that lie on the device: a list is copied there, and waited for, at every token."""

@@ -103,7 +103,8 @@ def sample(model, inputs, rules, u, max_new_tokens, group_size=1, top_p=1.0, top
             stay = cache.keep(~out.finished[rows])  # (n',) places in the batch that go on; none: all are finished
             if not (any(parallel.gather(len(stay) > 0)) if together else len(stay)):
                 break
-            rows, token = (rows[stay], token[stay]) if len(stay) else (rows, token)  # (n',) each
+            if len(stay):  # else only other processes have reports left: go on with ours, which are dropped
+                rows, token = rows[stay], token[stay]  # (n',) each
             hidden = next_hidden(model, cache, token, first[rows] + t)  # 5) (n, D)
     length = int(out.completion_mask.sum(dim=1).max())  # of the longest report
     return Rollout(out.completions[:, :length], out.completion_mask[:, :length], out.logps[:, :length], out.finished)

@@ -104,13 +104,14 @@ class SideFailed(Exception):
 
 
 class Side:
-    """A process that runs one side of a case when it is told to."""
+    """A process that runs one side of a case, as sides.py in `place` has it, when it is told to."""
 
-    def __init__(self, name: str, case: Case):
-        flags = [word for key, value in asdict(case).items() for word in flag(key, value)]
+    def __init__(self, name: str, case: Case, place: Path = HERE):
+        changed = {key: value for key, value in asdict(case).items() if value != getattr(Case, key)}
+        flags = [word for key, value in changed.items() for word in (f"--{key}", *[str(value)] * (value is not True))]
         self.errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up and stop the process
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "sides.py"), name, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, str(place / "sides.py"), name, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.errors, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"},
         )  # fmt: skip
         self.read("ready")
@@ -141,11 +142,6 @@ class Side:
         with contextlib.suppress(BrokenPipeError):  # it has ended: the read that follows says why
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
-
-
-def flag(key: str, value) -> list[str]:
-    name = key.replace("_", "-")
-    return [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
 
 
 @functools.cache

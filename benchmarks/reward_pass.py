@@ -23,7 +23,7 @@ import rewards  # noqa: E402
 from phantom.config import PhantomConfig  # noqa: E402
 from phantom.training import labelled_texts  # noqa: E402
 from scorers.bertscore import load_bertscore  # noqa: E402
-from scorers.chexbert import CheXbert, Labeller  # noqa: E402
+from scorers.chexbert import CheXbert, load_chexbert  # noqa: E402
 from tiny import models as tiny_models  # noqa: E402
 
 STUDIES, GROUP = 2, 8
@@ -45,7 +45,12 @@ def chexbert(config: BertConfig, texts: list[str], folder: Path, device: str) ->
     from f1chexbert import f1chexbert as package
 
     tokenizer = tiny_models.word_piece(texts, folder)
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
     model = CheXbert(BertModel(config)).to(device).eval().requires_grad_(False)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model_state_dict": state}, folder / "chexbert.pth")
+    ours = load_chexbert(folder / "chexbert.pth", folder, device)
     labeler = package.bert_labeler.__new__(package.bert_labeler)
     torch.nn.Module.__init__(labeler)
     labeler.bert, labeler.dropout, labeler.linear_heads = model.bert, torch.nn.Dropout(0.1), model.linear_heads
@@ -54,7 +59,6 @@ def chexbert(config: BertConfig, texts: list[str], folder: Path, device: str) ->
     scorer.device, scorer.tokenizer, scorer.model = device, tokenizer, labeler.eval()
     ends, ids = (tokenizer.cls_token_id, tokenizer.sep_token_id), tokenizer.convert_tokens_to_ids
     tokenizer.encode_plus = lambda tokens: {"input_ids": [ends[0], *ids(tokens), ends[1]]}
-    ours = Labeller(model, tokenizer)
 
     def theirs(candidates: list[str], references: list[str]) -> list[float]:
         labels = [[scorer.get_label(text) for text in pair] for pair in zip(candidates, references, strict=True)]

@@ -33,7 +33,7 @@ def write_counts(
     assets: the folders of small models, one a world. experts {arm: its expert}: their accuracy is kept where it was
     measured. ValueError for an arm without a result for any of the seeds.
     """
-    wanted, arms, shared = {_family(column.key) for column in columns("pairs")}, {}, None
+    keys, arms, shared = [column.key.split("/") for column in columns("pairs")], {}, None
     for arm in ["base", *about]:
         found, settings = load_runs(str(root / "*" / arm), split)
         shared = shared or settings
@@ -45,6 +45,7 @@ def write_counts(
         seed: {name.replace("template/", "greedy/"): stats[name] for name in stats if name.startswith("template/")}
         for seed, stats in arms["base"].items()
     }
+    wanted = {f"{row}/{METRICS[metric][0]}" for row, metric in keys}
     arrays = {f"{arm}/{name}": _small(np.stack([stats[name] for stats in runs.values()])) for arm, runs in arms.items()
               for name in sorted(wanted) if all(name in stats for stats in runs.values())}  # fmt: skip
     settings = {
@@ -90,12 +91,6 @@ def read_counts(path: Path) -> tuple[dict[str, Runs], dict]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no file of counts ({error}); make it again by python -m evidence.sweep") from None
     return runs, settings
-
-
-def _family(key: str) -> str:
-    """"<row>/<metric>" -> "<row>/<family>"."""
-    row, metric = key.split("/")
-    return f"{row}/{METRICS[metric][0]}"
 
 
 def _small(values: np.ndarray) -> np.ndarray:

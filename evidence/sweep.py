@@ -36,7 +36,6 @@ from phantom.cache import asset_dir, place_of
 from running.folder import write_text
 
 ARMS: dict[str, dict] = tomllib.loads(Path(__file__).with_name("arms.toml").read_text(encoding="utf-8"))
-EVALUATED = ["base", *(name for name, arm in ARMS.items() if "script" not in arm)]
 WORLDS = {"phantom": "world 0", "worlds": "worlds 1 to 3", "omissions": "references that omit"}  # tables: their row
 MEASURED = 3  # seeds, the first, on whose Stage-1 groups the experts' accuracy is measured
 ASSETS = {"data": 45, "data_clean": 5, "base": 280, "labeller": 60}  # seconds that they take; an expert 330

@@ -131,9 +131,8 @@ def check_torch_file(path: Path) -> None:
     """
     require(path.parent, path.name)
     with path.open("rb") as file:
-        legacy = file.read(len(LEGACY)) == LEGACY
-    if not legacy:
-        check_zip(path, FETCH)
+        if file.read(len(LEGACY)) != LEGACY:
+            check_zip(path, FETCH)
 
 
 def check_zip(path: Path, advice: str = "") -> None:

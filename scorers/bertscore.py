@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
 from running.weights import KNOWN_TEXTS, load_tokenizer, loading, require_finite_tensors, require_rows
-from scorers.frozen import load_whole, of_like_length, plain
+from scorers.frozen import load_whole, of_like_length, pack_linears, plain
 
 BATCH = 32  # pairs matched at a time
 
@@ -31,7 +31,7 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     with loading(f"bertscore: cannot load layer {layer} of {folder}", "give an encoder with tokenizer"):
         tokenizer = load_tokenizer(folder, use_fast=False)  # as the package takes it
         load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
-        model = get_model(str(folder), layer).to(device)
+        model = pack_linears(get_model(str(folder), layer).to(device))
         require_finite_tensors(model, folder)
         require_rows(tokenizer, model.get_input_embeddings().num_embeddings, folder)
         table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, BertModel
 
 from running.weights import check_torch_file, load_tokenizer, loading, require_finite_tensors, require_rows
-from scorers.frozen import cached, local_file, of_like_length, plain
+from scorers.frozen import cached, local_file, of_like_length, pack_linears, plain
 
 CHEXPERT_LABELS = (
     "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
@@ -52,7 +52,7 @@ def load_chexbert(checkpoint: str | Path, bert_folder: str | Path, device: str |
         state.pop("bert.embeddings.position_ids", None)  # a constant that some transformers versions saved
         model.load_state_dict(state, strict=True)
         require_finite_tensors(model, checkpoint)
-    return Labeller(model.to(device).eval().requires_grad_(False), tokenizer)
+    return Labeller(pack_linears(model.to(device).eval().requires_grad_(False)), tokenizer)
 
 
 class Labeller:

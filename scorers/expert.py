@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from formats.files import read_json
 from rewards import image_text_similarity
 from running.weights import check_torch_file, load_tokenizer, loading, refuse, require_finite_tensors, require_rows
-from scorers.frozen import cached, local_file, plain
+from scorers.frozen import cached, local_file, pack_linears, plain
 
 TEXT_BATCH = 32  # windows per text forward pass; few, so that those of like length share one and little is padding
 # of tokenizer_kwargs in open_clip_config.json, which open_clip hands on to transformers; others may name code or files
@@ -193,7 +193,7 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert 
                 check_torch_file(file)
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **own)
         require_finite_tensors(model.to(device).eval().requires_grad_(False), path)
-        expert = Expert(model, preprocess, open_clip.get_tokenizer(name), torch.device(device))
+        expert = Expert(pack_linears(model), preprocess, open_clip.get_tokenizer(name), torch.device(device))
         if hasattr(expert.tokenizer, "tokenizer"):  # else open_clip's own, whose end token is its last: tried below
             towers = getattr(model, "text", model).modules()
             table = next(part for part in towers if isinstance(part, torch.nn.Embedding))

@@ -7,8 +7,10 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from running.weights import check_weights, require_finite_tensors, require_placed
+from vlm.fast_linear import can_be_packed, packed
 
 CACHED = 65_536  # answers kept per scorer
+LARGE = 2**18  # weights of a layer that are worth a second copy: those of BERT-base, not of the phantom's small models
 
 
 def local_file(name: str | Path) -> Path:
@@ -29,6 +31,15 @@ def load_whole(kind, folder: str | Path, **settings) -> torch.nn.Module:
     if model.device.type != "meta":
         require_finite_tensors(model, folder)
     return model.eval().requires_grad_(False)
+
+
+def pack_linears(model: torch.nn.Module) -> torch.nn.Module:
+    """A frozen `model`; on the CPU its large layers, not to be moved again, run in oneDNN's layout, with the same
+    numbers to 1e-6: MKL, which torch asks otherwise, uses half of an AMD core's width."""
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear and layer.weight.numel() >= LARGE and can_be_packed(layer):
+            layer.forward = packed(layer.weight, layer.bias)
+    return model
 
 
 def plain(text: str) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from formats.files import read_json
 from running.folder import atomic_folder, lock
 from running.weights import check_torch_file, load_tokenizer, loading, require_finite_tensors
-from scorers.frozen import cached, local_file, plain
+from scorers.frozen import cached, local_file, pack_linears, plain
 
 LONGEST = 512  # words and marks of a text that are read: time grows with their cube, to about a minute for these
 
@@ -74,8 +74,7 @@ class PackageRadGraph:
             require_finite_tensors(model.eval().requires_grad_(False), place)
             model(["No effusion. " * 16])  # settings that no text, or no long one, can be annotated with show here
         model.device = torch.device(device)
-        self.model, self.reward_level = model.to(device), reward_level
-        self.cache = {}
+        self.model, self.reward_level, self.cache = pack_linears(model.to(device)), reward_level, {}
 
     def __call__(self, candidates: list[str], references: list[str]) -> list[float]:
         pairs = zip(self.annotations(candidates), self.annotations(references), strict=True)

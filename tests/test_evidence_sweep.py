@@ -19,6 +19,7 @@ from evidence.expert_accuracy import accuracy_file
 from evidence.tables import columns
 
 CLEAN = DataConfig(path="phantom:data_clean")
+EVALUATED = ["base", *(name for name, arm in sweep.ARMS.items() if "script" not in arm)]
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def test_every_arm_is_a_command_that_train_understands_and_differs_as_it_says(cf
     """The arms against VALOR: the same settings but for the fields that make the arm."""
     tasks = sweep.make_tasks(cfg, [])
     commands = {t.title: t.flags for t in tasks if t.script == "train.py"}
-    assert len(commands) == 2 * (len(sweep.EVALUATED) - 1)
-    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"]) for arm in sweep.EVALUATED[1:]}
+    assert len(commands) == 2 * (len(EVALUATED) - 1)
+    configs = {arm: parse(Config, argv=commands[f"seed 1: {arm}"]) for arm in EVALUATED[1:]}
     assert all(c.seed == 1 and c.run.endswith("runs/1") for c in configs.values())
     valor = configs["valor"]
     assert (valor.stage, valor.rewards.lambda_vis, valor.rewards.rank) == ("2", 0.5, "soft")
@@ -69,7 +70,7 @@ def test_the_users_flags_do_not_change_what_an_arm_is(cfg):
 
 def test_an_arm_added_later_is_evaluated_too(cfg, tmp_path, monkeypatch):
     """Even where all the others have results."""
-    for arm in sweep.EVALUATED:
+    for arm in EVALUATED:
         folder = tmp_path / "runs" / "0" / "eval" / "test" / arm
         folder.mkdir(parents=True)
         (folder / "results.json").write_text("{}")
@@ -77,7 +78,7 @@ def test_an_arm_added_later_is_evaluated_too(cfg, tmp_path, monkeypatch):
     def evaluations():
         return [task for task in sweep.make_tasks(cfg, []) if task.script == "evaluate.py" and "seed 0" in task.title]
 
-    assert len(evaluations()) == len(sweep.EVALUATED) and all(task.made() for task in evaluations())
+    assert len(evaluations()) == len(EVALUATED) and all(task.made() for task in evaluations())
     monkeypatch.setitem(sweep.ARMS, "new", sweep.ARMS["valor"])
     [unfinished] = [task for task in evaluations() if not task.made()]
     assert unfinished.flags[unfinished.flags.index("--policy") + 1] == "new"
@@ -296,7 +297,7 @@ def test_an_arm_without_any_result_is_named(tmp_path):
 def test_the_plan_names_arms_metrics_and_claims_that_there_are():
     assert set(statistics.MARGINS) == {column.key for column in columns("primary")}
     for plan in statistics.PLAN["comparison"]:
-        assert set(plan["arms"]) <= set(sweep.EVALUATED) and plan["hypothesis"] and plan["row"], plan
+        assert set(plan["arms"]) <= set(EVALUATED) and plan["hypothesis"] and plan["row"], plan
         assert {column.key for column in columns("pairs")} >= plan["holds_if"].keys(), plan
         assert set(plan["holds_if"].values()) <= {"above 0", "below 0", "equal"}, plan
 

@@ -1,5 +1,7 @@
 """What the frozen models share: batches and their memory."""
 
+import torch
+
 from scorers import frozen
 
 
@@ -23,3 +25,24 @@ def test_cache_is_bounded(monkeypatch):
 def test_what_every_tokenizer_takes():
     texts = ["No effusion.", " T5 \n", "\ud800 edema", "\x00a", "", " \n", "...", "\U0001f600", "\ud83d", "\x00", "___"]
     assert [frozen.plain(text) for text in texts] == ["No effusion.", " T5 \n", "? edema", "\x00a", *[""] * 7]
+
+
+@torch.no_grad()
+def test_a_frozen_models_large_layers_are_packed_and_compute_the_same():
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.GELU(), torch.nn.Linear(512, 512, bias=False),
+                                torch.nn.Linear(512, 14)).requires_grad_(False)  # fmt: skip
+    inputs = [torch.randn(*shape, 512) for shape in ((3,), (2, 5), (0,))]
+    plain = [model(x) for x in inputs]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert frozen.pack_linears(model) is model
+    assert ["forward" in vars(layer) for layer in model] == [True, False, True, False]
+    for x, expected in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_what_onednn_cannot_pack_stays_as_it_is():
+    half, attention = torch.nn.Linear(512, 512).bfloat16(), torch.nn.MultiheadAttention(512, 2)
+    meta = torch.nn.Linear(512, 512, device="meta")  # as a GPU's
+    for model in (half, attention, meta):
+        assert not any("forward" in vars(layer) for layer in frozen.pack_linears(model).modules())

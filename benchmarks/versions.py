@@ -59,4 +59,6 @@ def main(other: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "benchmarks", "sides.py").is_file():
+        sys.exit("versions: give the folder of another checkout, one with benchmarks/sides.py")
     main(Path(sys.argv[1]))

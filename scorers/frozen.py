@@ -35,7 +35,7 @@ def load_whole(kind, folder: str | Path, **settings) -> torch.nn.Module:
 
 def pack_linears(model: torch.nn.Module) -> torch.nn.Module:
     """A frozen `model`; on the CPU its large layers, not to be moved again, run in oneDNN's layout, with the same
-    numbers to 1e-6: MKL, which torch asks otherwise, uses half of an AMD core's width."""
+    numbers to 1e-6: MKL, which torch asks otherwise, was half as fast on AMD cores with AVX-512."""
     for layer in model.modules():
         if type(layer) is torch.nn.Linear and layer.weight.numel() >= LARGE and can_be_packed(layer):
             layer.forward = packed(layer.weight, layer.bias)

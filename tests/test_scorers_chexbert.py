@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from benchmarks import reward_pass
 from rewards import label_f1
-from scorers import chexbert
+from scorers import chexbert, frozen
 
 torch.set_num_threads(1)
 
@@ -132,12 +132,15 @@ def test_checkpoint_and_bert_by_hub_name(folder, hub):
 
 @pytest.mark.parametrize("part", reward_pass.PARTS)
 def test_both_sides_of_the_reward_benchmark_agree(part, monkeypatch):
-    monkeypatch.setattr("scorers.frozen.LARGE", 1)  # as layers of a real size are
+    made, packed = [], frozen.packed
+    monkeypatch.setattr(frozen, "LARGE", 1)  # as layers of a real size are
+    monkeypatch.setattr(frozen, "packed", lambda *given: made.append(given) or packed(*given))
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     package, ours, references, passes = reward_pass.both_sides(part, config, 2, "cpu")
     assert len(passes) == 2 and not set(passes[0]) & set(passes[1]) and len(passes[0]) == len(references) == 16
     for candidates in passes:
         assert ours(candidates, references) == pytest.approx(package(candidates, references), abs=1e-4)
+    assert bool(made) == (part in ("CheXbert", "RadGraph", "BERTScore"))
 
 
 def package_labeller(folder):

@@ -132,6 +132,18 @@ def test_phantom_config_pools_at_sep(tmp_path):
     assert (base - word).abs().max() > 1e-4
 
 
+def test_large_layers_in_onednns_layout_change_nothing(saved, monkeypatch):
+    plain = expert.load_expert(saved[1])
+    monkeypatch.setattr("scorers.frozen.LARGE", 1)
+    packed = expert.load_expert(saved[1])
+    changed = [any("forward" in vars(layer) for layer in of.model.modules()) for of in (plain, packed)]
+    assert changed == [False, True]
+    image = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8))]
+    torch.testing.assert_close(packed.text_features(SENTENCES), plain.text_features(SENTENCES), atol=1e-5, rtol=0)
+    both = [of.image_features(image, ["a"]) for of in (packed, plain)]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=0)
+
+
 def test_gradients_flow_through_the_cut(saved):
     frozen = expert.load_expert(saved[1])
     frozen.model.requires_grad_(True)

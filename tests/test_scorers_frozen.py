@@ -1,4 +1,4 @@
-"""What the frozen models share: batches and their memory."""
+"""What the frozen models share: batches, their memory, and large layers in oneDNN's layout."""
 
 import torch
 

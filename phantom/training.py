@@ -14,12 +14,12 @@ from transformers import BertConfig, BertModel
 
 from config import DataConfig
 from data import Study, read_split
-from formats.files import read_json, read_jsonl
+from formats.files import read_json
 from formats.images import read_image
 from phantom import text
 from phantom.config import PhantomConfig, Recipe
-from phantom.findings import LABELS, Finding, finding_of
-from phantom.world import SPLITS, misremember, sample_findings, write_report
+from phantom.findings import LABELS, finding_of
+from phantom.world import SPLITS, misremember, read_truth, sample_findings, write_report
 from rewards import wrap
 from scorers.chexbert import CHEXPERT_LABELS, NEGATIVE, POSITIVE, UNCERTAIN, CheXbert
 from scorers.expert import Expert, load_expert
@@ -75,12 +75,11 @@ def expert_pairs(recipe: Recipe, folder: Path, noise: float | None) -> tuple[fit
                        torch.cat([data.labels[:n], *(part.labels for part in parts)]))  # fmt: skip
     if not noise:
         return data, [study.report for study in data.studies]
-    truth, written, cfg = {row["id"]: row["findings"] for row in read_jsonl(folder / "truth.jsonl")}, [], recipe.data
+    truth, written, cfg = read_truth(folder), [], recipe.data
     rates = {name: rate for name, rate in vars(cfg).items() if name.startswith(("omit", "prior_"))}
     cfg = dataclasses.replace(cfg, **{name: min(1.0, noise * rate) for name, rate in rates.items()})
     for i, study in enumerate(data.studies):
-        findings = [Finding(f["name"], f["side"], f["site"], f["severity"]) for f in truth[study.id]]
-        written.append(write_report(findings, np.random.default_rng([recipe.seed, i]), cfg, noisy=True))
+        written.append(write_report(truth[study.id], np.random.default_rng([recipe.seed, i]), cfg, noisy=True))
     labels = torch.tensor([[label in stated for label in LABELS] for _, stated in written])
     return data._replace(labels=labels), [report for report, _ in written]
 

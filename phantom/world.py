@@ -6,7 +6,6 @@ leave findings out and add others by language prior (`misremember`).
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from formats.files import read_json, read_jsonl
 from phantom import text
 from phantom.config import PhantomConfig, Recipe
-from phantom.findings import LABELS, SIDED, Finding, finding_of, labels_of
+from phantom.findings import FINDINGS, LABELS, SIDED, SITES, Finding, finding_of, labels_of
 from phantom.image import contact_sheet, encode_mask, render
 
 SPLITS = ("expert", "base", "sft", "train", "val", "test")
@@ -27,36 +26,29 @@ PRIORS = dict.fromkeys(
     (field.name, *(f"{name}_{side}" if name in SIDED else name for name in reversed(field.name.split("_")[1:])))
     for field in fields(PhantomConfig) if field.name.startswith("prior_") for side in ("left", "right")
 )  # fmt: skip
+DRAWN = (*FINDINGS[:3], *(f"{name}_{side}" for side in ("left", "right") for name in SIDED))  # labels, in this order
+ZONED = ("consolidation", "lesion")
 DRAWS = 10_000  # tries at an abnormal study; with the default rates four of five are good
 MOST = 5  # findings in a reference: priors stop there, so that reports stay short
 
 
-def _draw_side(side: str, rate: dict, rng) -> list[Finding]:
-    """The findings of one side; a zone is used once, and the lower zone is not hidden behind fluid."""
-    found, zones = [], ["upper", "mid", "lower"]
-    for name in SIDED:
-        if rng.random() >= rate[name]:
-            continue
-        zoned = name in ("consolidation", "lesion")
-        found.append(finding_of(f"{name}_{side}", rng, zones if zoned else None))
-        if name == "effusion":
-            rate = rate | {"atelectasis": rate["atelectasis_with_effusion"]}
-        if zoned or name == "effusion" and found[-1].level:
-            zones.remove(found[-1].site if zoned else "lower")
-    return found
-
-
 def sample_findings(rng: np.random.Generator, cfg: PhantomConfig) -> list[Finding]:
-    """No finding in a share cfg.normal of studies, else 1 to 4; ValueError for rates that never draw that many."""
+    """No finding in a share cfg.normal of studies, else 1 to 4; ValueError for rates that never draw that many.
+
+    Of one side, a zone holds one consolidation or lesion, and the lower zone none that fluid would hide.
+    """
     if rng.random() < cfg.normal:
         return []
     for _ in range(DRAWS):
-        large, rate = rng.random() < cfg.cardiomegaly, vars(cfg)
-        found = [finding_of("cardiomegaly", rng)] if large else []
-        if large:
-            rate = rate | {"edema": cfg.edema_with_cardiomegaly, "effusion": cfg.effusion_with_cardiomegaly}
-        found += [finding_of(name, rng) for name in ("edema", "device") if rng.random() < rate[name]]
-        found += _draw_side("left", rate, rng) + _draw_side("right", rate, rng)
+        found, rates = [], vars(cfg)
+        for label in DRAWN:
+            name, _, side = label.partition("_")
+            beside = [f for f in found if f.side in (None, side)]
+            rate = next((rates[w] for f in beside if (w := f"{name}_with_{f.name}") in rates), rates[name])
+            if rng.random() < rate:
+                taken = {"lower" if f.name == "effusion" and f.level else f.site for f in beside}
+                free = [zone for zone in SITES[name] if zone not in taken] if name in ZONED else None
+                found.append(finding_of(label, rng, free))
         if 1 <= len(found) <= 4:
             return found
     raise ValueError("phantom: 1 to 4 findings never came about: change their rates, or set phantom.normal = 1")
@@ -123,47 +115,48 @@ def counterfactuals(cfg: PhantomConfig, seed: int, index: int) -> tuple[str, str
 def build(recipe: Recipe, folder: Path) -> None:
     """Write the data set in R2Gen's layout with truth.jsonl and a contact sheet of test studies; print how wrong the
     references (sft, train, val, test) are. ValueError, see `sample_findings`."""
-    cfg, annotation, pairs, shown = recipe.data, {}, [], []
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(split, index) for split in SPLITS for index in range(getattr(cfg, split))]
-    with open(folder / "truth.jsonl", "w", encoding="utf-8") as truth_file:
-        for split, index in tqdm(jobs, desc="phantom studies", unit="study"):
-            image, row, truth = make_study(cfg, recipe.seed, split, index)
-            path = folder / "images" / row["image_path"][0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path, compress_level=1)
-            annotation.setdefault(split, []).append(row)
-            truth_file.write(json.dumps(truth) + "\n")
-            if split in SPLITS[2:]:
-                pairs.append((truth["labels"], truth["stated"]))
-            if split == "test" and index < 12:
-                shown.append((image, row, truth))
+    annotation, truths, shown = {}, [], []
+    jobs = [(split, index) for split in SPLITS for index in range(getattr(recipe.data, split))]
+    for split, index in tqdm(jobs, desc="phantom studies", unit="study"):
+        image, row, truth = study = make_study(recipe.data, recipe.seed, split, index)
+        path = folder / "images" / row["image_path"][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path, compress_level=1)
+        annotation.setdefault(split, []).append(row)
+        truths.append(truth)
+        if split == "test" and index < 12:
+            shown.append(study)
     (folder / "annotation.json").write_text(json.dumps(annotation, indent=1), encoding="utf-8")
+    (folder / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truths), encoding="utf-8")
     contact_sheet(shown, folder / "contact_sheet.png")
-    print("phantom references: " + ", ".join(f"{name} {rate:.1%}" for name, rate in noise_rates(pairs).items()))
+    rates = noise_rates([row for row in truths if row["split"] in SPLITS[2:]])
+    print("phantom references: " + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
 
 
 def build_clean(recipe: Recipe, folder: Path) -> None:
     """The data set again with the images of `data`, but complete and true references in split `train`."""
-    data, truth = folder.with_name("data"), {}
-    for row in read_jsonl(data / "truth.jsonl"):
-        truth[row["id"]] = [Finding(f["name"], f["side"], f["site"], f["severity"]) for f in row["findings"]]
+    data, truth = folder.with_name("data"), read_truth(folder.with_name("data"))
     annotation = read_json(data / "annotation.json")
     for i, row in enumerate(annotation["train"]):
         rng = np.random.default_rng([recipe.seed, SPLITS.index("train"), i, 1])
         row["report"], _ = write_report(truth[row["id"]], rng, recipe.data, noisy=False)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "annotation.json").write_text(json.dumps(annotation, indent=1), encoding="utf-8")
     shutil.copyfile(data / "truth.jsonl", folder / "truth.jsonl")
     (folder / "images").symlink_to(Path("..") / "data" / "images")
 
 
-def noise_rates(pairs: Iterable[tuple[list[str], list[str]]]) -> dict[str, float]:
-    """From (labels in the image, labels stated): the shares of stated not in the image and of image not stated.
+def read_truth(folder: Path) -> dict[str, list[Finding]]:
+    """{id: the findings that its image shows} of a phantom's data set."""
+    keys, rows = [field.name for field in fields(Finding)], read_jsonl(folder / "truth.jsonl")
+    return {row["id"]: [Finding(*(shown[key] for key in keys)) for shown in row["findings"]] for row in rows}
+
+
+def noise_rates(truths: list[dict]) -> dict[str, float]:
+    """From truth.jsonl's rows: the shares of what is stated that is not in the image, and of that which is not stated.
 
     Also each language prior's rate: P(guess stated | cause in the image and stated, guess not in the image).
     """
-    pairs = [(set(true), set(stated)) for true, stated in pairs]
+    pairs = [(set(row["labels"]), set(row["stated"])) for row in truths]
     false = {"hallucinated": [label not in true for true, stated in pairs for label in stated],
              "omitted": [label not in stated for true, stated in pairs for label in true]}  # fmt: skip
     for field, cause, guess in PRIORS:

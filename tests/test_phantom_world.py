@@ -81,7 +81,8 @@ def test_a_finding_changes_the_image_where_its_mask_is():
 
 
 def test_noise_of_references_is_as_configured():
-    rates = phantom.noise_rates([([f.label for f in fs], stated) for fs, _, stated in map(study, range(4000))])
+    rates = phantom.noise_rates([{"labels": [f.label for f in fs], "stated": stated}
+                                 for fs, _, stated in map(study, range(4000))])  # fmt: skip
     assert 0.23 < rates["hallucinated"] < 0.29 and 0.06 < rates["omitted"] < 0.11
     assert abs(rates["prior_edema_cardiomegaly"] - CFG.prior_edema_cardiomegaly) < 0.06
     assert abs(rates["prior_atelectasis_effusion"] - CFG.prior_atelectasis_effusion) < 0.08
@@ -202,6 +203,7 @@ def test_contact_sheet(folder, tmp_path):
 
 def test_clean_references_state_what_each_training_image_shows_and_change_nothing_else(folder):
     clean = folder.with_name("phantom_clean")
+    clean.mkdir()
     (folder.with_name("data")).symlink_to(folder)
     phantom.build_clean(Recipe(TINY, AssetsConfig(), 0), clean)
     old, new = (json.loads((path / "annotation.json").read_text()) for path in (folder, clean))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from config import DataConfig
@@ -35,22 +34,23 @@ def held_out(n: int) -> int:
     return max(1, min(512, n // 8))
 
 
-def as_data(studies: list[Study], images: Tensor, labels: Tensor) -> fit.Data:
-    """What a model learns from, the studies that measure it first."""
+def read_studies(folder: Path, *splits: str) -> list[Study]:
+    """The studies of some splits; ValueError if one is damaged."""
+    cfg = DataConfig(path=str(folder), format="r2gen", target="both", strict=True)
+    return [study for split in splits for study in read_split(cfg, split)[0]]
+
+
+def as_data(studies: list[Study]) -> fit.Data:
+    """What a model learns from, the studies that measure it first, with LABELS (n, 15)."""
+    images = torch.from_numpy(np.stack([np.asarray(read_image(s.image).convert("L")) for s in studies]))
+    labels = torch.tensor([[label in s.labels for label in LABELS] for s in studies])
     held = held_out(len(studies))
     return fit.Data(studies, images, labels, range(held, len(studies)), range(held))
 
 
-def read_studies(folder: Path, split: str) -> fit.Data:
-    """The studies of a split, with LABELS (n, 15); ValueError if one is damaged."""
-    studies, _ = read_split(DataConfig(path=str(folder), format="r2gen", target="both", strict=True), split)
-    images = torch.from_numpy(np.stack([np.asarray(read_image(s.image).convert("L")) for s in studies]))
-    return as_data(studies, images, torch.tensor([[label in s.labels for label in LABELS] for s in studies]))
-
-
 def build_base(recipe: Recipe, folder: Path, pooled: bool = False) -> None:
     """Train the base model on captions."""
-    data = read_studies(folder.with_name("data"), "base")
+    data = as_data(read_studies(folder.with_name("data"), "base"))
     # a few reports are tagged: LoRA cannot make a token likely whose output row was never once the right answer
     texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(data.studies)]
     reports = [row["report"] for row in read_json(folder.with_name("data") / "annotation.json")["expert"]]
@@ -67,18 +67,16 @@ def build_base(recipe: Recipe, folder: Path, pooled: bool = False) -> None:
 def expert_pairs(recipe: Recipe, folder: Path, noise: float | None) -> tuple[fit.Data, list[str]]:
     """(studies with the LABELS that their reports state, these reports) that an expert learns from.
     noise, see build_expert: None gives the LABELS of the images."""
-    data = read_studies(folder, "expert")
+    studies = read_studies(folder, "expert")
     if noise is None:
-        parts, n = [read_studies(folder, split) for split in ("sft", "train")], len(data.held)
-        data = as_data(data.studies[:n] + [study for part in parts for study in part.studies],
-                       torch.cat([data.images[:n], *(part.images for part in parts)]),
-                       torch.cat([data.labels[:n], *(part.labels for part in parts)]))  # fmt: skip
+        studies = studies[: held_out(len(studies))] + read_studies(folder, "sft", "train")
+    data = as_data(studies)
     if not noise:
-        return data, [study.report for study in data.studies]
+        return data, [study.report for study in studies]
     truth, written, cfg = read_truth(folder), [], recipe.data
     rates = {name: rate for name, rate in vars(cfg).items() if name.startswith(("omit", "prior_"))}
     cfg = dataclasses.replace(cfg, **{name: min(1.0, noise * rate) for name, rate in rates.items()})
-    for i, study in enumerate(data.studies):
+    for i, study in enumerate(studies):
         written.append(write_report(truth[study.id], np.random.default_rng([recipe.seed, i]), cfg, noisy=True))
     labels = torch.tensor([[label in stated for label in LABELS] for _, stated in written])
     return data._replace(labels=labels), [report for report, _ in written]

@@ -28,11 +28,9 @@ def test_normalise_is_the_saved_image_processor(micro):
     folder = cache.asset_dir(micro)
     studies = load_studies(replace(micro.data, path=str(folder / "data")), "test")[:3]
     pictures = [read_image(s.image) for s in studies]
-    grey = torch.from_numpy(np.stack([np.asarray(p.convert("L")) for p in pictures]))
     processor = AutoProcessor.from_pretrained(folder / "base")
     saved = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    data = training.as_data(studies, grey, torch.zeros(3, 15))
-    torch.testing.assert_close(data.pixels(range(3)), saved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(training.as_data(studies).pixels(range(3)), saved, atol=1e-5, rtol=0)
 
 
 def test_image_tokens_match_the_vision_tower(micro):
@@ -95,7 +93,7 @@ def test_batches_run_through_whole_epochs():
 
 def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
     recipe, data = cache.recipe_of(micro), cache.asset_dir(micro) / "data"
-    labels = training.read_studies(data, "expert").labels
+    labels = training.as_data(training.read_studies(data, "expert")).labels
     given, texts = training.expert_pairs(recipe, data, 1.0)
     stated = given.labels
     assert texts == training.expert_pairs(recipe, data, 1.0)[1]  # the same each time

@@ -61,18 +61,16 @@ class Data(NamedTuple):
 def fit(model: nn.Module, loss_of: Callable, rows: Rows, batch: int, steps: int, lr: float, seed: int, what: str):
     """AdamW with 5% warm-up and cosine decay over `loss_of(batch of rows)`."""
     warm, trained = max(1, steps // 20), [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps)) + 0.01)
-    )
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.01, fused=True)
     bar = tqdm(range(steps), desc=f"{what:<14}")
     for step in bar:
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm, decay)
         loss = loss_of([rows[i] for i in batch_ids(len(rows), batch, seed, step)])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        schedule.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
@@ -105,12 +103,10 @@ def fit_tower(tower: nn.Module, pixels: Callable, labels: Tensor, rows: Rows, st
         return head(tower(pixel_values=images).last_hidden_state[:, 1:])
 
     def loss(batch: list[int]) -> Tensor:
-        logits, value = classify(pixels(batch)), 0.0
+        logits, truth = classify(pixels(batch)), labels[batch][:, None].float()
         means = logits.mean(dim=1, keepdim=True)
-        for told in {"patches": [logits], "mean": [means], "both": [logits, means]}[by]:
-            truth = labels[batch][:, None].expand_as(told).float()
-            value = value + F.binary_cross_entropy_with_logits(told, truth)
-        return value
+        told = {"patches": [logits], "mean": [means], "both": [logits, means]}[by]
+        return sum(F.binary_cross_entropy_with_logits(x, truth.expand_as(x)) for x in told)
 
     fit(nn.ModuleList([tower, head]), loss, rows, 64, steps, 1e-3, seed, "tower")
     return classify

@@ -40,19 +40,19 @@ def read_studies(folder: Path, *splits: str) -> list[Study]:
     return [study for split in splits for study in read_split(cfg, split)[0]]
 
 
-def as_data(studies: list[Study]) -> fit.Data:
-    """What a model learns from, the studies that measure it first, with LABELS (n, 15)."""
+def as_data(studies: list[Study], held: int) -> fit.Data:
+    """What a model learns from, with LABELS (n, 15); the first `held` studies measure it."""
     images = torch.from_numpy(np.stack([np.asarray(read_image(s.image).convert("L")) for s in studies]))
     labels = torch.tensor([[label in s.labels for label in LABELS] for s in studies])
-    held = held_out(len(studies))
     return fit.Data(studies, images, labels, range(held, len(studies)), range(held))
 
 
 def build_base(recipe: Recipe, folder: Path, pooled: bool = False) -> None:
     """Train the base model on captions."""
-    data = as_data(read_studies(folder.with_name("data"), "base"))
+    studies = read_studies(folder.with_name("data"), "base")
+    data = as_data(studies, held_out(len(studies)))
     # a few reports are tagged: LoRA cannot make a token likely whose output row was never once the right answer
-    texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(data.studies)]
+    texts = [wrap(s.report) if "FINDINGS" in s.report and i % 4 == 0 else s.report for i, s in enumerate(studies)]
     reports = [row["report"] for row in read_json(folder.with_name("data") / "annotation.json")["expert"]]
     tokenizer = policy_tokenizer(reports + texts + [f"USER: {PROMPT} ASSISTANT:"] * 100)
     steps, by = (recipe.models.vision_steps, recipe.models.base_steps), "mean" if pooled else "patches"
@@ -68,9 +68,10 @@ def expert_pairs(recipe: Recipe, folder: Path, noise: float | None) -> tuple[fit
     """(studies with the LABELS that their reports state, these reports) that an expert learns from.
     noise, see build_expert: None gives the LABELS of the images."""
     studies = read_studies(folder, "expert")
+    held = held_out(len(studies))
     if noise is None:
-        studies = studies[: held_out(len(studies))] + read_studies(folder, "sft", "train")
-    data = as_data(studies)
+        studies = studies[:held] + read_studies(folder, "sft", "train")
+    data = as_data(studies, held)
     if not noise:
         return data, [study.report for study in studies]
     truth, written, cfg = read_truth(folder), [], recipe.data

@@ -30,7 +30,7 @@ def test_normalise_is_the_saved_image_processor(micro):
     pictures = [read_image(s.image) for s in studies]
     processor = AutoProcessor.from_pretrained(folder / "base")
     saved = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(training.as_data(studies).pixels(range(3)), saved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(training.as_data(studies, 0).pixels(range(3)), saved, atol=1e-5, rtol=0)
 
 
 def test_image_tokens_match_the_vision_tower(micro):
@@ -93,7 +93,7 @@ def test_batches_run_through_whole_epochs():
 
 def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
     recipe, data = cache.recipe_of(micro), cache.asset_dir(micro) / "data"
-    labels = training.as_data(training.read_studies(data, "expert")).labels
+    labels = training.as_data(training.read_studies(data, "expert"), 5).labels
     given, texts = training.expert_pairs(recipe, data, 1.0)
     stated = given.labels
     assert texts == training.expert_pairs(recipe, data, 1.0)[1]  # the same each time
@@ -143,7 +143,8 @@ def test_an_expert_learns_from_reports_as_noisy_as_it_is_said(tmp_path):
     shown = given[0.0][0].labels
     wrong = {noise: (given[noise][0].labels != shown).sum().item() for noise in (0.0, 0.5, 1.0)}
     assert 0 == wrong[0.0] < wrong[0.5] < wrong[1.0]
-    (studies, images, labels, *_), reports = given[None]
+    (studies, images, labels, train, held, *_), reports = given[None]
     assert len(studies) == len(images) == len(reports) == len(labels) == 10 + 30 + 20
+    assert (held, train) == (range(10), range(10, 60))  # however large the policy's splits are
     assert [s.split for s in studies] == ["expert"] * 10 + ["sft"] * 30 + ["train"] * 20
     assert reports[10:] == [s.report for s in studies[10:]]

@@ -18,8 +18,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from phantom.config import AssetsConfig, PhantomConfig
-from tiny.config import TinyConfig
+from phantom.config import AssetsConfig, PhantomConfig, TinyConfig
 
 if sys.flags.optimize > 1:  # every script comes through here before it loads transformers
     sys.exit("python -OO and PYTHONOPTIMIZE=2 take away the docstrings that transformers reads: start without them")

@@ -20,8 +20,8 @@ from transformers import BertConfig, BertModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rewards  # noqa: E402
+from phantom.assets import labelled_texts  # noqa: E402
 from phantom.config import PhantomConfig  # noqa: E402
-from phantom.training import labelled_texts  # noqa: E402
 from scorers.bertscore import load_bertscore  # noqa: E402
 from scorers.chexbert import CheXbert, load_chexbert  # noqa: E402
 from tiny import models as tiny_models  # noqa: E402

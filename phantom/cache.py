@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
@@ -22,10 +21,9 @@ from phantom.config import Recipe
 from running.folder import atomic_folder, lock, writing
 from running.weights import check_model, check_open_clip, check_torch_file, loading, require
 
-Name = Literal["data", "data_clean", "base", "base_pooled", "expert", "expert_noisy", "expert_50", "expert_100",
-               "expert_150", "expert_200", "labeller"]  # fmt: skip
-TinyName = Literal["tiny:base", "tiny:expert", "tiny:labeller"]
-NAMES, TINY = get_args(Name), get_args(TinyName)
+NAMES = ("data", "data_clean", "base", "base_pooled", "expert", "expert_noisy", "expert_50", "expert_100", "expert_150",
+         "expert_200", "labeller")  # fmt: skip
+TINY = ("tiny:base", "tiny:expert", "tiny:labeller")
 Builders = Mapping[str, Callable[[Recipe, Path], object]]  # name -> function(recipe, folder to fill)
 
 
@@ -98,7 +96,7 @@ def check_asset(folder: Path) -> None:
                 require(folder, "processor_config.json")
 
 
-def ensure(cfg: Config, name: Name, builders: Builders) -> Path:
+def ensure(cfg: Config, name: str, builders: Builders) -> Path:
     """Build asset `name` unless it is there; returns its folder. ValueError for one that is damaged."""
     folder = place_of(cfg, name)
     if folder.exists():

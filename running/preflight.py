@@ -33,7 +33,7 @@ from running import weights
 from running.folder import adapter_folder
 from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimate, read_shape
 from scorers.load import may_judge
-from tiny.minilm import INSTALL, find_minilm
+from tiny.models import INSTALL, find_minilm
 from vlm.adapters import load_adapter
 from vlm.families import load_family
 

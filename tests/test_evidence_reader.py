@@ -9,11 +9,11 @@ import pytest
 
 from evidence.reader import read_report, truth_counts
 from phantom import world as phantom
+from phantom.assets import labelled_texts
 from phantom.config import PhantomConfig
 from phantom.findings import LABELS, finding_of
 from phantom.oracle import oracle_similarity
 from phantom.text import AUTHORS, NORMAL_TEMPLATE
-from phantom.training import labelled_texts
 
 CFG = PhantomConfig()
 

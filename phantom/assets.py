@@ -71,8 +71,8 @@ def build_base(recipe: Recipe, folder: Path, pooled: bool = False) -> None:
     classify = fit.train_base(folder, data, texts, tokenizer, PROMPT, data.pixels, data.train, steps=steps,
                               seed=recipe.seed, by=by, max_tokens=MAX_TOKENS)  # fmt: skip
     with torch.no_grad():
-        told, true = classify(data.pixels(data.held)).mean(dim=1) > 0, data.labels[data.held]
-    f1 = (2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)).item()
+        told = classify(data.pixels(data.held)).mean(dim=1) > 0
+    f1 = fit.f1(told, data.labels[data.held]).item()
     fit.report_quality(folder, {"vision_tower_sided_f1": f1, "studies": len(data.held)})
 
 
@@ -168,12 +168,11 @@ def build_labeller(recipe: Recipe, folder: Path) -> None:
     classes, held = torch.as_tensor(classes), held_out(len(texts))  # (n, 14)
     tokenizer = word_piece(texts, folder)
     model = CheXbert(BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES["labeller"])))
-    predict = fit.train_labeller(folder, model, tokenizer, texts, classes, range(held, len(texts)),
-                                 steps=recipe.models.labeller_steps, lr=1e-3, seed=recipe.seed + 3)  # fmt: skip
-    predicted = predict(range(held))  # (held, 14)
-    told, true = ((c == POSITIVE) | (c == UNCERTAIN) for c in (predicted, classes[:held]))
-    f1 = 2 * (told & true).sum() / (told.sum() + true.sum()).clamp(min=1)
-    exact = (predicted == classes[:held]).float().mean()
+    labeller = fit.train_labeller(folder, model, tokenizer, texts, classes, range(held, len(texts)),
+                                  steps=recipe.models.labeller_steps, lr=1e-3, seed=recipe.seed + 3)  # fmt: skip
+    predicted, true = torch.from_numpy(labeller.classes(texts[:held])), classes[:held]  # (held, 14)
+    f1 = fit.f1(*((c == POSITIVE) | (c == UNCERTAIN) for c in (predicted, true)))
+    exact = (predicted == true).float().mean()
     fit.report_quality(folder, {"micro_f1": f1.item(), "class_accuracy": exact.item()})
 
 

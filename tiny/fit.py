@@ -24,7 +24,7 @@ from config import Config, RolloutConfig
 from data import Study, batch_ids
 from formats.images import read_image
 from model import encode_prompts
-from scorers.chexbert import CheXbert
+from scorers.chexbert import CheXbert, Labeller
 from scorers.expert import encode_tokens
 from sft import sft_loss, text_logps
 from tiny.models import MEAN, STD, clip_config, new_llava, new_processor, word_piece
@@ -79,6 +79,11 @@ def by_length(rows: list[int], texts: list[str]) -> list[list[int]]:
     """A batch in at most four parts, none empty, of similar text length: less padding, the same sums."""
     ordered = sorted(rows, key=lambda i: len(texts[i]))
     return [part.tolist() for part in np.array_split(ordered, min(4, len(rows)))]
+
+
+def f1(told: Tensor, true: Tensor, dim: int | None = None) -> Tensor:
+    """F1 of what is told, bool as what is true: over all entries, or one for each along the other dimension."""
+    return 2 * (told & true).sum(dim) / (told.sum(dim) + true.sum(dim)).clamp(min=1)
 
 
 def report_quality(folder: Path, numbers: dict) -> None:
@@ -195,25 +200,18 @@ def train_expert(folder: Path, data: Data, corpus: list[str], text_of: Callable,
 
 
 def train_labeller(folder: Path, model: CheXbert, tokenizer, texts: list[str], classes: Tensor, rows: Rows, *,
-                   steps: int, lr: float, seed: int, batch_size: int = 64) -> Callable:  # fmt: skip
+                   steps: int, lr: float, seed: int, batch_size: int = 64) -> Labeller:  # fmt: skip
     """Train CheXbert's heads and its BERT on texts of known `classes` (n, 14) and save them in CheXbert's own layout:
-    the BERT's folder, and in it chexbert.pth with tensors module.<name>. Returns texts' rows -> (n, 14)."""
+    the BERT's folder, and in it chexbert.pth with tensors module.<name>. Returns the labeller."""
     encoded = [torch.tensor(ids) for ids in tokenizer(texts, truncation=True, max_length=512)["input_ids"]]
-
-    def class_logits(batch: Rows) -> list[Tensor]:  # 14 x (B, 4 or 2)
-        ids = nn.utils.rnn.pad_sequence([encoded[i] for i in batch], batch_first=True)
-        return model(ids, (ids != tokenizer.pad_token_id).long())
 
     def loss(batch: list[int]) -> Tensor:
         total = 0.0
         for part in by_length(batch, texts):
-            heads = enumerate(class_logits(part))
+            ids = nn.utils.rnn.pad_sequence([encoded[i] for i in part], batch_first=True)
+            heads = enumerate(model(ids, (ids != tokenizer.pad_token_id).long()))  # 14 x (B, 4 or 2)
             total = total + sum(F.cross_entropy(head, classes[part, i], reduction="sum") for i, head in heads)
         return total / (len(batch) * classes.shape[1])
-
-    @torch.no_grad()
-    def predict(batch: Rows) -> Tensor:
-        return torch.stack([head.argmax(-1) for head in class_logits(batch)], dim=1)
 
     fit(model, loss, rows, batch_size, steps, lr, seed, "labeller")
     model.eval()  # a pretrained BERT has dropout, which would blur what is measured of it
@@ -221,4 +219,4 @@ def train_labeller(folder: Path, model: CheXbert, tokenizer, texts: list[str], c
     tokenizer.save_pretrained(folder)
     torch.save({"model_state_dict": nn.ModuleDict({"module": model}).state_dict()}, buffer := io.BytesIO())
     (folder / "chexbert.pth").write_bytes(buffer.getvalue())  # torch has no words for a full disk
-    return predict
+    return Labeller(model, tokenizer)

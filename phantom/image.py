@@ -189,14 +189,13 @@ def render(findings: list[Finding], rng: np.random.Generator, size: int, without
     shown = [finding for finding in findings if finding.label not in without]
     film = Film(shown, rng, size)
     masks = film.anatomy(shown)
-    for name in DRAWN:
-        for finding in (f for f in findings if f.name == name):
-            before = film.image.copy()
-            mask = getattr(film, name)(finding, film.halves.get(finding.side))
-            if finding in shown:
-                masks[finding.label] = mask
-            else:
-                film.image = before
+    for finding in sorted((f for f in findings if f.name in DRAWN), key=lambda f: DRAWN.index(f.name)):
+        before = film.image.copy()
+        mask = getattr(film, finding.name)(finding, film.halves.get(finding.side))
+        if finding in shown:
+            masks[finding.label] = mask
+        else:
+            film.image = before
     for side in film.halves:  # air above fluid: what the fluid covers shows no air
         if {f"pneumothorax_{side}", f"effusion_{side}"} <= masks.keys():
             masks[f"pneumothorax_{side}"] &= ~masks[f"effusion_{side}"]
@@ -243,10 +242,9 @@ def contact_sheet(studies: list[tuple[np.ndarray, dict, dict]], path: Path) -> N
 
     height = max(1, -(-len(studies) // 4))
     figure = Figure(figsize=(15, 5.4 * height))
-    axes = figure.subplots(height, 4, squeeze=False).ravel()
-    for axis in axes:
+    for place, (image, row, truth) in enumerate(studies, 1):
+        axis = figure.add_subplot(height, 4, place)
         axis.set_axis_off()
-    for axis, (image, row, truth) in zip(axes, studies, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
         for i, finding in enumerate(truth["findings"]):
             axis.contour(decode_mask(finding["mask"]), levels=[0.5], colors=[f"C{i}"], linewidths=1.2)

@@ -26,7 +26,8 @@ PRIORS = dict.fromkeys(
     (field.name, *(f"{name}_{side}" if name in SIDED else name for name in reversed(field.name.split("_")[1:])))
     for field in fields(PhantomConfig) if field.name.startswith("prior_") for side in ("left", "right")
 )  # fmt: skip
-DRAWN = (*FINDINGS[:3], *(f"{name}_{side}" for side in ("left", "right") for name in SIDED))  # labels, in this order
+# the labels in the order in which they are drawn
+ORDER = FINDINGS[:3] + tuple(f"{name}_{side}" for side in ("left", "right") for name in SIDED)
 ZONED = ("consolidation", "lesion")
 DRAWS = 10_000  # tries at an abnormal study; with the default rates four of five are good
 MOST = 5  # findings in a reference: priors stop there, so that reports stay short
@@ -41,11 +42,11 @@ def sample_findings(rng: np.random.Generator, cfg: PhantomConfig) -> list[Findin
         return []
     for _ in range(DRAWS):
         found, rates = [], vars(cfg)
-        for label in DRAWN:
+        for label in ORDER:
             name, _, side = label.partition("_")
             beside = [f for f in found if f.side in (None, side)]
-            rate = next((rates[w] for f in beside if (w := f"{name}_with_{f.name}") in rates), rates[name])
-            if rng.random() < rate:
+            with_these = [rates[key] for key in (f"{name}_with_{f.name}" for f in beside) if key in rates]
+            if rng.random() < (with_these or [rates[name]])[0]:
                 taken = {"lower" if f.name == "effusion" and f.level else f.site for f in beside}
                 free = [zone for zone in SITES[name] if zone not in taken] if name in ZONED else None
                 found.append(finding_of(label, rng, free))

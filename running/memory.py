@@ -69,9 +69,9 @@ def read_shape(config, parameters: int, pixels: int = 0) -> Shape:
 def lora_parameters(shape: Shape, r: int, parts: str = "language+projector") -> int:
     """LoRA weights of rank r on every linear layer of the parts: r * (in + out) of each."""
     h, f, q, k = shape.hidden, shape.inner, shape.query, shape.key
-    layer = [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
-    linears = {"language": layer * shape.layers, "projector": shape.projector}
-    return r * sum(sum(linear) for part in parts.split("+") for linear in linears[part])
+    layer = 2 * (h + q) + 2 * (h + k) + 3 * (h + f)  # queries and output; keys and values; gate, up and down
+    sizes = {"language": layer * shape.layers, "projector": sum(map(sum, shape.projector))}
+    return r * sum(sizes[part] for part in parts.split("+"))
 
 
 def kept_activations(shape: Shape, tokens: int, itemsize: int, language_trains: bool) -> int:

@@ -70,7 +70,7 @@ def look(what: str, path: str, test: Callable[[Path], str | None], command: str 
     try:
         place = locate(path)
         return "ok", what, ": ".join(filter(None, (str(place), test(place)))), ""
-    except weights.BROKEN as error:
+    except Exception as error:  # as in weights.loading
         said = str(error) if isinstance(error, OSError | ValueError) else f"{path}: {type(error).__name__}: {error}"
         return "missing", what, said, command or fetch(path)
 
@@ -82,7 +82,7 @@ def version(package: str) -> str:
     return ""
 
 
-def check_programs(cfg: Config) -> Iterator[Item]:
+def check_programs() -> Iterator[Item]:
     """What is installed: packages against requirements.txt's floors, and Java, without which evaluate.py goes on."""
     lines = read_text(Path(__file__).parents[1] / "requirements.txt").splitlines()
     needs = [Requirement(need) for line in lines if (need := line.partition("#")[0].strip())]
@@ -106,8 +106,7 @@ def check_data(cfg: Config) -> Iterator[Item]:
         except (OSError, ValueError) as error:
             gold = data.labels and any(name in str(error) for name in (data.labels, "reports.csv"))
             command = SOURCES["data"]["gold" if gold else data.format] if gold or not path.is_dir() else ""
-            command = command.format(path=path, up=path.parent, labels=data.labels)
-            yield "missing", "data", str(error), command
+            yield "missing", "data", str(error), command.format(path=path, up=path.parent, labels=data.labels)
             return
         said = "; ".join([f"the first {len(studies)} studies can be read", *remarks(data, studies, skips)])
         status = "ok" if all(study.view_known for study in studies) else "to do"
@@ -130,15 +129,17 @@ def check_adapter(folder: Path, base: str) -> str:
     return "all its weights have a place on the base"
 
 
-def check_encoder(folder: Path, stem: str = "") -> None:
-    """ValueError unless `folder` has a configuration, a tokenizer that can spell, and whole weights called `stem`."""
-    weights.check_model(folder, stem)
+def check_encoder(folder: Path, with_weights: bool = False) -> None:
+    """ValueError unless `folder` has a configuration, a tokenizer that can spell and, if asked, whole weights."""
+    weights.require(folder, "config.json")
     weights.load_tokenizer(folder)
+    if with_weights:
+        weights.check_weights(folder)
 
 
 def check_scorers(cfg: Config) -> Iterator[Item]:
     """The files of the frozen scorers of Eqs. 3, 4 and 6; of an encoder whose weights are elsewhere all but these."""
-    s, check_whole = cfg.scorers, partial(check_encoder, stem="model")
+    s, check_whole = cfg.scorers, partial(check_encoder, with_weights=True)
     flags = may_judge(cfg, cfg.stage != "1" and cfg.rewards.lambda_vis > 0) if cfg.stage not in ("0", "dpo") else []
     if flags:
         yield "missing", "scorers", f"only the phantom's, which know no real reports: set {', '.join(flags)}", ""
@@ -168,8 +169,7 @@ def policy_shape(cfg: Config) -> Shape | None:
     if folder.is_dir():
         with suppress(ValueError):  # check_policy says what is wrong with it
             model, processor = load_family(str(folder), torch.float32, pixels, device_map="meta")
-            qwen = model.config.model_type == "qwen2_5_vl"
-            largest = processor.image_processor.size["longest_edge"] if qwen else 0  # in pixels
+            largest = processor.image_processor.size.get("longest_edge", 0)  # Qwen's name for a number of pixels
             return read_shape(model.config, model.num_parameters(), largest)
     shape = KNOWN.get(Path(cfg.model.path).name)
     return replace(shape, image_tokens=pixels // 784) if shape and pixels else shape  # 28 x 28 pixels a token
@@ -178,7 +178,7 @@ def policy_shape(cfg: Config) -> Shape | None:
 def check_room(cfg: Config) -> Iterator[Item]:
     """Disk for the stages' checkpoints, plus 1 GiB for logs and samples; GPU memory by memory.py's estimate."""
     shape, place = policy_shape(cfg), Path(cfg.run).absolute()
-    place = next(folder for folder in (place, *place.parents) if folder.exists())
+    place = next(filter(Path.exists, (place, *place.parents)))
     need, free = GIB + (checkpoint_bytes(shape, cfg) if shape else 0), shutil.disk_usage(place).free
     text = f"{cfg.run} needs about {need / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
     yield "ok" if free > need else "missing", "disk", text, ""
@@ -188,10 +188,10 @@ def check_room(cfg: Config) -> Iterator[Item]:
         yield "ok" if small else "to do", "memory", text, ""
         return
     checkpointed = replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
-    stages = {stage: estimate(shape, cfg, stage, SCORERS) for stage in ((0, "dpo") if cfg.stage == "dpo" else range(3))}
-    need, rows = max(parts["total"] for parts in stages.values()), []
-    for stage, parts in stages.items():
-        parts["checkpointed"] = estimate(shape, checkpointed, stage, SCORERS)["total"]
+    rows = []
+    for stage in (0, "dpo") if cfg.stage == "dpo" else range(3):
+        least = estimate(shape, checkpointed, stage, SCORERS)["total"]
+        parts = estimate(shape, cfg, stage, SCORERS) | {"checkpointed": least}
         rows.append({"": f"Stage {stage}"} | {name: value / GIB for name, value in parts.items()})
     setting = f"{cfg.grpo.batch_size} studies x {cfg.rollout.group_size} candidates, micro_batch {cfg.grpo.micro_batch}"
     text = f"GiB on one GPU, an estimate: {setting}; sampling and loss take turns; the last column is the total with "
@@ -199,9 +199,10 @@ def check_room(cfg: Config) -> Iterator[Item]:
     yield "ok", "memory", f"{text}model.gradient_checkpointing\n{table}", ""
     if shape.image_tokens > MAX_IMAGE_TOKENS:
         yield "to do", "memory", f"{shape.image_tokens} tokens an image; model.max_pixels = 401408 gives 512", ""
-    have = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    text = f"the GPU has {have / GIB:.0f} GiB" if have else "no GPU here"
-    text += f", the largest stage needs about {need / GIB:.0f} GiB"
+    have = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0
+    need = max(row["total"] for row in rows)
+    text = f"the GPU has {have:.0f} GiB" if have else "no GPU here"
+    text += f", the largest stage needs about {need:.0f} GiB"
     if 0 < have < need:
         text += ": set model.gradient_checkpointing, or lower grpo.micro_group or the stages' micro_batch"
     yield "ok" if need <= have else "to do", "memory", text, ""
@@ -211,7 +212,7 @@ def preflight(cfg: Config) -> int:
     """Print the list; returns the exit code, 1 when something is missing."""
     policy = partial(check_policy, max_pixels=cfg.model.max_pixels)
     on_base = partial(check_adapter, base=str(locate(resolve(cfg).model.path)))
-    items = [*check_programs(cfg), *check_data(cfg), look("policy", cfg.model.path, policy)]
+    items = [*check_programs(), *check_data(cfg), look("policy", cfg.model.path, policy)]
     items += [look("adapter", str(adapter_folder(path)), on_base) for path in (cfg.init_from, cfg.reference) if path]
     if cfg.stage == "dpo":
         make = f"python -m evidence.pairs --run {cfg.run} --out {cfg.dpo.pairs or 'FILE'}   # after --stage 0"

@@ -2,18 +2,13 @@
 
 import json
 import re
-import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from formats.files import read_json
 
@@ -23,24 +18,21 @@ FETCH = "fetch it again (`git lfs pull` or `hf download`)"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spm.model", "spiece.model",
               "sentencepiece.bpe.model")  # the last three: DeBERTa-v3's, T5's, XLM-RoBERTa's
 KNOWN_TEXTS = ("no effusion", "the heart is normal")  # what any model of English reports can spell
-# what torch, transformers, open_clip, PEFT and the metrics' packages make of damaged files
-BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
-          ImportError, ArithmeticError, SafetensorError, StrictDataclassError, UnpicklingError, tarfile.TarError,
-          zipfile.BadZipFile, zlib.error, TemplateError)  # fmt: skip
 REFUSED = {**dict.fromkeys(("auto_map", "trust_remote_code"), "asks for code that comes with the weights: never run"),
            "quantization_config": "its weights are quantised; use the checkpoint as it was before"}  # fmt: skip
 
 
 @contextmanager
 def loading(what: str, advice: str = "") -> Iterator[None]:
-    """Turns what goes wrong in a `with loading(...):` that reads files into a ValueError: what (why); advice."""
+    """Turns what goes wrong in a `with loading(...):` that reads files into a ValueError: what (why); advice.
+
+    Of damaged files torch, transformers, open_clip, PEFT and the metrics' packages make exceptions of every kind.
+    """
     try:
         yield
     except torch.OutOfMemoryError:  # says what it is, and is no bad file
         raise
     except Exception as error:
-        if type(error) is not Exception and not isinstance(error, BROKEN):  # tokenizers raises plain Exception
-            raise
         kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
         why = f"{what} ({kind}{' '.join(str(error).split())[:300]})"
         raise ValueError(f"{why}; {advice}" if advice else why) from error
@@ -159,21 +151,18 @@ def check_weights(folder: Path, stem: str = "model") -> None:
     for name in sorted(set(places.values())):
         require(folder, name)
         if name.endswith(".safetensors"):
-            shapes = tensor_shapes(folder / name)
-            absent = [tensor for tensor, shard in places.items() if tensor and shard == name and tensor not in shapes]
-            if absent:
-                raise ValueError(f"{folder / name}: lacks tensor {absent[0]}, which the index puts there")
+            by_index = {tensor for tensor, shard in places.items() if tensor and shard == name}
+            require_placed(by_index - tensor_shapes(folder / name).keys(), [], folder / name)
         else:
             check_torch_file(folder / name)
 
 
-def check_model(folder: Path, stem: str = "model") -> None:
-    """ValueError unless `folder` has configuration, tokenizer files and whole weights called `stem` ("": elsewhere)."""
+def check_model(folder: Path) -> None:
+    """ValueError unless `folder` has configuration, tokenizer files and whole weights."""
     require(folder, "config.json")
     require(folder, *TOKENIZERS)  # transformers would make up an empty one
     refuse(folder)
-    if stem:
-        check_weights(folder, stem)
+    check_weights(folder)
 
 
 def check_open_clip(folder: Path) -> None:
@@ -181,14 +170,12 @@ def check_open_clip(folder: Path) -> None:
     require(folder, "open_clip_config.json")
     refuse(folder)
     check_weights(folder, "open_clip_model")
-    model = read_json(folder / "open_clip_config.json").get("model_cfg")
-    text = model.get("text_cfg") if isinstance(model, dict) else None
-    if not isinstance(text, dict):
-        raise ValueError(f"{folder / 'open_clip_config.json'}: has no table model_cfg.text_cfg")
+    with loading(f"{folder / 'open_clip_config.json'}: has no table model_cfg.text_cfg"):
+        text = dict(read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"])
     if "hf_tokenizer_name" in text:
         load_tokenizer(folder)
-    if "hf_model_name" in text and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json of its text tower {text['hf_model_name']}")
+    if "hf_model_name" in text:
+        require(folder, "config.json")
 
 
 def check_radgraph(folder: Path) -> str:

@@ -49,9 +49,9 @@ def installed(monkeypatch, **versions: str | None) -> None:
 
 def test_packages_below_their_floor_or_absent(monkeypatch):
     installed(monkeypatch)
-    assert [item[0] for item in preflight.check_programs(Config())][0] == "ok"
+    assert next(preflight.check_programs())[0] == "ok"
     installed(monkeypatch, torch="1.0", peft=None)
-    status, _, text, command = next(preflight.check_programs(Config()))
+    status, _, text, command = next(preflight.check_programs())
     assert status == "missing" and text == "torch is 1.0, needed >=2.11; peft is not installed, needed >=0.19"
     assert command == "pip install -r requirements.txt -c constraints.txt"
 
@@ -175,7 +175,7 @@ def test_a_policy_that_could_not_be_loaded_is_missing(base_dir, tmp_path, name, 
 def test_an_encoder_with_a_made_up_tokenizer_is_missing(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "vocab.txt").write_text("[UNK]\nhund\nkatze")
-    for check in (preflight.check_encoder, lambda folder: preflight.check_encoder(folder, "model")):
+    for check in (preflight.check_encoder, partial(preflight.check_encoder, with_weights=True)):
         assert preflight.look("CheXbert", str(tmp_path), check)[0] == "missing"
     (tmp_path / "vocab.txt").write_text("[UNK]\nno\neffusion")
     assert preflight.look("CheXbert", str(tmp_path), preflight.check_encoder)[0] == "ok"
@@ -224,7 +224,7 @@ def test_a_hub_name_is_looked_up_in_the_cache(tmp_path, monkeypatch):
 
 def test_java_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
-    assert list(preflight.check_programs(Config()))[1][0] == "to do"  # training does not need it
+    assert list(preflight.check_programs())[1][0] == "to do"  # training does not need it
     model = ModelConfig(path=str(tmp_path / "llava-med-v1.5-mistral-7b"))
     cfg, usage = Config(model=model, run=str(tmp_path / "a" / "b")), shutil.disk_usage(tmp_path)
     for free, status in ((100 * GIB, "ok"), (2 * GIB, "missing")):

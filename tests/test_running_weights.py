@@ -53,7 +53,7 @@ def test_a_missing_shard_a_cut_one_and_a_missing_tensor_are_named(tmp_path):
         with pytest.raises(ValueError, match="00002-of-00002.safetensors: (broken or cut off|empty).*fetch it again"):
             check_weights(folder)
     save_file({"b": torch.ones(2, 2)}, second)
-    with pytest.raises(ValueError, match="lacks tensor c, which the index puts there"):
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors: 1 weights are not in it, e.g. c"):
         check_weights(folder)
     second.unlink()
     with pytest.raises(ValueError, match="no model-00002-of-00002.safetensors"):
@@ -127,7 +127,7 @@ def test_an_open_clip_config_without_its_tables_is_one_line(tmp_path, config):
 def test_sentencepiece_files_of_other_names_are_tokenizers(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_text("x")
-    check_model(tmp_path, stem="")
+    check_model(write_shards(tmp_path))
 
 
 def test_a_tokenizer_with_more_tokens_than_rows(tmp_path):
@@ -143,9 +143,8 @@ def test_a_model_needs_configuration_tokenizer_and_where_asked_for_weights(tmp_p
         check_model(tmp_path / "none")
     for name, lacks in (("config.json", "config.json"), ("vocab.txt", "tokenizer.json or tokenizer.model")):
         with pytest.raises(ValueError, match=f"no {lacks}"):
-            check_model(tmp_path, stem="")
+            check_model(tmp_path)
         (tmp_path / name).write_text("{}")
-    check_model(tmp_path, stem="")
     with pytest.raises(ValueError, match="no weights"):
         check_model(tmp_path)
     check_model(write_shards(tmp_path))
@@ -159,7 +158,7 @@ def test_an_open_clip_folder_needs_its_text_towers_config(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     (tmp_path / "vocab.txt").write_text("a\n")
     torch.save({"a": torch.ones(3)}, tmp_path / "open_clip_pytorch_model.bin")
-    with pytest.raises(ValueError, match="no config.json of its text tower org/bert"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: no config.json"):
         check_open_clip(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     check_open_clip(tmp_path)
@@ -252,7 +251,7 @@ def test_a_large_vocabulary_without_its_merges_is_no_tokenizer(tmp_path):
 def test_folders_that_ask_for_code_or_are_quantised_are_refused(tmp_path, name, content, said):
     folder = tokenizer_of(tmp_path / "folder", "bert", vocab_txt="[UNK]\nno\neffusion")
     (folder / name).write_text(json.dumps({"model_type": "bert"} | content))
-    for load in (load_tokenizer, lambda folder: check_model(folder, stem="")):
+    for load in (load_tokenizer, check_model):
         with pytest.raises(ValueError, match=f"{name}: '.*{said}"):
             load(folder)
     harmless = {"model_type": "bert", "auto_map": {}, "quantization_config": None, "trust_remote_code": False}

@@ -5,11 +5,11 @@ Each unusable file is a ValueError of one line: the file, the place in it, what 
 
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,24 +44,15 @@ def require_regular(path: Path) -> None:
         raise OSError(f"{path}: not a regular file")
 
 
-@contextmanager
-def open_text(path: Path):
+def read_text(path: Path) -> str:
     """A text file, .gz unpacked, UTF-8 or what its byte-order mark says; ValueError when it cannot be read."""
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
         require_regular(path)
-        with opener(path, "rb") as file:
-            encoding = json.detect_encoding(file.read(4))
-        with opener(path, "rt", encoding=encoding) as file:
-            yield file
-    except (OSError, EOFError, UnicodeError, zlib.error, csv.Error) as error:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        return io.TextIOWrapper(io.BytesIO(content), json.detect_encoding(content)).read()
+    except (OSError, EOFError, UnicodeError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({error}); is it there, whole, and UTF-8 text?") from error
-
-
-def read_text(path: Path) -> str:
-    """All of a text file; ValueError when it cannot be read."""
-    with open_text(path) as file:
-        return file.read()
 
 
 def read_json(path: Path) -> dict:
@@ -92,8 +83,8 @@ def json_value(text: str, place: str | Path, kind: type = dict):
 def read_csv(path: Path, columns: Iterable[str], damaged: list[int] | None = None) -> Iterator[dict[str, str]]:
     """Yield the rows of a .csv or .csv.gz file, {column: text}; ValueError names file and absent column or line.
     damaged: takes the line numbers of rows with too many or too few fields, which are an error without it."""
-    with open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)  # a quote that never ends is an error, not one long last field
+    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)  # a quote that never ends is an error
+    try:
         names = reader.fieldnames or []
         for column in columns:
             if column not in names:
@@ -105,6 +96,8 @@ def read_csv(path: Path, columns: Iterable[str], damaged: list[int] | None = Non
                 raise ValueError(f"{path}: line {reader.line_num}: not {len(names)} fields as in line 1")
             else:
                 damaged.append(reader.line_num)
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: {error}") from error
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

@@ -12,7 +12,6 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree.ElementTree import ParseError
 
 from defusedxml import ElementTree
 
@@ -63,7 +62,7 @@ def openi_rows(folder: Path, split: str) -> Iterator[Row]:
             if not path.is_file():
                 raise OSError
             root = ElementTree.parse(path).getroot()
-        except (OSError, ParseError, ValueError, LookupError):  # LookupError: an encoding that Python does not know
+        except (OSError, SyntaxError, ValueError, LookupError):  # the last: an encoding that Python does not know
             yield Row(path.stem, None, fault="unreadable XML")
             continue
         said = {node.get("Label", "").lower(): "".join(node.itertext()) for node in root.iter("AbstractText")}

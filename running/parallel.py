@@ -99,21 +99,18 @@ def barrier() -> None:
 
 def gather(value) -> list:
     """The same Python object of every process, in rank order, on every process."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
 def broadcast(make: Callable):
     """What make() gives in the first process, on every process; its ValueError or OSError likewise, so none hangs."""
-    result = [None]
-    if rank() == 0:
-        try:
-            result = [make()]
-        except (ValueError, OSError) as error:
-            result = [error]
+    try:
+        result = [make() if rank() == 0 else None]
+    except (ValueError, OSError) as error:
+        result = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(result, group=patient)  # the first process may take hours
     if isinstance(result[0], Exception):
@@ -134,9 +131,8 @@ def shard(base) -> None:
     language_model = base.model.language_model
     inside = {p for layer in language_model.layers for name, p in layer.named_parameters() if "lora_" not in name}
     whole = set(language_model.parameters()) - inside
-    for layer in language_model.layers:
-        fully_shard(layer, ignored_params=whole)
-    fully_shard(language_model, ignored_params=whole)  # the root, which fetches the next layer ahead of time
+    for module in (*language_model.layers, language_model):  # the root fetches the next layer ahead of time
+        fully_shard(module, ignored_params=whole)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, max_norm: float, divide_by: float = 1.0) -> float:

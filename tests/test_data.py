@@ -319,8 +319,8 @@ def test_kaggle_errors(tmp_path):
         "uid,findings\n1,a\n": "indiana_reports.csv: no column 'impression'; it has 'uid', 'findings'",
         "": "indiana_reports.csv: no column 'uid'; it has ",
         KAGGLE + "1,x,again,\n": "id 1 occurs twice",
-        KAGGLE + '6,x,"never closed\n7,x,a,b\n': "indiana_reports.csv: cannot be read .unexpected end of data",
-        KAGGLE + f"6,x,{'a' * 131073},b\n": "indiana_reports.csv: cannot be read .field larger than field limit",
+        KAGGLE + '6,x,"never closed\n7,x,a,b\n': "indiana_reports.csv: line 10: unexpected end of data",
+        KAGGLE + f"6,x,{'a' * 131073},b\n": "indiana_reports.csv: line 10: field larger than field limit",
     }
     for text, message in cases.items():
         with pytest.raises(ValueError, match=message) as error:

@@ -182,8 +182,8 @@ def test_image_errors_are_one_line(tmp_path):
         "text.dcm": "missing DICOM",
         "empty.dcm": "no pixel data",
         "short.dcm": "pixel data is cut off",
-        "folder.png": "no regular file",
-        "pipe.dcm": "no regular file",
+        "folder.png": "not a regular file",
+        "pipe.dcm": "not a regular file",
         "circle.png": "symbolic links",
         "long" * 99 + ".png": "too long",
     }

@@ -45,8 +45,7 @@ from rewards import Scorers, compute_rewards, require_format
 from rollout import Rollout, rollout
 from running import parallel, preflight
 from running.folder import adapter_folder, claim_folder, is_done, load_checkpoint, lock, save_adapter, save_checkpoint
-from running.log import Log, average, group_metrics, shown
-from running.record import Sample
+from running.log import Log, Sample, average, group_metrics, shown
 from scorers.load import load_scorers, may_judge
 from sft import describe_references, encode_pairs, sft_update, text_logps
 from vlm.families import encode_images, select_studies

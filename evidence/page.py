@@ -39,7 +39,7 @@ TITLES = {"base": "Base", "sft": "SFT", "stage1": "Stage 1", "stage1_continued":
 GROUPS, STUDIES, LARGEST = 8, 48, 8_000_000  # of a stage; of the split; bytes, above which both are halved
 CURVES = r"^(reward/(?!visual|format)|val/|(kl|length|format_rate|entropy|spread/total)$)"  # r_vis's mean is 1/2
 SMOOTH, FAR = 9, 6  # updates in a running mean or median; median distances from it that make an update unusual
-TOKENS = {"pieces", "ratio", "clipped", "kl", "moved"}  # of a recorded candidate: running/record.py
+TOKENS = {"pieces", "ratio", "clipped", "kl", "moved"}  # of a recorded candidate: running/log.py
 Stage = namedtuple("Stage", "name title cfg log samples done")  # `log`: metrics.jsonl by update; `done`: finished
 SHADES = ("advantage x ratio, the push of Eq. 10", "change of log-prob, what the update did", "KL to the SFT policy")
 pd.set_option("display.max_colwidth", None)  # else a long setting ends in "..."

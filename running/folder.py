@@ -2,7 +2,7 @@
 
     <run>/<stage>/config.json     the resolved config; a later start with other settings is refused
                   metrics.jsonl   one row per policy update k, also as TensorBoard events in tb/
-                  samples.jsonl   groups of candidates with every reward and token (running/log.py, running/record.py)
+                  samples.jsonl   groups of candidates with every reward and token (running/log.py)
                   checkpoint.pt   adapter, optimizer, RNG state, number of updates done: one file, replaced atomically;
                                   the one before it stays, as checkpoint.previous.pt
                   adapter/        the finished policy, for `peft.PeftModel.from_pretrained`; its presence = stage done
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from config import Config, flatten, from_recorded, read_regular, to_dict
 from formats.files import read_json, require_regular
-from running.weights import check_zip, loading, require_finite_tensors, tensor_shapes
+from running.weights import check_zip, loading, require_finite_tensors, require_placed, tensor_shapes
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
 FREE_FIELDS = (
@@ -102,9 +102,9 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 def claim_folder(folder: Path, cfg: Config) -> None:
     """Write the resolved config, or check that the folder's earlier one agrees; ValueError naming a difference."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.json"
-    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt", "adapter"))
-    if begun and not path.exists() and not (folder / "adapter").exists():
+    path, done = folder / "config.json", (folder / "adapter").exists()
+    begun = done or any((folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt"))
+    if begun and not path.exists() and not done:
         raise ValueError(f"{path} is gone, which says how this stage began: put it back, or delete the folder")
     if not path.exists() or not begun:  # a start that failed before its first update binds nobody
         return write_text(path, json.dumps(to_dict(cfg), indent=2) + "\n")
@@ -114,12 +114,11 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     old, new, given = flatten(to_dict(recorded)), flatten(to_dict(cfg)), flatten(json.loads(read_regular(path)))
     bound = [key for key in new if not {key, key.split(".")[0]} & set(FREE_FIELDS)]
     added = [f"{key} = {new[key]}" for key in bound if key not in given]
-    done = (folder / "adapter").exists()
     if added and not done:  # a part of the stage was trained before they were there
         print(f"{path} does not know these settings, with which it goes on: {', '.join(added)}")
-    for key, value in ((key, new[key]) for key in bound if done or key in given):
-        if old[key] != value:
-            raise ValueError(f"{folder} was started with {key} = {old[key]}, now it is {value}: give the old value, "
+    for key in bound:
+        if old[key] != new[key] and (done or key in given):
+            raise ValueError(f"{folder} was started with {key} = {old[key]}, now it is {new[key]}: give the old value, "
                              "choose another --run or --name, or delete the folder")  # fmt: skip
 
 
@@ -157,13 +156,10 @@ def load_checkpoint(folder: Path, model, optimizer, stage: int | str, steps: int
                              f"{steps} updates from k = {k0 + 1} on")  # fmt: skip
         moments = state["optimizer"]["state"]
         tensors = state["adapter"] | {f"{i}.{name}": x for i, row in moments.items() for name, x in row.items()}
-        wanted = {name: (x.shape, x.dtype) for name, x in own.items()}
         for i, x in enumerate(optimizer.param_groups[0]["params"]):
-            kind = (x.shape, x.dtype)
-            wanted |= {f"{i}.step": (torch.Size(), torch.float32), f"{i}.exp_avg": kind, f"{i}.exp_avg_sq": kind}
-        odd = dict(wanted.items() ^ {name: (x.shape, x.dtype) for name, x in tensors.items()}.items())
-        if odd:
-            raise ValueError(f"{min(odd)} is missing, left over, or of another shape or type")
+            own |= {f"{i}.step": torch.tensor(0.0), f"{i}.exp_avg": x, f"{i}.exp_avg_sq": x}
+        found, wanted = ({f"{k} {[*x.shape]} {x.dtype}" for k, x in held.items()} for held in (tensors, own))
+        require_placed(wanted - found, found - wanted, "its tensors")
         require_finite_tensors(tensors, "weights")
         set_peft_model_state_dict(model, state["adapter"], adapter_name="default")
         optimizer.load_state_dict(state["optimizer"])

@@ -19,10 +19,8 @@ from pathlib import Path
 from formats.files import read_csv
 
 RULES = tomllib.loads(Path(__file__).with_name("gold_labels.toml").read_text(encoding="utf-8"))
-FINDINGS = tuple(RULES["findings"])
+SIDES, FINDINGS = RULES.pop("sides"), tuple(RULES["findings"])
 COLUMNS = sorted({column for table in RULES.values() for rule in table.values() for column in rule["columns"]})
-SIDES = {"left": ("left",), "right": ("right",), "bilateral": ("left", "right"), "lingula": ("left",),
-         "middle lobe": ("right",)}  # fmt: skip
 
 
 class Gold:

@@ -95,9 +95,7 @@ def load_pairs(path: str, studies: list[Study], weighted: bool, wanted: str = "b
     if not any(kinds):
         raise ValueError(f"{said}: none is left; a study of the split is {next(iter(known))}")
     print(said)
-    if not weighted:
-        return [pair._replace(weight=1.0) for kind in kinds for pair in kind]
-    for pair in (pair for kind in kinds for pair in kind if pair.weight is None):
+    for pair in (pair for kind in kinds for pair in kind if weighted and pair.weight is None):
         raise ValueError(f"{path}: the pair of study {pair.id} has no 'weight': give one, or set dpo.weighted = false")
-    weights = [weight for kind in kinds if kind for weight in normal_weights([pair.weight for pair in kind])]
-    return [pair._replace(weight=w) for pair, w in zip([*kinds[0], *kinds[1]], weights, strict=True)]
+    weights = [normal_weights([pair.weight if weighted else 1.0 for pair in kind]) for kind in kinds if kind]
+    return [pair._replace(weight=w) for pair, w in zip(sum(kinds, []), sum(weights, []), strict=True)]

@@ -178,9 +178,9 @@ def policy_shape(cfg: Config) -> Shape | None:
 def check_room(cfg: Config) -> Iterator[Item]:
     """Disk for the stages' checkpoints, plus 1 GiB for logs and samples; GPU memory by memory.py's estimate."""
     shape, place = policy_shape(cfg), Path(cfg.run).absolute()
-    place = next(filter(Path.exists, (place, *place.parents)))
-    need, free = GIB + (checkpoint_bytes(shape, cfg) if shape else 0), shutil.disk_usage(place).free
-    text = f"{cfg.run} needs about {need / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+    free = shutil.disk_usage(next(filter(Path.exists, (place, *place.parents)))).free / GIB
+    need = 1 + (checkpoint_bytes(shape, cfg) / GIB if shape else 0)
+    text = f"{cfg.run} needs about {need:.1f} GiB, {free:.1f} GiB are free"
     yield "ok" if free > need else "missing", "disk", text, ""
     if shape is None:
         small = cfg.model.path.startswith(("phantom:", "tiny:"))

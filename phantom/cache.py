@@ -86,8 +86,7 @@ def check_asset(folder: Path) -> None:
             if len(os.listdir(folder / "images")) < studies:
                 raise ValueError(f"images: less than {studies} folders")
         elif folder.name.startswith("expert"):
-            for part in sorted(folder.glob("[0-9]")) or [folder]:  # of a cross-fitted one
-                check_open_clip(part)
+            check_open_clip(folder)
         else:
             check_model(folder)
             if folder.name == "labeller":

@@ -17,6 +17,7 @@ After a kill, rows written since the last checkpoint are dropped and written aga
 import json
 import math
 import threading
+from collections import defaultdict
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -125,12 +126,10 @@ def group_metrics(out: Rollout, rewards: Tensor, parts: dict[str, Tensor]) -> di
 
 def average(parts: list[dict[str, list[float]]]) -> dict[str, float]:
     """Mean of each metric over all studies of all processes; what is NaN everywhere is left out."""
-    row = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        values = [v for part in parts for v in part.get(name, []) if not math.isnan(v)]
-        if values:
-            row[name] = sum(values) / len(values)
-    return row
+    known = defaultdict(list)
+    for name, values in (item for part in parts for item in part.items()):
+        known[name] += [value for value in values if not math.isnan(value)]
+    return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 def shown(row: dict[str, float]) -> dict[str, str]:

@@ -166,16 +166,20 @@ def check_model(folder: Path) -> None:
 
 
 def check_open_clip(folder: Path) -> None:
-    """ValueError unless `folder` is a whole open_clip model; a Hugging Face text tower needs its config.json."""
-    require(folder, "open_clip_config.json")
-    refuse(folder)
-    check_weights(folder, "open_clip_model")
-    with loading(f"{folder / 'open_clip_config.json'}: has no table model_cfg.text_cfg"):
-        text = dict(read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"])
-    if "hf_tokenizer_name" in text:
-        load_tokenizer(folder)
-    if "hf_model_name" in text:
-        require(folder, "config.json")
+    """ValueError unless `folder` is a whole open_clip model, or all its folders 0, 1, ... are, a cross-fitted expert's.
+
+    A Hugging Face text tower needs its config.json.
+    """
+    for part in sorted(folder.glob("[0-9]")) or [folder]:
+        require(part, "open_clip_config.json")
+        refuse(part)
+        check_weights(part, "open_clip_model")
+        with loading(f"{part / 'open_clip_config.json'}: has no table model_cfg.text_cfg"):
+            text = dict(read_json(part / "open_clip_config.json")["model_cfg"]["text_cfg"])
+        if "hf_tokenizer_name" in text:
+            load_tokenizer(part)
+        if "hf_model_name" in text:
+            require(part, "config.json")
 
 
 def check_radgraph(folder: Path) -> str:

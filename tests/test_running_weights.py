@@ -167,6 +167,17 @@ def test_an_open_clip_folder_needs_its_text_towers_config(tmp_path):
         check_open_clip(tmp_path)
 
 
+def test_every_part_of_a_cross_fitted_expert_is_looked_at(tmp_path):
+    for part in "01":
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "open_clip_config.json").write_text('{"model_cfg": {"text_cfg": {}}}')
+        torch.save({"a": torch.ones(3)}, tmp_path / part / "open_clip_pytorch_model.bin")
+    check_open_clip(tmp_path)
+    (tmp_path / "1" / "open_clip_pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="1: no weights"):
+        check_open_clip(tmp_path)
+
+
 def test_a_radgraph_archive(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         check_radgraph(tmp_path)

@@ -25,16 +25,14 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
-from config import Config, flatten, from_recorded, read_regular, to_dict
+from config import Config, flatten, from_recorded, to_dict
 from formats.files import read_json, require_regular
 from running.weights import check_zip, loading, require_finite_tensors, require_placed, tensor_shapes
 
 # fields that may change between a run's start and its continuation: they touch the weights by float rounding at most
-FREE_FIELDS = (
-    "stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp", "device",
-    "threads", "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "dpo.micro_batch",
-    "model.gradient_checkpointing",
-)  # fmt: skip
+FREE_FIELDS = {"stage", "run", "name", "assets_dir", "save_every", "val_every", "sample_every", "eval", "fsdp",
+               "device", "threads", "sft.micro_batch", "grpo.micro_batch", "grpo.micro_group", "dpo.micro_batch",
+               "model.gradient_checkpointing"}  # fmt: skip
 private = functools.partial(os.open, mode=0o600)  # an `opener` for files that nobody but their owner may read
 FINISHED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
 
@@ -111,8 +109,8 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     recorded, ignored = from_recorded(path, Config())
     if ignored:
         print(f"{path}: settings of an earlier version are ignored: {', '.join(ignored)}")
-    old, new, given = flatten(to_dict(recorded)), flatten(to_dict(cfg)), flatten(json.loads(read_regular(path)))
-    bound = [key for key in new if not {key, key.split(".")[0]} & set(FREE_FIELDS)]
+    old, new, given = flatten(to_dict(recorded)), flatten(to_dict(cfg)), flatten(read_json(path))
+    bound = [key for key in new if not {key, key.split(".")[0]} & FREE_FIELDS]
     added = [f"{key} = {new[key]}" for key in bound if key not in given]
     if added and not done:  # a part of the stage was trained before they were there
         print(f"{path} does not know these settings, with which it goes on: {', '.join(added)}")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from formats.files import read_json
 
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before version 1.6
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's files before 1.6, which tell neither length nor sums
 POINTER = b"version https://git-lfs"  # what git leaves where a large file was not fetched
 FETCH = "fetch it again (`git lfs pull` or `hf download`)"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spm.model", "spiece.model",
@@ -117,10 +117,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def check_torch_file(path: Path) -> None:
-    """ValueError for a file that is cut off, changed or not torch's: all of it is read, as torch checks no sums.
-
-    torch's layout before 1.6 tells neither its length nor sums.
-    """
+    """ValueError for a file that is cut off, changed or not torch's: all of it is read, as torch checks no sums."""
     require(path.parent, path.name)
     with path.open("rb") as file:
         if file.read(len(LEGACY)) != LEGACY:

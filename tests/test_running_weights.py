@@ -20,6 +20,7 @@ from running.weights import (
     check_torch_file,
     check_weights,
     load_tokenizer,
+    loading,
     require,
     require_finite_tensors,
     require_placed,
@@ -295,6 +296,14 @@ def test_git_lfs_pointers_are_named_as_such(tmp_path):
     for check in (lambda: check_weights(folder), lambda: check_torch_file(tmp_path / "x.pth")):
         with pytest.raises(ValueError, match="a git-lfs pointer, not the file itself: fetch it again"):
             check()
+
+
+@pytest.mark.parametrize("kind", [Exception, KeyError, MemoryError, UnboundLocalError, zipfile.BadZipFile])
+def test_what_a_library_raises_on_a_file_is_one_line(kind):
+    with pytest.raises(ValueError, match=r"^x.bin: cut \(.*bad.*\); fetch it$"), loading("x.bin: cut", "fetch it"):
+        raise kind("bad\n bytes")
+    with pytest.raises(torch.OutOfMemoryError), loading("x.bin: broken"):  # no fault of the file
+        raise torch.OutOfMemoryError("full")
 
 
 @pytest.mark.parametrize(("start", "what"), [(b"", "empty"), (b"version https://git-lfs.github.com/", "a git-lfs")])

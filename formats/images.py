@@ -1,13 +1,14 @@
 """Image files: a PNG, JPG or DICOM (or TIFF, ...) becomes a PIL "RGB" image of 8 bits, or one line says why not."""
 
 import re
+import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from pydicom import Dataset, dcmread, filereader, pixels
+from pydicom import Dataset, dcmread, errors, filereader, pixels
 from pydicom.misc import is_dicom
 from pydicom.pixels.decoders.base import DecodeRunner
 
@@ -17,6 +18,9 @@ MIN_SIDE = 8  # pixels; anything smaller is no radiograph but a broken file
 MAX_PIXELS = 2**26  # more than any film has; looked for in the header, since 1 MB of a file can inflate to many GB
 PICTURES = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # of PIL's formats some start programs
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # of a DICOM: what is decoded to RGB
+BROKEN = (OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+          SyntaxError, struct.error, zlib.error, Image.DecompressionBombError, errors.InvalidDicomError,
+          errors.BytesLengthException)  # fmt: skip  # PIL and pydicom on bad files
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -32,7 +36,7 @@ def read_image(path: str | Path) -> Image.Image:
             if image.mode[0] in "IF":  # 16 and 32 bit grey; PIL's own conversion clips at 255
                 return _to_rgb(np.asarray(image, dtype=np.float64), invert=white_is_zero)
             return image.convert("RGBA" if "transparency" in image.info else image.mode).convert("RGB")
-    except Exception as error:  # of any kind, by PIL and pydicom on bad files
+    except BROKEN as error:
         raise ValueError(" ".join(f"image {path}: unreadable ({error})".split())) from error
 
 
@@ -48,14 +52,14 @@ def check_image(path: Path) -> str:
             ends = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
             if ends.get(getattr(image, "format", ""), b"") not in file.read():  # cut off, or something else follows
                 (image.verify if image.format == "PNG" else image.load)()
-    except Exception as error:
+    except BROKEN as error:
         reason = str(error).partition(":")[0]
         return reason if reason.startswith("image ") else "unreadable image"
     return ""
 
 
 def _open(path: Path) -> Image.Image | Dataset:
-    """The picture or DICOM, not yet decoded; any exception where its header says that it cannot be read."""
+    """The picture or DICOM, not yet decoded; raises one of BROKEN where its header says that it cannot be read."""
     require_regular(path)
     if path.suffix.lower() == ".dcm" or is_dicom(path):
         image = _open_dicom(path)

@@ -70,7 +70,7 @@ def look(what: str, path: str, test: Callable[[Path], str | None], command: str 
     try:
         place = locate(path)
         return "ok", what, ": ".join(filter(None, (str(place), test(place)))), ""
-    except Exception as error:  # as in weights.loading
+    except weights.BROKEN as error:
         said = str(error) if isinstance(error, OSError | ValueError) else f"{path}: {type(error).__name__}: {error}"
         return "missing", what, said, command or fetch(path)
 

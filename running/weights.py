@@ -2,13 +2,18 @@
 
 import json
 import re
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 
 from formats.files import read_json
 
@@ -18,21 +23,24 @@ FETCH = "fetch it again (`git lfs pull` or `hf download`)"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spm.model", "spiece.model",
               "sentencepiece.bpe.model")  # the last three: DeBERTa-v3's, T5's, XLM-RoBERTa's
 KNOWN_TEXTS = ("no effusion", "the heart is normal")  # what any model of English reports can spell
+# what torch, transformers, open_clip, PEFT and the metrics' packages make of damaged files
+BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
+          ImportError, ArithmeticError, SafetensorError, StrictDataclassError, UnpicklingError, tarfile.TarError,
+          zipfile.BadZipFile, zlib.error, TemplateError)  # fmt: skip
 REFUSED = {**dict.fromkeys(("auto_map", "trust_remote_code"), "asks for code that comes with the weights: never run"),
            "quantization_config": "its weights are quantised; use the checkpoint as it was before"}  # fmt: skip
 
 
 @contextmanager
 def loading(what: str, advice: str = "") -> Iterator[None]:
-    """Turns what goes wrong in a `with loading(...):` that reads files into a ValueError: what (why); advice.
-
-    Of damaged files torch, transformers, open_clip, PEFT and the metrics' packages make exceptions of every kind.
-    """
+    """Turns what goes wrong in a `with loading(...):` that reads files into a ValueError: what (why); advice."""
     try:
         yield
     except torch.OutOfMemoryError:  # says what it is, and is no bad file
         raise
     except Exception as error:
+        if type(error) is not Exception and not isinstance(error, BROKEN):  # tokenizers raises plain Exception
+            raise
         kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
         why = f"{what} ({kind}{' '.join(str(error).split())[:300]})"
         raise ValueError(f"{why}; {advice}" if advice else why) from error

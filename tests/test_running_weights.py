@@ -298,12 +298,13 @@ def test_git_lfs_pointers_are_named_as_such(tmp_path):
             check()
 
 
-@pytest.mark.parametrize("kind", [Exception, KeyError, MemoryError, UnboundLocalError, zipfile.BadZipFile])
+@pytest.mark.parametrize("kind", [Exception, KeyError, zipfile.BadZipFile])
 def test_what_a_library_raises_on_a_file_is_one_line(kind):
     with pytest.raises(ValueError, match=r"^x.bin: cut \(.*bad.*\); fetch it$"), loading("x.bin: cut", "fetch it"):
         raise kind("bad\n bytes")
-    with pytest.raises(torch.OutOfMemoryError), loading("x.bin: broken"):  # no fault of the file
-        raise torch.OutOfMemoryError("full")
+    for other in (torch.OutOfMemoryError, MemoryError):  # no fault of the file
+        with pytest.raises(other), loading("x.bin: broken"):
+            raise other("full")
 
 
 @pytest.mark.parametrize(("start", "what"), [(b"", "empty"), (b"version https://git-lfs.github.com/", "a git-lfs")])

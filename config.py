@@ -252,7 +252,7 @@ def from_recorded(path: Path, default: Config) -> tuple[Config, list[str]]:
     except (ValueError, AttributeError, RecursionError) as error:  # JSON, but no object, or nested without end
         said = "not a JSON object" if isinstance(error, AttributeError) else error
         raise ValueError(f"{path}: {said}") from None
-    return cfg, [name for name in recorded if name not in known]
+    return cfg, [ascii(name)[1:-1] for name in recorded if name not in known]  # as any terminal prints it
 
 
 def read_regular(path: Path) -> str:

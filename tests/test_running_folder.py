@@ -329,6 +329,11 @@ def test_a_damaged_config_is_one_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_setting_is_printed_on_any_terminal(tmp_path):
+    (tmp_path / "config.json").write_text('{"\\ud800": 1, "data": {"\\u001b[2J": 2}}')
+    assert from_recorded(tmp_path / "config.json", Config())[1] == [r"\ud800", r"data.\x1b[2J"]
+
+
 def test_a_recorded_config_names_no_program(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eval": {"ratescore": "/bin/evil", "samples": 9}}))
     recorded, ignored = from_recorded(tmp_path / "config.json", Config())

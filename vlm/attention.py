@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -86,10 +86,9 @@ class Packing:
         (query, queries), (key, keys), (value, values) = pairs  # the prefix's (B, H, P, d), the reports' (B, H, S, d)
         outputs = [self.mix(query, key, value, self.prefix_mask, scaling)]
         for first, last, start, mask in self.strips:
-            seen_keys = torch.cat([key, keys[:, :, start:last]], dim=2)  # (B, H, P + last - start, d)
-            seen_values = torch.cat([value, values[:, :, start:last]], dim=2)  # the same
-            strip = queries[:, :, first:last]  # (B, H, last - first, d)
-            outputs.append(self.mix(strip, seen_keys, seen_values, mask, scaling))
+            both = (key, keys), (value, values)
+            seen = (torch.cat([x, own[:, :, start:last]], dim=2) for x, own in both)  # (B, H, P + last - start, d) each
+            outputs.append(self.mix(queries[:, :, first:last], *seen, mask, scaling))  # (B, H, last - first, d)
         return torch.cat(outputs, dim=2)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -131,26 +130,23 @@ def causal_mask(prompt_mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     """(B, P), 1 = real -> what the prefix's tokens see, (B, 1, P, P) to add; None where there is no padding."""
     if bool(prompt_mask.all()):
         return None
-    length = prompt_mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=prompt_mask.device).tril()  # (P, P)
-    itself = torch.eye(length, dtype=torch.bool, device=prompt_mask.device)  # (P, P)
-    return additive((causal & prompt_mask.bool()[:, None, :] | itself)[:, None], dtype)  # padding sees itself, not NaN
+    seen = prompt_mask.bool()[:, None, :].expand(-1, prompt_mask.shape[1], -1).tril()  # (B, P, P)
+    seen.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: its softmax would be NaN
+    return additive(seen[:, None], dtype)
 
 
 def pack(prompt_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype = torch.float32, plan=Packing) -> Packing:
     """Plan for prompts (B, P), left-padded, and their reports (B * G, T), right-padded; 1 = real; the model's dtype.
     plan: Packing, or Recording."""
-    (b, prefix), length = prompt_mask.shape, completion_mask.shape[1]
-    is_input = completion_mask[:, 1:].reshape(b, -1).bool()  # (B, G * (T - 1))
-    slots = int(is_input.sum(dim=1).max()) if length > 1 else 0
+    written = completion_mask.bool().unflatten(0, (len(prompt_mask), -1))  # (B, G, T)
+    is_input = written[:, :, 1:].flatten(1)  # (B, G * (T - 1))
+    slots = int(is_input.sum(dim=1).max())  # S
     order = (~is_input).byte().argsort(dim=1, stable=True)[:, :slots]  # (B, S) real tokens first, in their order
-    real, step = is_input.gather(1, order), order % max(length - 1, 1)  # (B, S) each; step: which token of its report
-    places = torch.arange(slots, device=order.device).expand_as(order) + prefix  # (B, S)
-    after_first = torch.zeros_like(is_input, dtype=torch.long).scatter(1, order, places)  # (B, G * (T - 1))
-    first = torch.full((b, len(completion_mask) // b, 1), prefix - 1, device=order.device)  # (B, G, 1)
-    outputs = torch.cat([first, after_first.view(b, first.shape[1], -1)], dim=2)  # (B, G, T)
-    strips = list(strips_of(prompt_mask.bool(), order // max(length - 1, 1), real, dtype))
-    return plan(order, step, outputs, causal_mask(prompt_mask, dtype), strips)
+    inputs_before = pad(is_input.cumsum(dim=1).view_as(written[:, :, 1:]), (1, 0))  # (B, G, T), in its study's row
+    outputs = (prompt_mask.shape[1] - 1 + inputs_before) * written  # (B, G, T)
+    length = max(written.shape[2] - 1, 1)  # of a report in the grid of inputs
+    strips = list(strips_of(prompt_mask.bool(), order // length, is_input.gather(1, order), dtype))
+    return plan(order, order % length, outputs, causal_mask(prompt_mask, dtype), strips)
 
 
 def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dtype):
@@ -167,21 +163,17 @@ def strips_of(prompt_mask: Tensor, owner: Tensor, real: Tensor, dtype: torch.dty
         yield first, last, start, additive(torch.cat([seen, mine], dim=2)[:, None], dtype)
 
 
-@dataclass
 class Decoding:
     """The KV cache of sampling, while N reports of B studies are written, one token a forward pass.
 
     Rows of one study stand together. `prefill` fills the prefix; then `start` says how many reports each study has.
     """
 
-    prompt_mask: Tensor  # (B, P) 1 = real
-    dtype: torch.dtype
-    t: int = 0  # own tokens that are in the buffers
-    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (B, Hkv, P, d) twice
-    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per layer (N, Hkv, T, d) twice; none: it is read
-
-    def __post_init__(self):
-        self.causal = causal_mask(self.prompt_mask, self.dtype)
+    def __init__(self, prompt_mask: Tensor, dtype: torch.dtype):
+        self.prompt_mask, self.causal = prompt_mask, causal_mask(prompt_mask, dtype)  # (B, P), 1 = real
+        self.t = 0  # own tokens that are in the buffers
+        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer (B, Hkv, P, d) twice
+        self.own: list[tuple[Tensor, Tensor]] = []  # per layer (N, Hkv, T, d) twice; none: the prefix is being read
 
     def start(self, reports: int, length: int) -> None:
         """G = `reports` rows for each study, of at most `length` tokens."""
@@ -194,11 +186,10 @@ class Decoding:
         """Lay rows (N,), whose studies ascend, out as a grid of B studies x W rows, W = the most that a study has."""
         counts = torch.bincount(study, minlength=len(self.prompt_mask))  # (B,)
         self.study, self.width = study, int(counts.max())
-        rank = torch.arange(len(study), device=study.device) - (counts.cumsum(0) - counts)[study]  # (N,)
-        self.full = len(study) == len(counts) * self.width  # then rows and grid are the same thing
-        self.slot = study * self.width + rank  # (N,) a row's place in the grid
-        self.grid = torch.zeros(len(counts) * self.width, dtype=torch.long, device=study.device)  # (B * W,)
-        self.grid[self.slot] = torch.arange(len(study), device=study.device)  # places without a row repeat row 0
+        taken = (torch.arange(self.width, device=study.device) < counts[:, None]).flatten()  # (B * W,)
+        self.full = len(study) == len(taken)  # then rows and grid are the same thing
+        self.slot = taken.nonzero()[:, 0]  # (N,) a row's place in the grid
+        self.grid = taken.cumsum(dim=0) - 1  # (B * W,) a place's row; one without a row repeats the row before
         padding = self.prompt_mask.logical_not()[:, None, None, :]  # (B, 1, 1, P)
         self.padding = padding if bool(padding.any()) else None
 
@@ -216,14 +207,11 @@ class Decoding:
 
     def take(self, rows: Tensor, studies: Tensor) -> None:
         """Forget all reports but `rows` (n',) and all studies but `studies` (B',), both ascending."""
-        for i, layer in enumerate(self.own):  # one by one: never two copies of them all
-            self.own[i] = tuple(x[rows] for x in layer)
-        study = torch.searchsorted(studies, self.study[rows])  # (n',)
-        if len(studies) < len(self.prompt_mask):
-            self.prompt_mask = self.prompt_mask[studies]
-            for i, layer in enumerate(self.prefix):
-                self.prefix[i] = tuple(x[studies] for x in layer)
-        self.arrange(study)
+        for cache, left in ((self.own, rows), (self.prefix, studies)):
+            for i, layer in enumerate(cache):  # one by one: never two copies of them all
+                cache[i] = layer if len(left) == len(layer[0]) else tuple(x[left] for x in layer)
+        self.prompt_mask = self.prompt_mask[studies]
+        self.arrange(torch.searchsorted(studies, self.study[rows]))  # (n',)
 
     def step(self, base, embeds: Tensor, positions: Tensor) -> Tensor:
         """Hidden states (N, 1, D) after one more token of each report: embeddings (N, 1, D), positions (N, 1)."""

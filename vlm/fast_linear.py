@@ -44,22 +44,18 @@ def fast_linears(base, wanted: bool = True):
 
     Not `wanted`: nothing changes; torch.compile looks for fewer operations itself.
     """
-    changed, small = [], set()
-    for layer in [*base.model.language_model.layers.modules(), base.lm_head] if wanted else ():
-        if isinstance(layer, LoraLinear) and layer.active_adapters[0] in layer.lora_A:  # else no LoRA of this adapter
-            [name] = layer.active_adapters
-            small |= {id(part) for part in layer.modules()}  # they come after it
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
-            frozen, lora = layer.base_layer, partial(lora_linear, layer.base_layer, a.T, b.T)
-            whole = can_be_packed(frozen)
-            layer.forward = packed(torch.addmm(frozen.weight, b, a), frozen.bias) if whole else lora
-        elif isinstance(layer, Linear) and id(layer) not in small and can_be_packed(layer):
-            layer.forward = packed(layer.weight, layer.bias)
-        else:
-            continue
-        changed.append(layer)
-    try:
+    small = set()
+    with contextlib.ExitStack() as after:
+        for layer in [*base.model.language_model.layers.modules(), base.lm_head] if wanted else ():
+            if isinstance(layer, LoraLinear) and layer.active_adapters[0] in layer.lora_A:  # else none of this adapter
+                [name], frozen = layer.active_adapters, layer.base_layer
+                small |= {id(part) for part in layer.modules()}  # they come after it
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+                whole, lora = can_be_packed(frozen), partial(lora_linear, frozen, a.T, b.T)
+                layer.forward = packed(torch.addmm(frozen.weight, b, a), frozen.bias) if whole else lora
+            elif isinstance(layer, Linear) and id(layer) not in small and can_be_packed(layer):
+                layer.forward = packed(layer.weight, layer.bias)
+            else:
+                continue
+            after.callback(delattr, layer, "forward")
         yield
-    finally:
-        for layer in changed:
-            del layer.forward

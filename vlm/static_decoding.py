@@ -18,6 +18,7 @@ The numbers are those of the plain path up to float rounding, the tokens the sam
 """
 
 import functools
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -32,25 +33,25 @@ class StaticDecoding(Decoding):
     """`attention.Decoding` with buffers, masks and positions of one shape, and a compiled step."""
 
     def start(self, reports: int, length: int) -> None:
-        super().start(reports, length)
         self.unseen = 0  # tokens since the last look
         self.t = torch.zeros((), dtype=torch.long, device=self.prompt_mask.device)
-        self.own = [tuple(x.zero_() for x in layer) for layer in self.own]  # 0 x garbage may be NaN
-        self.fix()
+        super().start(reports, length)
+        for x in chain(*self.own):
+            x.zero_()  # 0 x garbage may be NaN
 
-    def fix(self) -> None:
-        """Tell torch that these tensors stay where they are: a CUDA graph reads and writes them in place."""
-        tensors = [x for layer in (*self.prefix, *self.own) for x in layer] + [self.t]
-        for x in tensors if self.padding is None else [*tensors, self.padding]:
+    def arrange(self, study: Tensor) -> None:
+        """As in the plain path; and these tensors stay where they are: a CUDA graph reads and writes them in place."""
+        super().arrange(study)
+        for x in chain(*self.prefix, *self.own, [self.t], [] if self.padding is None else [self.padding]):
             torch._dynamo.mark_static_address(x)
 
     def keep(self, writing: Tensor) -> Tensor:
         """As in the plain path, but the rows (n',) that stay are W' of each of B' studies, which are W and B halved now
         and then; of a study's rows those that are being written come first."""
-        self.unseen += 1
-        if self.unseen < LOOK:
+        self.unseen = (self.unseen + 1) % LOOK
+        if self.unseen:
             return torch.arange(len(writing), device=writing.device)
-        self.unseen, grid = 0, writing.view(-1, self.width)  # (B, W)
+        grid = writing.view(-1, self.width)  # (B, W)
         counts = grid.sum(dim=1)  # (B,)
         if not int(counts.max()):
             return writing.nonzero()[:, 0]  # (0,)
@@ -61,7 +62,6 @@ class StaticDecoding(Decoding):
         column = first(grid[chosen], width)  # (B', W')
         rows = (chosen[:, None] * self.width + column).flatten()  # (B' * W',)
         self.take(rows, chosen)
-        self.fix()
         return rows
 
     def step(self, base, embeds: Tensor, positions: Tensor) -> Tensor:

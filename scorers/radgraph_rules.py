@@ -7,61 +7,60 @@ English; on real reports it reads the common phrases only.
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable
 from functools import lru_cache
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 
 WORDS = r"\b(?:{})\b"  # a pattern of phrases, which stand between two word boundaries
 LEXICON = tomllib.loads(Path(__file__).with_name("radgraph_lexicon.toml").read_text(encoding="utf-8"))
 KINDS = {word: kind for kind, words in LEXICON["words"].items() for word in words.split()}
-IN, GLUE = set(LEXICON["in"]), set(LEXICON["glue"])
+# A clause's words as letters, which patterns can search: observation, degree, anatomy, position; lead in, glue
+LETTERS = dict.fromkeys(LEXICON["in"], "i") | dict.fromkeys(LEXICON["glue"], "g") | {w: KINDS[w][0] for w in KINDS}
+BEFORE, BEHIND, SAME_PLACE = map(re.compile, ("[dapg]*$", "i[dapg]*", "[apg]*"))
 SUGGESTS, LINKS = (re.compile(WORDS.format("|".join(LEXICON[name]))) for name in ("suggests", "links"))
 CUES = [(c["label"], c["stands"], re.compile(WORDS.format("|".join(c["phrases"])))) for c in LEXICON["cues"]]
 CLAUSE_END = re.compile("|".join(LEXICON["clause_ends"]))
 LONGEST = 100  # words of a clause read together, at their square's cost; those of 23,000 reports have at most 34
 
 
-def _place(kinds: list[str], run: Iterable[int]) -> int | None:
-    """The anatomy (else the position word) that stands last among the token indices `run`, if there is one."""
-    last = {kinds[i]: i for i in sorted(run)}
-    return last.get("anatomy", last.get("position"))
+def _either(found: int, other: int) -> int:
+    """The first of two indices that `str.find` found, which says -1 for none."""
+    return found if found >= 0 else other
 
 
-def _located_at(words: list[str], kinds: list[str], i: int) -> int | None:
-    """Token index of the place of observation i: named just before it, after a preposition, or as its subject."""
-    first = next((j + 1 for j in range(i - 1, -1, -1) if kinds[j] == "observation"), 0)
-    end = next((j for j in range(i + 1, len(words)) if kinds[j] == "observation"), len(words))
-    behind = (range(j + 1, end) for j in range(i + 1, end) if words[j] in IN)
-    for run in (range(i - 1, first - 1, -1), *behind):
-        place = _place(kinds, takewhile(lambda j: kinds[j] or words[j] in GLUE, run))
-        if place is not None:
+def _place(letters: str, start: int, end: int) -> int:
+    """Of words [start, end) the anatomy (else the position word) that stands last; -1: there is none."""
+    return _either(letters.rfind("a", start, end), letters.rfind("p", start, end))
+
+
+def _located_at(words: list[str], letters: str, i: int) -> int:
+    """Index of the place of observation i: named just before it, after a preposition, or as its subject; -1: none."""
+    first, end = letters.rfind("o", 0, i) + 1, _either(letters.find("o", i + 1), len(letters))
+    for run in (BEFORE.search(letters, first, i), *BEHIND.finditer(letters, i + 1, end)):
+        place = _place(letters, *run.span())
+        if place >= 0:
             return place
-    subject = _place(kinds, range(first, i))
-    return subject if subject is not None and LINKS.search(" ".join(words[subject:i])) else None
+    subject = _place(letters, first, i)
+    return subject if subject >= 0 and LINKS.search(" ".join(words[subject:i])) else -1
 
 
-def _relations(words: list[str], kinds: list[str]) -> dict[int, list[tuple[str, int]]]:
-    """RadGraph's relations inside one clause: token index -> [(relation, token index of its object)]."""
-    found = defaultdict(list)
-    observations = [i for i, kind in enumerate(kinds) if kind == "observation"]
-    for i, kind in enumerate(kinds):
-        relation, target = "modify", None
-        if kind == "degree" and observations:
-            target = next((j for j in observations if j > i), observations[-1])
-        elif kind == "position":
-            behind = range(i + 1, len(words))
-            run = list(takewhile(lambda j: kinds[j] in ("anatomy", "position") or words[j] in GLUE, behind))
-            target = next((j for j in run if kinds[j] == "anatomy"), _place(kinds, run))
-        elif kind == "observation":
-            relation, target = "located_at", _located_at(words, kinds, i)
-        if target is not None:
+def _relations(words: list[str], letters: str) -> dict[int, list[tuple[str, int]]]:
+    """RadGraph's relations inside one clause: word's index -> [(relation, index of its object)]."""
+    found, clause = defaultdict(list), " ".join(words)
+    for i, letter in enumerate(letters):
+        relation, target = "modify", -1
+        if letter == "d":
+            target = _either(letters.find("o", i), letters.rfind("o"))
+        elif letter == "p":
+            run = SAME_PLACE.match(letters, i + 1).span()
+            target = _either(letters.find("a", *run), letters.rfind("p", *run))
+        elif letter == "o":
+            relation, target = "located_at", _located_at(words, letters, i)
+        if target >= 0:
             found[i].append((relation, target))
-    clause = " ".join(words)
-    for cue in SUGGESTS.finditer(clause):
-        at = clause.count(" ", 0, cue.start())  # the cue's token index; it links the observations around it
-        for i, j in (pair for pair in pairwise(observations) if pair[0] < at <= pair[1]):
-            found[i].append(("suggestive_of", j))
+    cues = [clause.count(" ", 0, cue.start()) for cue in SUGGESTS.finditer(clause)]  # each its word's index
+    for i, j in pairwise(at.start() for at in re.finditer("o", letters)):
+        found[i] += [("suggestive_of", j) for cue in cues if i < cue <= j]  # it links the observations around it
     return found
 
 
@@ -94,11 +93,11 @@ def annotate(text: str) -> dict:
     clauses = [joined[start:end].split() for start, end in pairwise(cuts)]
     for words in (clause[i : i + LONGEST] for clause in clauses for i in range(0, len(clause), LONGEST)):
         heading = words[-1] == ":" and len(words) < 3
-        kinds = ["" if heading else KINDS.get(word, "") for word in words]
-        relations, read = _relations(words, kinds), [i for i, kind in enumerate(kinds) if kind]
+        letters = "" if heading else "".join(LETTERS.get(word, " ") for word in words)
+        relations, read = _relations(words, letters), [i for i, letter in enumerate(letters) if letter in "odap"]
         number = {i: str(n) for n, i in enumerate(read, len(entities) + 1)}  # word's index -> entity id
         for i in read:
-            seen = kinds[i] in ("observation", "degree")
+            seen = letters[i] in "od"
             label = f"Observation::{_certainty(words, i)}" if seen else "Anatomy::definitely present"
             entities[number[i]] = {"tokens": words[i], "label": label, "start_ix": offset + i, "end_ix": offset + i,
                                    "relations": [[name, number[j]] for name, j in relations[i]]}  # fmt: skip

@@ -129,7 +129,7 @@ def with_errors(similarity: Callable, deviation: float) -> Callable:
     expert that errs, but not by language prior. 0: the function itself."""
 
     def error(study_id: str, text: str) -> float:
-        seed = hashlib.sha256(f"{study_id}\n{text}".encode()).digest()
+        seed = hashlib.sha256(f"{study_id}\n{text}".encode(errors="replace")).digest()
         return deviation * np.random.default_rng(list(seed)).standard_normal()
 
     def erring(images, ids, groups):

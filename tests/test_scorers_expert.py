@@ -415,3 +415,4 @@ def test_errors_are_each_texts_own_of_the_given_deviation_and_never_lift_the_unr
     assert found[1, 0] != found[0, 0]  # another study's
     torch.testing.assert_close(erring([None], ["b"], [["text 0"]])[0, 0], found[1, 0])  # whenever it is asked
     assert expert.with_errors(similarity, 0) is similarity
+    assert erring([None], ["b"], [["\ud83d edema"]]).isfinite().all()  # half a character, as the scorers take it

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model import completion_logps, load_policy, sampling_rules, use_reference
 from rollout import rollout
-from vlm.adapters import load_adapter, targets
+from vlm.adapters import load_adapter, places_of, targets
 from vlm.families import load_family
 
 WEIGHTS = "adapter_model.safetensors"
@@ -165,6 +166,13 @@ def test_where_an_adapter_stands_is_told_by_its_weights_and_no_pattern_is_run(se
     save_file(kept, tmp_path / WEIGHTS)
     if kept and "layers_to_transform" not in settings:
         refused(base, tmp_path, "weights are not in it.*layers.1")
+
+
+def test_each_layer_that_lacks_a_weight_is_counted_once():
+    three = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=3)))
+    shapes = dict.fromkeys(f"base_model.model.language_model.layers.{i}.q_proj.lora_A.weight" for i in (0, 2))
+    with pytest.raises(ValueError, match="its weights: 1 weights are not in it, e.g. language_model.layers.1.q_proj"):
+        places_of(shapes, {"target_modules": ["q_proj"]}, three)
 
 
 def test_a_reference_that_does_not_fit_is_refused(cfg, folder):

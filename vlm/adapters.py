@@ -53,9 +53,9 @@ def places_of(shapes: dict[str, list[int]], raw: dict, base) -> list[str]:
     listed = raw["target_modules"] if isinstance(raw.get("target_modules"), list) else []
     absent = [name for name in listed if not any(f".{place}".endswith(f".{name}") for place in names)]
     if not raw.get("layers_to_transform") and {*listed} != names:
-        inside = [found.groups() for name in names if (found := re.fullmatch(r"(.*\.layers\.)\d+\.(.*)", name))]
+        kinds = {re.sub(r"\.layers\.\d+\.", ".layers.{}.", name) for name in names}
         numbers = range(base.config.get_text_config().num_hidden_layers)
-        absent += [f"{up}{i}.{kind}" for up, kind in inside for i in numbers if f"{up}{i}.{kind}" not in names]
+        absent += {kind.format(i) for kind in kinds for i in numbers} - names
     require_placed(absent, [], "its weights")
     return sorted(names)
 

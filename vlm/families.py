@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from running.weights import REFUSED, check_model, check_tokenizer, loading, require_finite_tensors, require_placed
+from running import weights
 
 # What the two parts of a stage are called inside each family's module tree. Regexes, not lists of suffixes:
 # "q_proj" alone would also match the vision tower, which stays frozen.
@@ -47,23 +47,23 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0, device_map: 
         raise ValueError(f"{path}: model family '{family}' is not supported; known: {', '.join(PARTS)}")
     if max_pixels and family != "qwen2_5_vl":
         raise ValueError(f"model.max_pixels is for qwen2_5_vl; {path} is a {family}, which has one image size")
-    for key in REFUSED.keys() & {key for key, value in config.items() if value}:
-        raise ValueError(f"{path}/config.json: '{key}': {REFUSED[key]}")
+    for key in weights.REFUSED.keys() & {key for key, value in config.items() if value}:
+        raise ValueError(f"{path}/config.json: '{key}': {weights.REFUSED[key]}")
     if Path(path).is_dir():  # else a hub name, whose files the hub has checked
-        check_model(Path(path))
+        weights.check_model(Path(path))
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False,
                "device_map": device_map}  # fmt: skip
-    with loading(f"{path}: cannot be loaded"):  # a shard is not there, sizes contradict each other
+    with weights.loading(f"{path}: cannot be loaded"):  # a shard is not there, sizes contradict each other
         if family == "llava_mistral":
             model, info, processor = load_llava_med(path, config, **options)
         else:
             model, info = transformers.AutoModelForImageTextToText.from_pretrained(path, **options)
             processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
     shapes = [f"{name} {list(got)} (by config.json {list(want)})" for name, got, want in info["mismatched_keys"]]
-    require_placed(info["missing_keys"], [*shapes, *info["unexpected_keys"]], path)
+    weights.require_placed(info["missing_keys"], [*shapes, *info["unexpected_keys"]], path)
     if device_map != "meta":
-        require_finite_tensors(model, path)
-    check_tokenizer(processor.tokenizer, path)
+        weights.require_finite_tensors(model, path)
+    weights.check_tokenizer(processor.tokenizer, path)
     processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
     if family == "llava" and processor.patch_size is None:  # a folder of 2024: these three were the model's alone
         processor.patch_size = model.config.vision_config.patch_size
@@ -75,15 +75,12 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0, device_map: 
 
 
 def read_config(path: str) -> dict:
-    """The folder's or hub model's config.json; ValueError when there is none or it is no JSON."""
+    """The folder's or hub model's config.json; ValueError when there is none or it is no JSON object."""
     place, up = Path(path), Path(path).parent
-    if not place.is_dir() and (place.is_absolute() or (str(up) != "." and up.is_dir())):
-        raise ValueError(f"{path}: no such folder")  # asking the hub for it would take half a minute
-    with loading(f"{path}: no readable config.json"):
-        config = transformers.PretrainedConfig.get_config_dict(path)[0]  # empty for a folder without the file
-    if not (config and isinstance(config, dict)):
-        raise ValueError(f"{path}: no config.json; expected a model folder or a hub name")
-    return config
+    if place.is_dir() or place.is_absolute() or (str(up) != "." and up.is_dir()):
+        weights.require(place, "config.json")  # asking the hub for it would take half a minute
+    with weights.loading(f"{path}: no readable config.json"):
+        return dict(transformers.PretrainedConfig.get_config_dict(path)[0])
 
 
 def load_llava_med(path: str, raw: dict, **options):
@@ -141,6 +138,7 @@ def placeholder_ids(config, tokenizer) -> set[int]:
     return ids | set(range(len(tokenizer), config.get_text_config().vocab_size))
 
 
+@torch.no_grad()
 def encode_images(base, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """`inputs` and `vision`, what the frozen tower makes of the images; sampling, reference policy and loss share it.
 
@@ -149,26 +147,25 @@ def encode_images(base, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     if "vision" in inputs:
         return inputs
     pixels = inputs["pixel_values"].to(base.dtype)
-    with torch.no_grad():
-        if base.config.model_type == "qwen2_5_vl":
-            vision = base.model.visual(pixels, grid_thw=inputs["image_grid_thw"]).last_hidden_state
-        else:
-            layers = base.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-            skip = base.config.vision_feature_select_strategy == "default"  # the class token, CLIP's first
-            vision = layers[base.config.vision_feature_layer][:, int(skip) :]
+    if base.config.model_type == "qwen2_5_vl":
+        vision = base.model.visual(pixels, grid_thw=inputs["image_grid_thw"]).last_hidden_state
+    else:
+        layers = base.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        skip = base.config.vision_feature_select_strategy == "default"  # the class token, CLIP's first
+        vision = layers[base.config.vision_feature_layer][:, int(skip) :]
     return inputs | {"vision": vision}
 
 
 def select_studies(inputs: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
     """Inputs of studies first .. last - 1. Images lie one after the other, Qwen's as patches, not one row per study."""
-    counts = inputs["image_counts"]
-    image = slice(int(counts[:first].sum()), int(counts[:last].sum()))
-    rows = {name: slice(first, last) for name in inputs} | {"pixel_values": image, "vision": image}
-    if "image_grid_thw" in inputs:
-        patches = inputs["image_grid_thw"].prod(dim=-1)  # (images,)
-        rows["image_grid_thw"] = image
-        rows["pixel_values"] = slice(int(patches[: image.start].sum()), int(patches[: image.stop].sum()))
-        rows["vision"] = rows["pixel_values"]
+
+    def parts_of(counts: Tensor, of: slice) -> slice:
+        return slice(int(counts[: of.start].sum()), int(counts[: of.stop].sum()))
+
+    studies = slice(first, last)
+    images = parts_of(inputs["image_counts"], studies)
+    patches = parts_of(inputs["image_grid_thw"].prod(dim=-1), images) if "image_grid_thw" in inputs else images
+    rows = dict.fromkeys(inputs, studies) | {"image_grid_thw": images, "pixel_values": patches, "vision": patches}
     return {name: x[rows[name]] for name, x in inputs.items()}
 
 

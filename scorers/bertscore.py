@@ -1,7 +1,6 @@
 """BERTScore (Eq. 3's s_sem): the `bert-score` package's encoder and matching, repeatable to the last bit."""
 
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +93,6 @@ def baseline_f1(folder: str | Path, layer: int, baseline: str) -> float:
     with loading(f"bertscore: cannot load layer {layer} of {path}", "set scorers.bertscore_baseline or empty it"):
         rows = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
         value = {int(row["LAYER"]): float(row["F"]) for row in rows}[layer]
-        if not -math.inf < value < 1:
+        if not float("-inf") < value < 1:
             raise ValueError(f"F must be a number below 1, got {value:g}")
         return value

@@ -81,7 +81,6 @@ class Labeller:
         ids = {text: self.tokenizer(text, truncation=True)["input_ids"] for text in texts if text}
         for chunk in of_like_length(list(ids), lambda text: len(ids[text]), device):
             batch = self.tokenizer.pad({"input_ids": [ids[text] for text in chunk]}, return_tensors="pt").to(device)
-            logits = self.model(batch["input_ids"], batch["attention_mask"])
-            classes = torch.stack([head.argmax(dim=1) for head in logits], dim=1).tolist()
-            found.update(zip(chunk, classes, strict=True))
+            classes = torch.stack([logits.argmax(dim=1) for logits in self.model(**batch)], dim=1)  # (n, 14)
+            found.update(zip(chunk, classes.tolist(), strict=True))
         return [found[text] for text in texts]

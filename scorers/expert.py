@@ -44,10 +44,8 @@ def encode_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         pad = tower.config.pad_token_id if hugging_face else 0
         length = int((tokens != pad).any(dim=0).nonzero().max()) + 1  # up to the last: byte-pair id 0 is a "!" too
         tokens = tokens[:, :length]
-    if not causal:
-        return F.normalize(model.encode_text(tokens), dim=-1)
     cut = {f"{prefix}positional_embedding": tower.positional_embedding[:length],
-           f"{prefix}attn_mask": mask[:length, :length]}
+           f"{prefix}attn_mask": mask[:length, :length]} if causal else {}  # fmt: skip
     output = torch.func.functional_call(model, cut, kwargs={"text": tokens})
     return output["text_features"] if isinstance(output, dict) else output[1]
 
@@ -175,9 +173,8 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert 
         config = local_file(f"{path}/open_clip_config.json")
         refuse(config.parent)
         text_cfg = read_json(config)["model_cfg"]["text_cfg"]
-        unknown = text_cfg.get("tokenizer_kwargs", {}).keys() - TOKENIZER_KWARGS
-        if unknown:
-            raise ValueError(f"tokenizer_kwargs '{min(unknown)}' is none of {', '.join(sorted(TOKENIZER_KWARGS))}")
+        for key in sorted(text_cfg.get("tokenizer_kwargs", {}).keys() - TOKENIZER_KWARGS):
+            raise ValueError(f"tokenizer_kwargs '{key}' is none of {', '.join(sorted(TOKENIZER_KWARGS))}")
         if text_cfg.get("hf_tokenizer_name"):
             load_tokenizer(text_cfg["hf_tokenizer_name"] if on_hub else path)  # is it real, and without code?
     if "hf_model_name" in text_cfg and (Path(path) / "config.json").is_file():
@@ -195,8 +192,8 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert 
         require_finite_tensors(model.to(device).eval().requires_grad_(False), path)
         expert = Expert(pack_linears(model), preprocess, open_clip.get_tokenizer(name), torch.device(device))
         if hasattr(expert.tokenizer, "tokenizer"):  # else open_clip's own, whose end token is its last: tried below
-            towers = getattr(model, "text", model).modules()
-            table = next(part for part in towers if isinstance(part, torch.nn.Embedding))
+            tower = getattr(model, "text", model)
+            table = next(part for part in tower.modules() if isinstance(part, torch.nn.Embedding))
             require_rows(expert.tokenizer.tokenizer, table.num_embeddings, path)
         trial = expert.similarity([Image.new("L", (64, 64), 128)], ["trial"], [["No effusion."]])
         require_finite_tensors({"a grey image's similarity": trial}, path)

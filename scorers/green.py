@@ -71,7 +71,6 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
     def score(candidates: list[str], references: list[str]) -> list[float | None]:
         pairs = [(plain(c), plain(r)) for c, r in zip(candidates, references, strict=True)]
         new = sorted({*pairs} - known.keys(), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
-        known.update(dict.fromkeys(new, 0.0))
         chats = {(c, r): CHAT.format(prompt=PROMPT.format(candidate=c, reference=r), eos=tokenizer.eos_token)
                  for c, r in new if c}  # fmt: skip
         most = model.config.max_position_embeddings
@@ -79,6 +78,6 @@ def load_green(path: str, device: str | torch.device = "cpu", max_new_tokens: in
         for start in tqdm(range(0, len(asked), BATCH), desc=f"{'GREEN':<28}", unit="batch", mininterval=1):
             chunk = asked[start : start + BATCH]
             known.update(zip(chunk, map(green, answer([chats[pair] for pair in chunk])), strict=True))
-        return [known[pair] for pair in pairs]
+        return [known.get(pair, 0.0) for pair in pairs]
 
     return score

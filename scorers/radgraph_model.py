@@ -42,10 +42,9 @@ def unpack(model_type: str, place: Path) -> None:
 def refuse_code(config: dict) -> None:
     """ValueError where an archive's config.json names code, as AllenNLP imports and calls what a word in model.modules
     names (its true settings are numbers), or an encoder that brings code or no tokenizer."""
-    found = re.findall(r'"(?:[^"\\]|\\.)*":?', json.dumps(config["model"]["modules"]))
-    words = [word for word in found if not word.endswith(":")]
-    if words:
-        raise ValueError(f"model.modules holds {words[0]}, which may name code; only numbers are taken there")
+    for word in re.findall(r'"(?:[^"\\]|\\.)*":?', json.dumps(config["model"]["modules"])):
+        if not word.endswith(":"):
+            raise ValueError(f"model.modules holds {word}, which may name code; only numbers are taken there")
     for table in (config["model"]["embedder"]["token_embedders"], config["dataset_reader"]["token_indexers"]):
         AutoConfig.from_pretrained(table["bert"]["model_name"], trust_remote_code=False)
         load_tokenizer(table["bert"]["model_name"])

@@ -97,8 +97,7 @@ def annotate(text: str) -> dict:
         relations, read = _relations(words, letters), [i for i, letter in enumerate(letters) if letter in "odap"]
         number = {i: str(n) for n, i in enumerate(read, len(entities) + 1)}  # word's index -> entity id
         for i in read:
-            seen = letters[i] in "od"
-            label = f"Observation::{_certainty(words, i)}" if seen else "Anatomy::definitely present"
+            label = f"Observation::{_certainty(words, i)}" if letters[i] in "od" else "Anatomy::definitely present"
             entities[number[i]] = {"tokens": words[i], "label": label, "start_ix": offset + i, "end_ix": offset + i,
                                    "relations": [[name, number[j]] for name, j in relations[i]]}  # fmt: skip
         offset += len(words)

@@ -152,7 +152,7 @@ def test_rows_that_leave_the_batch_change_nothing(family, monkeypatch):
     rules = replace(rules, eos_ids=list(range(20, 60)))
     u = torch.rand(2 * 5, 40, generator=torch.Generator().manual_seed(5))
     kept, real = [], Decoding.take
-    monkeypatch.setattr(Decoding, "take", lambda self, rows, left: (kept.append(len(rows)), real(self, rows, left)))
+    monkeypatch.setattr(Decoding, "take", lambda self, rows: (kept.append(len(rows)), real(self, rows)))
     monkeypatch.setattr(attention, "SHRINK", 1.0)
     leaving = sample(model, inputs, rules, u, 40, 5)
     assert len(kept) >= 2 and kept == sorted(kept, reverse=True)

@@ -194,24 +194,24 @@ class Decoding:
         self.padding = padding if bool(padding.any()) else None
 
     def keep(self, writing: Tensor) -> Tensor:
-        """Which rows (n',) of the n to go on with, where `writing` (n,) are not finished; the cache forgets the others,
-        and the studies that have none left. A copy of what is written so far: not at every token. None is left: (0,),
-        and nothing is forgotten."""
+        """Which rows (n',) of the n to go on with, where `writing` (n,) are not finished; the cache forgets the others.
+        A copy of what is written so far: not at every token. None is left: (0,), and nothing is forgotten."""
         left = int(writing.sum())
         if left >= SHRINK * len(writing):
             return torch.arange(len(writing), device=writing.device)
         rows = writing.nonzero()[:, 0]  # (n',)
         if left:
-            self.take(rows, self.study[rows].unique_consecutive())
+            self.take(rows)
         return rows
 
-    def take(self, rows: Tensor, studies: Tensor) -> None:
-        """Forget all reports but `rows` (n',) and all studies but `studies` (B',), both ascending."""
+    def take(self, rows: Tensor) -> None:
+        """Forget all reports but `rows` (n',), ascending, and the studies that have none left."""
+        studies, study = self.study[rows].unique_consecutive(return_inverse=True)  # (B',), (n',)
         for cache, left in ((self.own, rows), (self.prefix, studies)):
             for i, layer in enumerate(cache):  # one by one: never two copies of them all
                 cache[i] = layer if len(left) == len(layer[0]) else tuple(x[left] for x in layer)
         self.prompt_mask = self.prompt_mask[studies]
-        self.arrange(torch.searchsorted(studies, self.study[rows]))  # (n',)
+        self.arrange(study)
 
     def step(self, base, embeds: Tensor, positions: Tensor) -> Tensor:
         """Hidden states (N, 1, D) after one more token of each report: embeddings (N, 1, D), positions (N, 1)."""

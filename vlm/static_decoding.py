@@ -59,9 +59,8 @@ class StaticDecoding(Decoding):
         if (studies, width) == grid.shape:
             return torch.arange(len(writing), device=writing.device)
         chosen = first(counts > 0, studies)  # (B',)
-        column = first(grid[chosen], width)  # (B', W')
-        rows = (chosen[:, None] * self.width + column).flatten()  # (B' * W',)
-        self.take(rows, chosen)
+        rows = (chosen[:, None] * self.width + first(grid[chosen], width)).flatten()  # (B' * W',)
+        self.take(rows)
         return rows
 
     def step(self, base, embeds: Tensor, positions: Tensor) -> Tensor:

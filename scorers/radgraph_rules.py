@@ -14,50 +14,42 @@ from pathlib import Path
 WORDS = r"\b(?:{})\b"  # a pattern of phrases, which stand between two word boundaries
 LEXICON = tomllib.loads(Path(__file__).with_name("radgraph_lexicon.toml").read_text(encoding="utf-8"))
 KINDS = {word: kind for kind, words in LEXICON["words"].items() for word in words.split()}
-# A clause's words as letters, which patterns can search: observation, degree, anatomy, position; lead in, glue
+# A clause's words as letters: (o)bservation, (d)egree, (a)natomy, (p)osition, (i)n and its like, (g)lue
 LETTERS = dict.fromkeys(LEXICON["in"], "i") | dict.fromkeys(LEXICON["glue"], "g") | {w: KINDS[w][0] for w in KINDS}
-BEFORE, BEHIND, SAME_PLACE = map(re.compile, ("[dapg]*$", "i[dapg]*", "[apg]*"))
+# Where the word stands that another one's relation leads to: each match ends with it. A place is an anatomy, else a
+# position word: the last of a run of words, for an observation just before it, behind a preposition or as its subject
+JUST_BEFORE, BEHIND = re.compile("a(?=[dpg]*$)|p(?=[dg]*$)"), re.compile("i(?:[dapg]*a|[dpg]*p)")
+SUBJECT, SAME_PLACE = re.compile(".*a|.*p"), re.compile("[pg]*a|[pg]*p")  # the latter of a position word
+NEXT, LAST = re.compile(".*?o"), re.compile(".*o")  # observation
 SUGGESTS, LINKS = (re.compile(WORDS.format("|".join(LEXICON[name]))) for name in ("suggests", "links"))
 CUES = [(c["label"], c["stands"], re.compile(WORDS.format("|".join(c["phrases"])))) for c in LEXICON["cues"]]
 CLAUSE_END = re.compile("|".join(LEXICON["clause_ends"]))
 LONGEST = 100  # words of a clause read together, at their square's cost; those of 23,000 reports have at most 34
 
 
-def _either(found: int, other: int) -> int:
-    """The first of two indices that `str.find` found, which says -1 for none."""
-    return found if found >= 0 else other
-
-
-def _place(letters: str, start: int, end: int) -> int:
-    """Of words [start, end) the anatomy (else the position word) that stands last; -1: there is none."""
-    return _either(letters.rfind("a", start, end), letters.rfind("p", start, end))
-
-
-def _located_at(words: list[str], letters: str, i: int) -> int:
-    """Index of the place of observation i: named just before it, after a preposition, or as its subject; -1: none."""
-    first, end = letters.rfind("o", 0, i) + 1, _either(letters.find("o", i + 1), len(letters))
-    for run in (BEFORE.search(letters, first, i), *BEHIND.finditer(letters, i + 1, end)):
-        place = _place(letters, *run.span())
-        if place >= 0:
-            return place
-    subject = _place(letters, first, i)
-    return subject if subject >= 0 and LINKS.search(" ".join(words[subject:i])) else -1
+def _located_at(words: list[str], letters: str, i: int) -> re.Match | None:
+    """The place of observation i, as a match that ends with it."""
+    first, end = letters.rfind("o", 0, i) + 1, f"{letters}o".find("o", i + 1)
+    place = JUST_BEFORE.search(letters, first, i) or BEHIND.search(letters, i + 1, end)
+    subject = SUBJECT.match(letters, first, i)
+    if not place and subject and LINKS.search(" ".join(words[subject.end() - 1 : i])):
+        return subject
+    return place
 
 
 def _relations(words: list[str], letters: str) -> dict[int, list[tuple[str, int]]]:
     """RadGraph's relations inside one clause: word's index -> [(relation, index of its object)]."""
     found, clause = defaultdict(list), " ".join(words)
     for i, letter in enumerate(letters):
-        relation, target = "modify", -1
+        target = None
         if letter == "d":
-            target = _either(letters.find("o", i), letters.rfind("o"))
+            target = NEXT.match(letters, i) or LAST.match(letters)
         elif letter == "p":
-            run = SAME_PLACE.match(letters, i + 1).span()
-            target = _either(letters.find("a", *run), letters.rfind("p", *run))
+            target = SAME_PLACE.match(letters, i + 1)
         elif letter == "o":
-            relation, target = "located_at", _located_at(words, letters, i)
-        if target >= 0:
-            found[i].append((relation, target))
+            target = _located_at(words, letters, i)
+        if target:
+            found[i].append(("located_at" if letter == "o" else "modify", target.end() - 1))
     cues = [clause.count(" ", 0, cue.start()) for cue in SUGGESTS.finditer(clause)]  # each its word's index
     for i, j in pairwise(at.start() for at in re.finditer("o", letters)):
         found[i] += [("suggestive_of", j) for cue in cues if i < cue <= j]  # it links the observations around it

@@ -7,7 +7,6 @@ transformers 5. Here each distinct text is annotated once and remembered.
 import json
 import re
 import tarfile
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -87,8 +86,8 @@ class PackageRadGraph:
     @torch.no_grad()
     def annotate(self, text: str) -> str:
         """The annotation asked of the model, which reads one text at a time, as JSON: a tenth of the dict's size."""
-        beyond = next(islice(re.finditer(r"\w+|[^\w\s]", text), LONGEST, None), None)
-        found = self.model([text[: beyond.start()] if beyond else text]) if text else {}
+        read = re.match(rf"\s*(?:(?:\w+|[^\w\s])\s*){{0,{LONGEST}}}", text)[0]
+        found = self.model([read]) if text else {}
         if text and not found:  # the package prints and goes on, and so does a run
             print(f"radgraph: the package could not annotate {text[:80]!r}, which scores 0")
         return json.dumps(found.get("0", {"text": text, "entities": {}}))

@@ -132,10 +132,9 @@ def llava_med_tokenizer(path: str):
 
 def placeholder_ids(config, tokenizer) -> set[int]:
     """Ids of the tokens that stand for (the border of) an image or a video, and of rows that pad the vocabulary."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = {getattr(config, name, None) for name in names} - {None}
-    ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if re.search("image|video|vision", token.content)}
-    return ids | set(range(len(tokenizer), config.get_text_config().vocab_size))
+    named = {getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")}
+    spelt = {i for i, token in tokenizer.added_tokens_decoder.items() if re.search("image|video|vision", token.content)}
+    return named - {None} | spelt | set(range(len(tokenizer), config.get_text_config().vocab_size))
 
 
 @torch.no_grad()

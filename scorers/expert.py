@@ -160,8 +160,7 @@ def fold_of(study_id: str, folds: int) -> int:
 
 
 def load_expert(path: str | Path, device: str | torch.device = "cpu") -> Expert | CrossFitted:
-    """Load an open_clip model from a local folder or an `hf-hub:` name, frozen and in eval mode; of a folder that holds
-    folders 0, 1, ... all of them, cross-fitted.
+    """An open_clip model, frozen and in eval mode; of a folder that holds folders 0, 1, ... all of them, cross-fitted.
 
     A Hugging Face text tower is built from the folder's own `config.json`; without that file open_clip looks its
     `hf_model_name` up, a folder or a hub name. ValueError (one line) for what cannot be loaded or asks for code.

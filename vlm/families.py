@@ -65,9 +65,10 @@ def load_family(path: str, dtype: torch.dtype, max_pixels: int = 0, device_map: 
         weights.require_finite_tensors(model, path)
     weights.check_tokenizer(processor.tokenizer, path)
     processor.tokenizer.padding_side = "left"  # prompts end flush with the report's first token
-    if family == "llava" and processor.patch_size is None:  # a folder of 2024: these three were the model's alone
+    if family in ("llava", "llava_mistral") and processor.patch_size is None:  # LLaVA-Med, or a folder of 2024
         processor.patch_size = model.config.vision_config.patch_size
         processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+        # CLIP's class token, which the strategy "default" drops
         processor.num_additional_image_tokens = int(model.config.vision_config.model_type == "clip_vision_model")
     if max_pixels:
         processor.image_processor.size["longest_edge"] = max_pixels  # Qwen's name for a number of pixels
@@ -91,10 +92,8 @@ def load_llava_med(path: str, raw: dict, **options):
     images = transformers.LlavaImageProcessorPil(  # resizes with PIL, as in training; torchvision's differs a little
         do_pad=raw.get("image_aspect_ratio") == "pad",  # to a square, with CLIP's mean colour
         size={"shortest_edge": side}, crop_size={"height": side, "width": side})  # fmt: skip
-    processor = transformers.LlavaProcessor(  # the additional token: CLIP's class token, which "default" drops
-        images, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=1,
-        vision_feature_select_strategy=config.vision_feature_select_strategy, image_token=tokenizer.unk_token,
-        chat_template=LLAVA_MED["chat_template"])  # fmt: skip
+    image, chat = tokenizer.unk_token, LLAVA_MED["chat_template"]
+    processor = transformers.LlavaProcessor(images, tokenizer, image_token=image, chat_template=chat)
     llava = transformers.LlavaForConditionalGeneration
     return *llava.from_pretrained(path, config=config, key_mapping=LLAVA_MED["rename"], **options), processor
 

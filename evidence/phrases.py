@@ -85,6 +85,7 @@ def clauses(sentence: str) -> list[tuple[int, int, set, set]]:
             says, rejects = says & alone.stated, rejects & alone.denied  # which of several of a kind it is
         found.append((start, len(sentence[:stop].rstrip()), says, set() if says else rejects))
         start = after + len(sentence[after:]) - len(sentence[after:].lstrip())
-    for pair in reading.stated.difference(*(says for *_, says, _ in found)):  # a side from elsewhere in the sentence
-        next(says for first, _, says, _ in found if any(pair[0] == name for name, _ in says)).add(pair)
+    for pair in reading.stated.difference(*(says for *_, says, _ in found)):  # a side from elsewhere in the sentence,
+        alike = (says for *_, says, _ in found if any(pair[0] == name for name, _ in says))
+        next(alike, found[-1][2]).add(pair)  # or said in the reader's plainer words alone
     return found

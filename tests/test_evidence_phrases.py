@@ -41,10 +41,13 @@ def marked(text: str, labels: str) -> tuple[str, str]:
         ("The heart  is\tenlarged.", "cardiomegaly", "+The heart  is\tenlarged", ""),
         ("Left  and right effusion.", "effusion_left", "xLeft  and right effusion", ""),
         ("İ left effusion", "effusion_left", "+İ left effusion", ""),
+        ("The heart is larger than normal.", "cardiomegaly", "+The heart is larger than normal", ""),
+        ("The left effusion is gone and the heart is large.", "", "xThe left effusion is gone and the heart is large",
+         ""),
         ("", "edema effusion_left", "", "edema effusion_left"),
         ("...", "", "", ""),
     ],
-)
+)  # fmt: skip
 def test_phrases_by_hand(text, labels, expected, omitted):
     assert marked(text, labels) == (expected, omitted)
 

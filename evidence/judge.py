@@ -123,9 +123,8 @@ class Judge:
             if sampled is not None:
                 row["samples"] = [self.text(sample) for sample in sampled[i]]
             if wanted.labels is not None:
-                text = row["report"]
-                stated = read_findings(text)[0] if self.gold else map(label_of, read_report(text).stated)
-                row |= {"labels": wanted.labels[i], "stated": sorted(stated)}
+                reading = (read_findings if self.gold else read_report)(row["report"])
+                row |= {"labels": wanted.labels[i], "stated": sorted(map(label_of, reading.stated))}
             rows.append(row)
         return rows
 

@@ -116,7 +116,7 @@ def levels(texts: list[str], labels: list[str], gold: bool = False) -> np.ndarra
     """(2 * (K + 1),) how many labels are stated by 0, 1, ..., K of a study's K texts: of those in the image, then of
     all others; gold labels without their sides. Sums over studies are all that `equal_hallucination` needs."""
     names, labels = (FINDINGS, plain(labels)) if gold else (SIDED_LABELS, labels)
-    stated = [plain(sorted(read_findings(t)[0])) if gold else stated_labels(t, labels) for t in texts]
+    stated = [{name for name, _ in read_findings(t).stated} if gold else stated_labels(t, labels) for t in texts]
     said = Counter(label for of in stated for label in of)
     sides = [[said[label] for label in names if (label in labels) == true] for true in (True, False)]
     return np.concatenate([np.bincount(np.array(side, int), minlength=len(texts) + 1) for side in sides])

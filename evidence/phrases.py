@@ -5,10 +5,9 @@ into the clauses around its findings ("left effusion" | ", " | "mild cardiomegal
 text, letter by letter. The numbers of a report are reader.truth_counts'; the marks agree with them.
 """
 
-import re
 from typing import NamedTuple
 
-from evidence.reader import BOTH, DENIES, EVENT, UNSIDED, label_of, mark_of, pairs_of, read_report
+from evidence.reader import BOTH, DENIES, EVENT, UNSIDED, label_of, mark_of, pairs_of, read_report, sentence_spans
 
 # mark: (symbol, colour, what it says); colour-blind safe (Okabe & Ito 2008), and never told by the colour alone
 MARKS = {
@@ -49,13 +48,6 @@ def mark_report(text: str, labels: list[str]) -> tuple[list[Phrase], list[str]]:
             phrases.append(Phrase(start + first, place, mark, tuple(sorted(map(label_of, says | rejects)))))
     phrases += [Phrase(place, len(text), "plain")] if place < len(text) else []
     return phrases, sorted(map(label_of, left_out))
-
-
-def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Where the reader's sentences stand: tags and section headers belong to none."""
-    blank = re.sub(r"<[^<>]*>|\b(?:findings|impression)\s*:", lambda m: "." * len(m[0]), text, flags=re.I)
-    spans = [match.span() for match in re.finditer(r"[^.;:!?\n]+", blank) if re.search(r"\w", match[0])]
-    return [(start + len(text[start:end]) - len(text[start:end].lstrip()), end) for start, end in spans]
 
 
 def clauses(sentence: str) -> list[tuple[int, int, set, set]]:

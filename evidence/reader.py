@@ -42,35 +42,44 @@ JOINT = re.compile(rf"(?:{BESIDE})*?\b(?:and|n?or|plus|than)\b(?:{BESIDE})*")  #
 SHORT = re.compile(rf"(?:{'|'.join([BESIDE, *sum((EVENTS[name] for name in (*SIDES, 'verb')), [])])})*")
 
 
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of a text stand; tags and section headers belong to none, and empty ones are dropped."""
+    blank = re.sub(r"<[^<>]*>|\b(?:findings|impression)\s*:", lambda match: "." * len(match[0]), text, flags=re.I)
+    return [match.span() for match in re.finditer(r"[^\s.;:!?][^.;:!?\n]*", blank) if re.search(r"\w", match[0])]
+
+
 def split_sentences(text: str) -> list[str]:
-    """Lower-case sentences without tags and section headers; empty ones dropped."""
-    text = re.sub(r"<[^<>]*>", " . ", text.lower())
-    text = re.sub(r"\b(?:findings|impression)\s*:", " . ", text)
-    parts = re.split(r"[.;:!?\n]+", text)
-    return [" ".join(part.split()) for part in parts if re.search(r"\w", part)]
+    """The sentences in lower case, with single blanks."""
+    return [" ".join(text[start:end].lower().split()) for start, end in sentence_spans(text)]
 
 
-class Ahead(NamedTuple):
-    """What stands behind an event."""
+class Event(NamedTuple):
+    """A word or words that the rules know, sentence[start:end], and what stands behind."""
 
+    name: str
+    start: int
+    end: int
     negates: bool  # a negation reaches over it
     lists: bool  # it is a comma in a list of bare nouns that "and" or "or" closes
     placed: str | None  # the side of a finding placed "in the left ..."
-    side: str | None  # the first side word before the next finding or separator
+    ahead: str | None  # the first side word before the next finding or separator
     names: bool  # a finding, or that all is well, comes before the next separator
 
 
-def look_ahead(sentence: str, events: list[tuple[str, int, int]]) -> list[Ahead]:
-    """What stands behind each event. From right to left, so that the work is linear.
+def events_of(sentence: str) -> list[Event]:
+    """The events of a prepared sentence. From right to left, so that the work is linear.
 
     A negation reaches over a comma only in a list closed by "or" ("no effusion, nodule or edema", but not "no effusion,
     left nodule"); over "and" unless something new begins ("no effusion and a small nodule").
     """
+    heart = HEART.search(sentence)  # only a heart can be "enlarged"
+    matches = [match for match in EVENT.finditer(sentence) if heart or not match.group().startswith("enlarge")]
     found, stop, later, closed, side, names = [], len(sentence), None, False, None, False
-    for name, start, end in reversed(events):
+    for match in reversed(matches):
+        name, (start, end) = match.lastgroup, match.span()
         new = bool(NEW.match(sentence, end))
         placed = AFTER.match(sentence, end, stop) if name in FINDINGS else None
-        found.append(Ahead(not new if name == "and" else later == "or", closed and not new,
+        found.append(Event(name, start, end, not new if name == "and" else later == "or", closed and not new,
                            placed and placed[1].replace("bilateral", "both"), side, names))  # fmt: skip
         later = name if name in ("break", "there", "no", "or") else later
         closed = closed if name in FINDINGS or name == "comma" else name in ("and", "or") and not new
@@ -108,19 +117,21 @@ class Walk:
             self.add(finding, self.here, stated)
         return does
 
-    def separator(self, name: str, start: int, end: int, ahead: Ahead) -> None:
-        shared = ahead.side and not re.search(r"\b(?:on|in|at)\b", self.sentence[self.start : start])
-        if not (ahead.names and (shared or name in ("comma", "there"))):  # else its side is that of a finding to come
-            self.left_out(start, self.stated)
-        self.start, self.here, self.named = end, None, False
-        if name in ("break", "there") or name == "comma" and not ahead.lists:
+    def separator(self, event: Event) -> None:
+        name, clause = event.name, self.sentence[self.start : event.start]
+        shared = event.ahead and not re.search(r"\b(?:on|in|at)\b", clause)
+        if not (event.names and (shared or name in ("comma", "there"))):  # else its side is that of a finding to come
+            self.left_out(event.start, self.stated)
+        self.start, self.here, self.named = event.end, None, False
+        if name in ("break", "there") or name == "comma" and not event.lists:
             self.told, self.side = True, None if self.used else self.side
-        self.stated = self.stated if name == "or" or name in ("and", "comma") and ahead.negates else True
+        self.stated = self.stated if name == "or" or name in ("and", "comma") and event.negates else True
 
-    def step(self, name: str, start: int, end: int, ahead: Ahead) -> None:
+    def step(self, event: Event) -> None:
+        name, start, end, _, _, placed, ahead, names = event
         if name in FINDINGS:
-            behind = ahead.placed or (None if self.side else ahead.side)
-            self.group, self.told, self.taken = [] if self.told else self.group, False, bool(ahead.placed or ahead.side)
+            behind = placed or (None if self.side else ahead)
+            self.group, self.told, self.taken = [] if self.told else self.group, False, bool(placed or ahead)
             self.group.append(self.add(name, behind or self.side, self.stated))
             for mention in self.group:  # "effusion and atelectasis on the left"
                 mention[1] = mention[1] or (None if mention[0] in UNSIDED else behind)
@@ -132,7 +143,7 @@ class Walk:
             joint = self.side and not self.used and JOINT.fullmatch(self.sentence, self.side_end, start)
             self.side, self.used, self.side_end = "both" if joint and name != self.side else name, self.taken, end
             self.here, self.taken = None if self.used else self.side, False
-        elif name == "absent" and not (self.stated and (self.named or not ahead.names and not ahead.side)):
+        elif name == "absent" and not (self.stated and (self.named or not names and not ahead)):
             self.stated = not self.stated  # "has not resolved"; "unlikely left effusion"
         elif name == "absent":
             if not self.left_out(start, False) and (self.named or not self.here):
@@ -146,17 +157,14 @@ class Walk:
         elif name == "there" and self.here and not self.named:  # "but on the left there is one"
             self.stated = True
         else:
-            self.separator(name, start, end, ahead)
+            self.separator(event)
 
 
 def read_sentence(sentence: str) -> tuple[set, set]:
     """The (finding, side) pairs that one prepared sentence states, and those it denies."""
-    heart = HEART.search(sentence)  # only a heart can be "enlarged"
-    found = [match for match in EVENT.finditer(sentence) if heart or not match.group().startswith("enlarge")]
-    events = [(match.lastgroup, match.start(), match.end()) for match in found]  # left to right, not overlapping
     walk = Walk(sentence)
-    for event, ahead in zip(events, look_ahead(sentence, events), strict=True):
-        walk.step(*event, ahead)
+    for event in events_of(sentence):
+        walk.step(event)
     walk.left_out(len(sentence), walk.stated)
     pairs = [(finding, s, stated) for finding, side, stated in walk.mentions
              for s in (BOTH if side == "both" else [side])]  # fmt: skip
@@ -206,15 +214,16 @@ def mark_of(pair: tuple[str, str | None], true: set, stated: frozenset = frozens
     return "wrong side" if side and other in true and other not in stated else "invented"
 
 
-def truth_counts(text: str, labels: list[str]) -> dict[str, int]:
-    """Counts of one report against the labels in its image ("edema", "effusion_left", ...), by (finding, side).
+def counts_of(reading: Reading, stated: int, true: int, correct: int, wrong_side: int) -> dict[str, int]:
+    """What a report says, in numbers: stated = correct + hallucinated, true = correct + omitted."""
+    return {"stated": stated, "hallucinated": stated - correct, "true": true, "omitted": true - correct,
+            "wrong_side": wrong_side, "correct": correct, "sentences": reading.sentences,
+            "unread": reading.unread}  # fmt: skip
 
-    stated = correct + hallucinated and true = correct + omitted. Right finding on the wrong side: one hallucination
-    (and one omission), counted in wrong_side too.
-    """
+
+def truth_counts(text: str, labels: list[str]) -> dict[str, int]:
+    """Counts of one report against the labels in its image ("edema", "effusion_left", ...), by (finding, side). Right
+    finding on the wrong side: one hallucination (and one omission), counted in wrong_side too."""
     reading, true = read_report(text), pairs_of(labels)
     marks = Counter(mark_of(pair, true, reading.stated) for pair in reading.stated)
-    stated, correct = len(reading.stated), marks["right"]
-    return {"stated": stated, "true": len(true), "correct": correct, "hallucinated": stated - correct,
-            "omitted": len(true) - correct, "wrong_side": marks["wrong side"],
-            "sentences": reading.sentences, "unread": reading.unread}  # fmt: skip
+    return counts_of(reading, len(reading.stated), len(true), marks["right"], marks["wrong side"])

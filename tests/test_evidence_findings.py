@@ -12,6 +12,7 @@ import data
 from config import Config, DataConfig
 from evidence import judge, metrics
 from evidence.findings import SENTENCES, finding_counts, read_findings
+from evidence.reader import label_of
 from formats.gold import FINDINGS
 from rewards import wrap
 
@@ -43,14 +44,14 @@ REAL = Path(__file__).parents[2] / "shared" / "data" / "iu_xray"
     ],
 )  # fmt: skip
 def test_reading_by_hand(text, expected):
-    assert read_findings(text)[0] == expected
+    assert {*map(label_of, read_findings(text).stated)} == expected
 
 
 def test_each_forced_choice_is_between_a_finding_and_nothing():
     assert SENTENCES.keys() == {*FINDINGS}
     for name, (with_it, without) in SENTENCES.items():
-        assert {label.partition("_")[0] for label in read_findings(with_it)[0]} == {name}
-        assert read_findings(without)[0] == set()
+        assert {finding for finding, _ in read_findings(with_it).stated} == {name}
+        assert read_findings(without).stated == set()
 
 
 def test_counts_are_by_finding_and_a_side_is_wrong_only_where_both_name_one():

@@ -15,9 +15,11 @@ counts and, what one section says against the other, of `sections.section_counts
 """
 
 import math
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from pycocoevalcap.bleu import bleu_scorer
@@ -36,12 +38,14 @@ from rewards import format_reward, strip_tags
 
 LABELS, FIVE = list(range(14)), [1, 4, 5, 7, 9]  # all of chexbert.CHEXPERT_LABELS, the places of chexbert.FIVE
 MEASURES = ("precision", "recall", "f1")
-TRUTH_KEYS = ("stated", "hallucinated", "true", "omitted", "wrong_side", "correct", "sentences", "unread")
+TRUTH_KEYS = tuple(truth_counts("", []))
 # of each counterfactual study: reports a film; how many state the guess where neither it nor its cause, the cause, or
 # both are on the film; the same of the cause, reports first, where nothing else suggests it
 SPILL_KEYS = ("reports", "guess_neither", "guess_cause", "guess_both", "free", "cause_neither", "cause_cause")
+KEYS = {"truth": TRUTH_KEYS, "sections": SECTION_KEYS, "spill": SPILL_KEYS}
 # k of a family's (n, k); 2 for all others
-WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "truth": 8, "sections": 5, "spill": 7, "looked": 16}
+WIDTHS = {"bleu": 10, "meteor": 23, "labels": 42, "green": 3, "looked": 16} | {of: len(KEYS[of]) for of in KEYS}
+TABLE = tomllib.loads(Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8"))
 AT_ONCE = 2**23  # numbers of a bootstrap's draws in memory
 
 
@@ -147,50 +151,32 @@ def mean(sums: np.ndarray) -> np.ndarray:
     return divide(sums[..., 0], sums[..., 1])
 
 
-def ratio(above: str, *below: str, less: str = "", factor: float = 1.0, keys: tuple[str, ...] = TRUTH_KEYS) -> Callable:
-    """The function (..., len(keys)) -> (...) that divides one of the keys, less another, by the sum of others."""
-    a, b, c = ([keys.index(name) for name in names if name] for names in ([above], [less], below))
-    return lambda sums: divide(factor * (sums[..., a].sum(-1) - sums[..., b].sum(-1)), sums[..., c].sum(-1))
+def ratio(keys: tuple[str, ...], above: dict[str, int], below: dict[str, int]) -> Callable:
+    """The function (..., len(keys)) -> (...) that divides one weighted sum of the keys, {key: weight}, by another."""
+
+    def weigh(sums: np.ndarray, weights: dict[str, int]) -> np.ndarray:
+        return sum(weight * sums[..., keys.index(key)] for key, weight in weights.items())
+
+    return lambda sums: divide(weigh(sums, above), weigh(sums, below))
 
 
-F1 = ratio("correct", "stated", "true", factor=2)
 # name: (family of statistics, function of their sums); in which table, under which title: columns.toml
 METRICS: dict[str, tuple[str, Callable]] = {
     **{f"bleu_{n}": ("bleu", lambda sums, n=n: bleu(sums)[..., n - 1]) for n in range(1, 5)},
     "bleu_mean": ("bleu", lambda sums: bleu(sums).mean(-1)),
-    "rouge_l": ("rouge_l", mean),
     "meteor": ("meteor", corpus_meteor),
-    "bertscore": ("bertscore", mean),
     **{
         f"{measure}_{average}{suffix}": ("labels", partial(label_average, measure=measure, average=average, labels=of))
         for suffix, of in (("", LABELS), ("_5", FIVE))
         for average in ("micro", "macro")
         for measure in MEASURES
     },
-    "radgraph_f1": ("radgraph", mean),
-    "green": ("green", mean),
-    "ratescore": ("ratescore", mean),
-    "sided_f1": ("truth", F1),
-    "truth_precision": ("truth", ratio("correct", "stated")),
-    "truth_recall": ("truth", ratio("correct", "true")),
-    "hallucination_rate": ("truth", ratio("hallucinated", "stated")),
-    "omission_rate": ("truth", ratio("omitted", "true")),
+    **{name: (family, mean) for name, family in TABLE["means"].items()},
+    **{name: (of, ratio(KEYS[of], *sums)) for of in KEYS for name, sums in TABLE["ratios"][of].items()},
     # of truth counts of reports, and of those given to other studies: what hangs on the image
-    "looked_f1": ("looked", lambda sums: F1(sums[..., :8]) - F1(sums[..., 8:])),
-    "wrong_side_rate": ("truth", ratio("wrong_side", "stated")),
+    "looked_f1": ("looked", lambda sums: METRICS["sided_f1"][1](sums[..., :8]) - METRICS["sided_f1"][1](sums[..., 8:])),
     "equal_hallucination": ("levels", equal_hallucination),
-    "prior_spill": ("spill", ratio("guess_cause", "reports", less="guess_neither", keys=SPILL_KEYS)),
-    "own_effect": ("spill", ratio("cause_cause", "free", less="cause_neither", keys=SPILL_KEYS)),
-    "own_effect_prior": ("spill", ratio("guess_both", "reports", less="guess_cause", keys=SPILL_KEYS)),
-    "unread_share": ("truth", ratio("unread", "sentences")),
-    "section_disagreement_rate": ("sections", ratio("disagreeing", "reports", keys=SECTION_KEYS)),
-    "contradicted_rate": ("sections", ratio("contradicted", "stated", keys=SECTION_KEYS)),
-    "impression_only_rate": ("sections", ratio("impression_only", "stated", keys=SECTION_KEYS)),
-    "repetition_rate": ("repeats", mean),
-    "forced_choice": ("forced", mean),
     "distinct": ("distinct", lambda sums: sums[..., 0]),
-    "format_rate": ("format", mean),
-    "length": ("length", mean),
 }
 
 
@@ -206,48 +192,45 @@ def collect(
     other scorers {family: function} -> m floats, where green's None (no readable answer) is left out of its mean. A
     family whose function or data is not given, or gives None, is left out.
     """
-    per_study, candidates = len(texts[0]), [text for group in texts for text in group]
-    repeated = [reference for reference, group in zip(references, texts, strict=True) for _ in group]
-    pairs = list(zip(candidates, repeated, strict=True))
-    distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}  # normal reports are often alike
-    at = [distinct[pair] for pair in pairs]
-    words, times = [tokens(*pair, protocol) for pair in distinct], Counter(candidates)
-    bar = tqdm(words, "BLEU, ROUGE-L", delay=5, mininterval=1, leave=False)
-    bleu_and_rouge = np.array([[*bleu_stats(c, r), rouge_l(c, r)] for c, r in bar], float)[at]
-    flat = {
-        "bleu": bleu_and_rouge[:, :10],
-        "rouge_l": with_one(bleu_and_rouge[:, 10]),
-        "length": with_one([len(text.split()) for text in candidates]),
-        "repeats": with_one([repeats(text) for text in candidates]),
-        "distinct": with_one([1 / times[text] for text in candidates]),  # their sum counts the distinct ones
+    given = zip(texts, references, labels or [None] * len(texts), strict=True)
+    rows = [(text, *study) for group, *study in given for text in group]
+    candidates, repeated, known = map(list, zip(*rows, strict=True))
+    times = Counter(candidates)
+    flat = text_scores(list(zip(candidates, repeated, strict=True)), protocol, meteor) | {
+        "length": [len(text.split()) for text in candidates],
+        "repeats": [repeats(text) for text in candidates],
+        "distinct": [1 / times[text] for text in candidates],  # their sum counts the distinct ones
     }
+    flat |= {family: scorer(candidates, repeated) for family, scorer in scorers.items()}
     if formats is not None:
-        flat["format"] = with_one([value for group in formats for value in group])
+        flat["format"] = [value for group in formats for value in group]
     if label is not None:
-        flat["labels"] = label_stats(label(candidates), np.repeat(np.asarray(label(references)), per_study, axis=0))
-    flat |= {family: with_one(scorer(candidates, repeated)) for family, scorer in scorers.items()}
+        flat["labels"] = label_stats(label(candidates), label(repeated))
     if green is not None:
         flat["green"] = [(s or 0.0, s is not None, s is None) for s in green(candidates, repeated)]
-    if meteor is not None and (counts := meteor(*map(list, zip(*words, strict=True)))) is not None:
-        flat["meteor"] = counts[at]
-    stats = {} if labels is None else against_truth(texts, labels, gold)
-    return stats | {name: np.asarray(v, float).reshape(len(texts), per_study, -1).sum(1) for name, v in flat.items()}
+    stats = {}
+    if labels is not None:
+        count = finding_counts if gold else truth_counts
+        flat["truth"] = [[*count(text, of).values()] for text, of in zip(candidates, known, strict=True)]
+        flat |= {} if gold else {"sections": [section_counts(text) for text in candidates]}
+        stats["levels"] = np.array([levels(*of, gold) for of in zip(texts, labels, strict=True)], float)
+    for name, values in flat.items():  # of single values also their number: a mean's
+        values = np.array(values, float) if np.ndim(values) > 1 else np.stack([values, np.ones(len(values))], axis=-1)
+        stats[name] = values.reshape(len(texts), len(texts[0]), -1).sum(1)
+    return stats
 
 
-def against_truth(texts: list[list[str]], labels: list[list[str]], gold: bool) -> dict[str, np.ndarray]:
-    """The families of `collect` that hold texts [study][sample] against the exact or gold labels of each study."""
-    read = finding_counts if gold else truth_counts
-    counts = [[read(text, known) for text in group] for group, known in zip(texts, labels, strict=True)]
-    truth = [np.sum([[count[key] for key in TRUTH_KEYS] for count in group], axis=0) for group in counts]
-    stats = {"truth": truth, "levels": [levels(*of, gold) for of in zip(texts, labels, strict=True)]}
-    if not gold:
-        stats["sections"] = [np.sum([section_counts(text) for text in of], axis=0) for of in texts]
-    return {name: np.array(of, float) for name, of in stats.items()}
-
-
-def with_one(values) -> np.ndarray:
-    """(m,) values -> (m, 2) of value and 1: their sums give the mean."""
-    return np.stack([values, np.ones(len(values))], axis=-1)
+def text_scores(pairs: list[tuple[str, str]], protocol: str, meteor: Callable | None) -> dict[str, list]:
+    """BLEU's and METEOR's counts and ROUGE-L of (candidate, reference) pairs; equal ones are scored once, as normal
+    reports are often alike."""
+    words = {pair: tokens(*pair, protocol) for pair in dict.fromkeys(pairs)}
+    bar = tqdm(words.items(), "BLEU, ROUGE-L", delay=5, mininterval=1, leave=False)
+    scored = {pair: (bleu_stats(*of), rouge_l(*of)) for pair, of in bar}
+    found = {"bleu": [scored[pair][0] for pair in pairs], "rouge_l": [scored[pair][1] for pair in pairs]}
+    if meteor is not None and (counts := meteor(*map(list, zip(*words.values(), strict=True)))) is not None:
+        counts = dict(zip(words, counts, strict=True))
+        found["meteor"] = [counts[pair] for pair in pairs]
+    return found
 
 
 def resample(stats: dict[str, np.ndarray], resamples: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -289,9 +272,9 @@ def summarise(rows: dict[str, dict[str, np.ndarray]], label_names: tuple[str, ..
         for name, (family, function) in METRICS.items():
             if family in stats:
                 result[name] = measured(function, sums[family], drawn[row, family])
-        for family, name, keys in (("truth", "counts", TRUTH_KEYS), ("sections", "sections", SECTION_KEYS)):
+        for family, name in (("truth", "counts"), ("sections", "sections")):
             if family in stats:
-                result[name] = dict(zip(keys, sums[family].astype(int).tolist(), strict=True))
+                result[name] = dict(zip(KEYS[family], sums[family].astype(int).tolist(), strict=True))
         if "green" in stats:
             result["green"]["unread"] = int(sums["green"][2])
         if "labels" in stats:

@@ -11,6 +11,8 @@ percentile bootstrap over studies, which says nothing of other runs.
 import math
 import tomllib
 from collections.abc import Callable
+from functools import reduce
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -49,34 +51,35 @@ def estimate(runs: Runs, key: str, minus: Runs | None = None) -> dict | None:
     """
     compared = [runs] if minus is None else [runs, minus]
     seeds = sorted(set.intersection(*map(set, compared)))
-    stats = [of for of in (counted(runs, seeds, key) for runs in compared) if of]
-    if len(stats) < len(compared):
+    values = [measured(of, seeds, key, left_out) for of in compared]
+    if any(of is None for of in values):
         return None
-
-    def difference(sums: Callable) -> np.ndarray:  # sums(a side's S arrays (n, k)) is (S, m, k) -> (S, m)
-        first, *second = (METRICS[key.split("/")[1]][1](sums(side)) for side in stats)
-        return first - second[0] if second else first
-
-    found = difference(left_out)
     if len(seeds) > 1:
-        lo, hi, p = t_interval(found)
-    else:
-        drawn = difference(lambda side: resample({0: side[0]}, RESAMPLES, np.random.default_rng(0))[0][None])
-        (lo, hi), p = interval(drawn[0]), None
-    by_seed = dict(zip(seeds, found[:, 0].tolist(), strict=True))
-    return {"mean": float(found[:, 0].mean()), "lo": lo, "hi": hi, "p": p, "seeds": by_seed}
+        return summary(reduce(np.subtract, values), seeds)
+    drawn = [measured(of, seeds, key, lambda x: resample({0: x}, RESAMPLES, np.random.default_rng(0))[0])
+             for of in compared]  # fmt: skip
+    return summary(reduce(np.subtract, values), seeds, (*interval(reduce(np.subtract, drawn)[0]), None))
 
 
-def counted(runs: Runs, seeds: list[int], key: str) -> list[np.ndarray] | None:
-    """Each seed's counts (n, k) of "<row>/<metric>"; None where there is no seed, or one has none."""
+def measured(runs: Runs, seeds: list[int], key: str, sums: Callable) -> np.ndarray | None:
+    """(S, m): "<row>/<metric>" of the m `sums` (m, k) that a seed's counts (n, k) give; None where there is no seed, or
+    one has no such counts."""
     row, metric = key.split("/")
-    stats = [runs[seed].get(f"{row}/{METRICS[metric][0]}") for seed in seeds]
-    return None if not stats or any(of is None for of in stats) else stats
+    family, function = METRICS[metric]
+    stats = [runs[seed].get(f"{row}/{family}") for seed in seeds]
+    return None if not stats or any(of is None for of in stats) else function(np.stack([*map(sums, stats)]))
 
 
-def left_out(stats: list[np.ndarray]) -> np.ndarray:
-    """S arrays (n, k) -> (S, 1 + n, k): the sums over all studies, then without each of them."""
-    return np.stack([np.vstack([of.sum(0), of.sum(0) - of]) for of in stats])
+def left_out(counts: np.ndarray) -> np.ndarray:
+    """(n, k) -> (1 + n, k): the sums over all studies, then without each of them."""
+    return np.vstack([counts.sum(0), counts.sum(0) - counts])
+
+
+def summary(values: np.ndarray, seeds: list[int], span: tuple | None = None) -> dict:
+    """What `estimate` gives, of values (S, 1 + n) as t_interval takes them; span: another (lo, hi, p) than its."""
+    lo, hi, p = span or t_interval(values)
+    by_seed = dict(zip(seeds, values[:, 0].tolist(), strict=True))
+    return {"mean": float(values[:, 0].mean()), "lo": lo, "hi": hi, "p": p, "seeds": by_seed}
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -96,12 +99,9 @@ def t_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def holm(p: dict) -> dict:
     """Holm's step-down adjusted p-values of a family of hypotheses [Holm 1979]; None and NaN are left out."""
-    p = {name: value for name, value in p.items() if value is not None and not math.isnan(value)}
-    adjusted, worst = {}, 0.0
-    for rank, name in enumerate(sorted(p, key=p.get)):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[name]))
-        adjusted[name] = worst
-    return adjusted
+    names = sorted((name for name, value in p.items() if value is not None and not math.isnan(value)), key=p.get)
+    steps = [min(1.0, (len(names) - rank) * p[name]) for rank, name in enumerate(names)]
+    return dict(zip(names, accumulate(steps, max), strict=True))
 
 
 def seeds_needed(values: list[float], effect: float) -> int | None:
@@ -145,8 +145,7 @@ def verdicts(arms: dict[str, Runs], plan: dict = PLAN) -> list[dict]:
     judged, margins = [], plan["margins"]
     for row in plan["comparison"]:
         first, second = (arms.get(arm, {}) for arm in row["arms"])
-        found = {key: estimate(first, key, minus=second) for key in {**margins, **row["holds_if"]}}
-        found = {key: value for key, value in found.items() if value is not None}
+        found = {key: of for key in {**margins, **row["holds_if"]} if (of := estimate(first, key, minus=second))}
         p = holm({key: found[key]["p"] for key in margins if key in found})
         said = {verdict(found[key], claim, margins.get(key, 0), p.get(key, found[key]["p"])) if key in found
                 else "not measured" for key, claim in row["holds_if"].items()}  # fmt: skip
@@ -168,25 +167,21 @@ def trend(arms: dict[str, Runs], row: dict, accuracy: dict[str, dict[int, float]
     wanted = [arms.get(name, {}) for name in [*row["arms"], row["minus"]]]
     placed = [] if "at" in row else [accuracy.get(name, {}) for name in row["arms"]]
     seeds = sorted(set.intersection(*map(set, wanted + placed)))
-    stats = [counted(runs, seeds, row["metric"]) for runs in wanted]
-    if len(seeds) < 2 or not all(stats):
+    values = [measured(runs, seeds, row["metric"], left_out) for runs in wanted]
+    if len(seeds) < 2 or any(of is None for of in values):
         return None
-    at = row.get("at") or [[accuracy[name][seed] for seed in seeds] for name in row["arms"]]
+    at = row.get("at") or [[of[seed] for seed in seeds] for of in placed]
     x = np.array([np.broadcast_to(place, len(seeds)) for place in at], float)  # (A, S)
-    *gains, base = (METRICS[row["metric"].split("/")[1]][1](left_out(side)) for side in stats)
-    gains = np.stack(gains) - base  # (A, S, 1 + n)
+    gains = np.stack(values[:-1]) - values[-1]  # (A, S, 1 + n)
     fits = np.stack([np.linalg.pinv(np.vander(of, row["degree"] + 1)) for of in x.T])  # (S, degree + 1, A)
     powers = np.einsum("sda,asn->dsn", fits, gains)  # the coefficients, with all studies and without each
-    lo, hi, p = t_interval(powers[0])
-    found = {"mean": float(powers[0, :, 0].mean()), "lo": lo, "hi": hi, "p": p,
-             "seeds": dict(zip(seeds, powers[0, :, 0].tolist(), strict=True))}  # fmt: skip
-    zero = None
-    if row["degree"] == 1 and (lo > 0 or hi < 0):
-        tried = [t_interval(powers[0] * place + powers[1]) for place in PLACES]
-        zero = [place for place, (low, high, _) in zip(PLACES, tried, strict=True) if low <= 0 <= high]
+    found, zero = summary(powers[0], seeds), None
+    if row["degree"] == 1 and (found["lo"] > 0 or found["hi"] < 0):
+        tried = {place: t_interval(powers[0] * place + powers[1]) for place in PLACES}
+        zero = [place for place, (lo, hi, _) in tried.items() if lo <= 0 <= hi]
     return row | {"found": found, "line": powers[:, :, 0].mean(1).tolist(), "zero": zero and (zero[0], zero[-1]),
                   "places": dict(zip(row["arms"], x.mean(1).tolist(), strict=True)), "n_seeds": len(seeds),
-                  "verdict": verdict(found, row["holds_if"], 0, p)}  # fmt: skip
+                  "verdict": verdict(found, row["holds_if"], 0, found["p"])}  # fmt: skip
 
 
 def spread(found: dict | None, factor: float, sign: str = "") -> str:

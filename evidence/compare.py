@@ -15,7 +15,7 @@ from textwrap import indent
 
 from evidence.protocols import NOTES
 from evidence.statistics import MARGINS, Runs, estimate, holm, marks, seeds_needed, spread
-from evidence.tables import columns, draw, load_stats, read_result
+from evidence.tables import columns, draw, read_policy
 from formats.files import read_jsonl
 
 WORLD = re.compile(r"\b(?:phantom|tiny)-[0-9a-f]{8}\b")  # phantom.cache.asset_dir
@@ -39,21 +39,21 @@ def load_runs(pattern: str, split: str) -> tuple[Runs, dict]:
                          + (command if named else ": it matches no evaluated policy"))  # fmt: skip
     runs, worlds, shared = {}, {}, None
     for path in map(Path, found):
-        settings = read_result(path)["settings"]
+        settings, stats = read_policy(path)
         seed = settings.pop("seed")
         settings["ids"] = [row.get("id") for row in read_jsonl(path.with_name("reports.jsonl"))]
         spill = path.parents[2] / "spill" / path.parent.name / "results.json"
         if spill.exists():
-            settings["spill"] = read_result(spill)["settings"] | {"seed": None}
+            settings["spill"], more = read_policy(spill)
+            settings["spill"]["seed"] = None
+            stats |= more
         text = json.dumps(settings)
         worlds[seed], settings = sorted({*WORLD.findall(text)}), json.loads(WORLD.sub("world", text))
         shared = shared or settings
         if seed in runs:
             raise ValueError(f"--compare: {pattern}: seed {seed} occurs twice ({path.parent})")
         check_alike(path, settings, found[0], shared)
-        runs[seed] = load_stats(path.with_name("stats.npz"), settings["n"])
-        if spill.exists():
-            runs[seed] |= load_stats(spill.with_name("stats.npz"), settings["spill"]["n"])
+        runs[seed] = stats
     return runs, shared | {"worlds": worlds}
 
 
@@ -84,16 +84,14 @@ def difference_table(runs: Runs, base: Runs, settings: dict) -> str:
     seeds, lonely = sorted(runs.keys() & base.keys()), sorted(runs.keys() ^ base.keys())
     if not seeds:
         raise ValueError(f"--compare: no seed in common ({sorted(runs)} and {sorted(base)})")
+    many = len(seeds) > 1
     lines = [f"paired over {settings['n']} studies of '{settings['split']}' and seeds {', '.join(map(str, seeds))}; "
-             f"95% intervals, {'t over both' if len(seeds) > 1 else 'bootstrap over studies only'}"]  # fmt: skip
-    if lonely:
-        lines.append(f"left out, evaluated on one side only: seeds {', '.join(map(str, lonely))}")
-    if len(seeds) == 1:
-        lines.append("one seed: whether another run would show the same, this cannot say")
-    found = {column: estimate(runs, column.key, minus=base) for column in columns("pairs")}
-    found = {column: each for column, each in found.items() if each is not None}
+             f"95% intervals, {'t over both' if many else 'bootstrap over studies only'}"]  # fmt: skip
+    lines += [f"left out, evaluated on one side only: seeds {', '.join(map(str, lonely))}"] * bool(lonely)
+    lines += ["one seed: whether another run would show the same, this cannot say"] * (not many)
+    found = {column: of for column in columns("pairs") if (of := estimate(runs, column.key, minus=base))}
     adjusted = holm({column: found[column]["p"] for column in columns("primary") if column in found})
-    body, many = [], len(seeds) > 1
+    body = []
     for column, each in found.items():
         margin, by_seed = MARGINS.get(column.key, 0), [*each["seeds"].values()]
         needed, shown = seeds_needed(by_seed, margin), f"{column.factor * margin:g}"

@@ -58,8 +58,10 @@ def read_result(path: Path) -> dict:
         raise ValueError(f"{path}: {place}: {said}; evaluate this policy again") from None
 
 
-def load_stats(path: Path, n: int) -> dict[str, np.ndarray]:
-    """A policy's stats.npz, {"<row>/<family>": (n, k)}; ValueError for one that is damaged or of another version."""
+def read_policy(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """The settings of a policy's results.json, and the stats.npz beside it, {"<row>/<family>": (n, k)}; ValueError for
+    one that is damaged or of another version."""
+    settings, path = read_result(path)["settings"], path.with_name("stats.npz")
     try:
         check_zip(path)  # else np.load might take it for a pickle or a single array
         stats = dict(np.load(path, allow_pickle=False))
@@ -67,10 +69,10 @@ def load_stats(path: Path, n: int) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: damaged ({error}); evaluate this policy again") from None
     for name, values in stats.items():
         family = name.split("/")[-1]  # the width of `levels` hangs on the number of samples
-        width = values.shape[-1] if family == "levels" and values.ndim else WIDTHS.get(family, 2)
-        if values.shape != (n, width) or values.dtype.kind != "f":
-            raise ValueError(f"{path}: '{name}' is no {n} x {width} numbers; evaluate this policy again")
-    return stats
+        shape = (settings["n"], values.shape[-1] if family == "levels" and values.ndim else WIDTHS.get(family, 2))
+        if values.shape != shape or values.dtype.kind != "f":
+            raise ValueError(f"{path}: '{name}' is no {shape[0]} x {shape[1]} numbers; evaluate this policy again")
+    return settings, stats
 
 
 @dataclass(frozen=True)
@@ -138,20 +140,16 @@ def finish(folder: Path, settings: dict, weights: dict) -> None:
                 (results if result["settings"] == settings else others).append(result)
             except ValueError as error:
                 notes.append(f"not shown: {error}")
-        protocol = settings["eval"].get("protocol", "raw")
-        rows = table_rows(results)
+        rows, protocol = table_rows(results), settings["eval"].get("protocol", "raw")
         notes += ["*: also a reward of the training."] * bool(weights)
         notes += [f"BLEU, ROUGE-L and METEOR: pycocoevalcap's, {NOTES[protocol]}."]
         notes += [*dict.fromkeys(note for result in results for note in result["notes"]), *unread_notes(rows)]
-        if others:
-            names = ", ".join(result["policy"] for result in others)
-            notes.append(f"not shown, evaluated with other settings: {names}")
-        studies = f"{settings['n']} studies, {settings['split']}"
-        spans = f"95% intervals, {settings['eval']['bootstrap']} bootstrap resamples of the studies"
-        titles = {"main": f"{studies}; protocol {protocol}", "spans": f"{spans}; protocol {protocol}"}
-        titles |= {where: f"{title}, {studies}" for where, title in SHOWN["more"].items()
-                   if any(column.entry(row) for column in columns(where) for row in rows.values())
-                   and (where != "gold" or "labels" in settings.get("data", {}))}  # fmt: skip
+        names = ", ".join(result["policy"] for result in others)
+        notes += [f"not shown, evaluated with other settings: {names}"] * bool(others)
+        about = {"studies": f"{settings['n']} studies, {settings['split']}", "protocol": protocol} | settings["eval"]
+        titles = {where: title.format(**about) for where, title in SHOWN["titles"].items()
+                  if any(column.entry(row) for column in columns(where) for row in rows.values())
+                  and (where != "gold" or "labels" in settings.get("data", {}))}  # fmt: skip
         write_json(folder / "results.json", {"settings": settings, "notes": notes, "rows": rows})
         parts = [part for where, title in titles.items() for part in (title, grid(rows, where, weights, "pipe"))]
         write_text(folder / "results.md", "\n\n".join([*parts, *label_table(rows), *notes]) + "\n")
@@ -173,14 +171,12 @@ def table_rows(results: list[dict]) -> dict[str, dict]:
 
 def unread_notes(rows: dict[str, dict]) -> list[str]:
     """How much the evaluation's reader and GREEN's parser could not read."""
-    notes, greedy = [], {name: row["greedy"] for name, row in rows.items()}
+    greedy = {name: row["greedy"] for name, row in rows.items()}
     shares = [summary["unread_share"]["value"] or 0 for summary in greedy.values() if "unread_share" in summary]
-    if shares:
-        notes.append(f"Sentences that the reader could not read: at most {100 * max(shares):.1f}% in any row.")
     unread = [f"{name} {row['green']['unread']} of {row['n']}" for name, row in greedy.items() if "green" in row]
-    if unread:
-        notes.append(f"Answers of GREEN's judge that could not be read, left out of its mean: {', '.join(unread)}.")
-    return notes
+    most, names = 100 * max(shares, default=0), ", ".join(unread)
+    return [f"Sentences that the reader could not read: at most {most:.1f}% in any row."] * bool(shares) + [
+        f"Answers of GREEN's judge that could not be read, left out of its mean: {names}."] * bool(unread)  # fmt: skip
 
 
 def draw(heads: list[str], body: list[list[str]], style: str = "plain") -> str:
@@ -214,9 +210,11 @@ def label_table(rows: dict[str, dict]) -> list[str]:
     found = {name: row["greedy"]["per_label"] for name, row in rows.items() if "per_label" in row["greedy"]}
     if not found:
         return []
-    body = [[label, first["support"]] for label, first in next(iter(found.values())).items()]
-    for labels in found.values():
-        for line, scores in zip(body, labels.values(), strict=True):
-            line.append(" / ".join(f"{100 * scores[measure]:.1f}" for measure in MEASURES))
+
+    def cell(scores: dict) -> str:
+        return " / ".join(f"{100 * scores[measure]:.1f}" for measure in MEASURES)
+
+    body = [[label, scores["support"], *(cell(of[label]) for of in found.values())]
+            for label, scores in next(iter(found.values())).items()]  # fmt: skip
     heads = ["label", "studies that state it", *found]
     return ["CheXbert labels: precision / recall / F1 in %", draw(heads, body, "pipe")]

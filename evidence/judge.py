@@ -138,9 +138,8 @@ def describe(cfg: Config, wanted: Wanted) -> dict:
     unused = {"labels": "", "green": "", "protocol": "raw"}  # which older evaluations did not know: not named
     parts = {table: {name: plain[table][name] for name in names if plain[table][name] != unused.get(name)}
              for table, names in fields.items()}  # fmt: skip
-    parts["scorers"] = {name: value for name, value in plain["scorers"].items() if name != "expert"}  # no metric's
-    if cfg.scorers.radgraph == "auto":
-        parts["scorers"]["radgraph"] = "rules"
-    sections = plain["rewards"]["required_sections"]  # of the format rate
+    scorers = plain["scorers"] | ({"radgraph": "rules"} if cfg.scorers.radgraph == "auto" else {})
+    del scorers["expert"]  # no metric's
     return {"split": wanted.source, "n": len(wanted.ids), "seed": cfg.seed, "rollout": plain["rollout"],
-            "required_sections": sections, **parts}  # fmt: skip
+            "required_sections": plain["rewards"]["required_sections"],  # of the format rate
+            **parts, "scorers": scorers}  # fmt: skip

@@ -43,11 +43,11 @@ def mark_report(text: str, labels: list[str]) -> tuple[list[Phrase], list[str]]:
             marks = {mark_of(pair, true, stated) for pair in says}
             marks |= {"denied" for pair in rejects if mark_of(pair, true) == "right"}
             mark = next((mark for mark in WORST if mark in marks), "plain")
-            phrases += [Phrase(place, start + first, "plain")] if start + first > place else []
+            said = tuple(sorted(map(label_of, says | rejects)))
+            phrases += [Phrase(place, start + first, "plain"), Phrase(start + first, start + last, mark, said)]
             place = start + last
-            phrases.append(Phrase(start + first, place, mark, tuple(sorted(map(label_of, says | rejects)))))
-    phrases += [Phrase(place, len(text), "plain")] if place < len(text) else []
-    return phrases, sorted(map(label_of, left_out))
+    phrases.append(Phrase(place, len(text), "plain"))
+    return [phrase for phrase in phrases if phrase.start < phrase.end], sorted(map(label_of, left_out))
 
 
 def clauses(sentence: str) -> list[tuple[int, int, set, set]]:

@@ -32,7 +32,17 @@ FEW = r"\b(?: (?!not\b|no\b|but\b|otherwise\b|enlarge)\w+){0,4}? "  # a few word
 EVENTS = RULES["normal"] | RULES["findings"] | RULES["words"]  # name: its patterns, the order matters
 EVENT = re.compile("|".join(f"(?P<{name}>{'|'.join(EVENTS[name])})" for name in EVENTS).replace("<few>", FEW))
 FINDINGS, DENIES = RULES["findings"], RULES["denies"]
-NAMES, SEPARATORS = {*FINDINGS, *DENIES}, {"comma", "and", "or", "break"}
+# A sentence's events as letters: f a finding, d a denial, s a side, "." those not below; where something new begins
+# behind a comma, "and" or "or", the second of two. Patterns on these letters tell what stands behind an event.
+LETTERS = {**dict.fromkeys(FINDINGS, "f"), **dict.fromkeys(DENIES, "d"), **dict.fromkeys(SIDES, "s"), "end": "$",
+           "comma": ",;", "and": "aA", "or": "oO", "break": "b", "there": "t", "no": "n"}  # fmt: skip
+SIDE = re.compile(".[d.]*s")  # the first side word before the next finding or separator
+UP_TO = re.compile(".[ds.]*")  # all before the next finding or separator
+NAMES = re.compile(".[^,;aAoOb]*[fd]")  # a finding, or that all is well, comes before the next separator
+LISTS = re.compile(",[f,;]*[ao]")  # a comma in a list of bare nouns that "and" or "or" closes
+# What a negation reaches over: a comma only in a list closed by "or" ("no effusion, nodule or edema", but not "no
+# effusion, left nodule"); "and" unless something new begins ("no effusion and a small nodule").
+REACHES = re.compile("[aoO]|[,;][^btnoO]*[oO]")
 NOTHING_WRONG = re.compile("|".join(RULES["nothing_wrong"]))
 NEW = re.compile(rf" (?:{'|'.join(RULES['new'])})\b")
 HEART, AFTER = re.compile(r"\b(?:heart|cardiac|cardio\w+|silhouette)\b"), re.compile(RULES["after"])
@@ -53,44 +63,6 @@ def split_sentences(text: str) -> list[str]:
     return [" ".join(text[start:end].lower().split()) for start, end in sentence_spans(text)]
 
 
-class Event(NamedTuple):
-    """A word or words that the rules know, sentence[start:end], and what stands behind."""
-
-    name: str
-    start: int
-    end: int
-    negates: bool  # a negation reaches over it
-    lists: bool  # it is a comma in a list of bare nouns that "and" or "or" closes
-    placed: str | None  # the side of a finding placed "in the left ..."
-    ahead: str | None  # the first side word before the next finding or separator
-    names: bool  # a finding, or that all is well, comes before the next separator
-
-
-def events_of(sentence: str) -> list[Event]:
-    """The events of a prepared sentence. From right to left, so that the work is linear.
-
-    A negation reaches over a comma only in a list closed by "or" ("no effusion, nodule or edema", but not "no effusion,
-    left nodule"); over "and" unless something new begins ("no effusion and a small nodule").
-    """
-    heart = HEART.search(sentence)  # only a heart can be "enlarged"
-    matches = [match for match in EVENT.finditer(sentence) if heart or not match.group().startswith("enlarge")]
-    found, stop, later, closed, side, names = [], len(sentence), None, False, None, False
-    for match in reversed(matches):
-        name, (start, end) = match.lastgroup, match.span()
-        new = bool(NEW.match(sentence, end))
-        placed = AFTER.match(sentence, end, stop) if name in FINDINGS else None
-        found.append(Event(name, start, end, not new if name == "and" else later == "or", closed and not new,
-                           placed and placed[1].replace("bilateral", "both"), side, names))  # fmt: skip
-        later = name if name in ("break", "there", "no", "or") else later
-        closed = closed if name in FINDINGS or name == "comma" else name in ("and", "or") and not new
-        names = name in NAMES or names and name not in SEPARATORS
-        if name in SIDES:
-            side = name
-        elif name in FINDINGS or name in SEPARATORS or name in ("there", "no"):
-            stop, side = start, None
-    return found[::-1]
-
-
 class Walk:
     """One pass over a sentence's events, one *clause* after another: separators (comma, and, or, but ...) end them.
 
@@ -104,6 +76,13 @@ class Walk:
         # the last side, whether a finding had it, where it ends; whether the next side belongs to the finding before it
         self.side, self.used, self.side_end, self.taken = None, False, 0, False
         self.start, self.here, self.named = 0, None, False  # the clause: where it starts, its side, whether it names
+        heart = HEART.search(sentence)  # only a heart can be "enlarged"
+        found = [match for match in EVENT.finditer(sentence) if heart or not match.group().startswith("enlarge")]
+        self.events = [*((match.lastgroup, *match.span()) for match in found), ("end", len(sentence), len(sentence))]
+        letters = [(LETTERS.get(name, "."), NEW.match(sentence, end)) for name, _, end in self.events]
+        self.letters = "".join(some[-1] if new else some[0] for some, new in letters)
+        for place, event in enumerate(self.events):  # left to right, not overlapping
+            self.step(place, *event)
 
     def add(self, finding: str, side: str | None, stated: bool | None) -> list:
         self.mentions.append([finding, None if finding in UNSIDED else side, stated])
@@ -117,19 +96,22 @@ class Walk:
             self.add(finding, self.here, stated)
         return does
 
-    def separator(self, event: Event) -> None:
-        name, clause = event.name, self.sentence[self.start : event.start]
-        shared = event.ahead and not re.search(r"\b(?:on|in|at)\b", clause)
-        if not (event.names and (shared or name in ("comma", "there"))):  # else its side is that of a finding to come
-            self.left_out(event.start, self.stated)
-        self.start, self.here, self.named = event.end, None, False
-        if name in ("break", "there") or name == "comma" and not event.lists:
+    def separator(self, place: int, name: str, start: int, end: int, ahead: str | None) -> None:
+        shared = ahead and not re.search(r"\b(?:on|in|at)\b", self.sentence[self.start : start])
+        if not (NAMES.match(self.letters, place) and (shared or name in ("comma", "there"))):
+            self.left_out(start, self.stated)  # else its side is that of a finding to come
+        self.start, self.here, self.named = end, None, False
+        if name in ("break", "there") or name == "comma" and not LISTS.match(self.letters, place):
             self.told, self.side = True, None if self.used else self.side
-        self.stated = self.stated if name == "or" or name in ("and", "comma") and event.negates else True
+        self.stated = self.stated if REACHES.match(self.letters, place) else True
 
-    def step(self, event: Event) -> None:
-        name, start, end, _, _, placed, ahead, names = event
+    def step(self, place: int, name: str, start: int, end: int) -> None:
+        ahead = SIDE.match(self.letters, place)
+        ahead = ahead and self.events[ahead.end() - 1][0]
         if name in FINDINGS:
+            stop = self.events[UP_TO.match(self.letters, place).end()][1]
+            placed = AFTER.match(self.sentence, end, stop)  # "in the left ..."
+            placed = placed and placed[1].replace("bilateral", "both")
             behind = placed or (None if self.side else ahead)
             self.group, self.told, self.taken = [] if self.told else self.group, False, bool(placed or ahead)
             self.group.append(self.add(name, behind or self.side, self.stated))
@@ -143,7 +125,7 @@ class Walk:
             joint = self.side and not self.used and JOINT.fullmatch(self.sentence, self.side_end, start)
             self.side, self.used, self.side_end = "both" if joint and name != self.side else name, self.taken, end
             self.here, self.taken = None if self.used else self.side, False
-        elif name == "absent" and not (self.stated and (self.named or not names and not ahead)):
+        elif name == "absent" and not (self.stated and (self.named or not (ahead or NAMES.match(self.letters, place)))):
             self.stated = not self.stated  # "has not resolved"; "unlikely left effusion"
         elif name == "absent":
             if not self.left_out(start, False) and (self.named or not self.here):
@@ -157,18 +139,12 @@ class Walk:
         elif name == "there" and self.here and not self.named:  # "but on the left there is one"
             self.stated = True
         else:
-            self.separator(event)
+            self.separator(place, name, start, end, ahead)
 
-
-def read_sentence(sentence: str) -> tuple[set, set]:
-    """The (finding, side) pairs that one prepared sentence states, and those it denies."""
-    walk = Walk(sentence)
-    for event in events_of(sentence):
-        walk.step(event)
-    walk.left_out(len(sentence), walk.stated)
-    pairs = [(finding, s, stated) for finding, side, stated in walk.mentions
-             for s in (BOTH if side == "both" else [side])]  # fmt: skip
-    return tuple({(finding, side) for finding, side, stated in pairs if stated is wanted} for wanted in (True, False))
+    def pairs(self, wanted: bool) -> set[tuple[str, str | None]]:
+        """What the sentence states (True), or denies."""
+        return {(finding, one) for finding, side, stated in self.mentions if stated is wanted
+                for one in (BOTH if side == "both" else [side])}  # fmt: skip
 
 
 @lru_cache(maxsize=10_000)
@@ -177,15 +153,14 @@ def read_report(text: str) -> Reading:
 
     A pair both stated and denied in one text counts as stated. `unread` = sentences in which no rule found anything.
     """
-    stated, denied, unread = set(), set(), 0
-    sentences = split_sentences(text)
+    stated, denied, unread, sentences = set(), set(), 0, split_sentences(text)
     for sentence in sentences:
         for pattern, plain in PLAINER:
             sentence = pattern.sub(plain, sentence)
-        says, rejects = read_sentence(sentence)
-        stated |= says
-        denied |= rejects
-        unread += not (says or rejects or NOTHING_WRONG.search(sentence))
+        walk = Walk(sentence)
+        stated |= walk.pairs(True)
+        denied |= walk.pairs(False)
+        unread += not (walk.pairs(True) or walk.pairs(False) or NOTHING_WRONG.search(sentence))
     # a finding without a side is no second one where its side is given elsewhere
     sided = {finding for finding, side in stated if side}
     settled = {(finding, side) for finding, side in stated if side or finding not in sided}

@@ -19,7 +19,7 @@ LONGEST = 1000  # words of a text; the jar's memory grows with both texts' lengt
 BATCH = 200  # pairs on their way: fewer than would fill the pipe with answers that nobody reads
 # its English "rank" parameters, the default; the weights are of the exact, stem, synonym and paraphrase matchers
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
-WEIGHTS = np.array((1.0, 0.6, 0.8, 0.6))
+WEIGHTS = np.array([[1.0], [0.6], [0.8], [0.6]])
 
 
 def corpus_meteor(sums: np.ndarray) -> np.ndarray:
@@ -28,17 +28,12 @@ def corpus_meteor(sums: np.ndarray) -> np.ndarray:
     The counts are: lengths (candidate, reference), function words (both), for each matcher the content words (both)
     and function words (both) it matched, chunks, matched words (both).
     """
+    words, function_words = sums[..., :2], sums[..., 2:4]  # (..., side)
     matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)  # (..., matcher, count)
-
-    def share(side: int) -> np.ndarray:
-        words, function_words = sums[..., side], sums[..., side + 2]
-        total = DELTA * (words - function_words) + (1 - DELTA) * function_words
-        found = DELTA * matches[..., side] + (1 - DELTA) * matches[..., side + 2]
-        return (WEIGHTS * found).sum(-1) / total
-
+    found = DELTA * matches[..., :2] + (1 - DELTA) * matches[..., 2:]  # (..., matcher, side)
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = share(0), share(1)
-        mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
+        share = (WEIGHTS * found).sum(-2) / (DELTA * (words - function_words) + (1 - DELTA) * function_words)
+        mean = 1 / ((1 - ALPHA) / share[..., 0] + ALPHA / share[..., 1])  # of precision and recall
         penalty = GAMMA * (sums[..., 20] / ((sums[..., 21] + sums[..., 22]) / 2)) ** BETA
     return np.nan_to_num(mean * (1 - penalty))
 

@@ -10,7 +10,7 @@ same text. bleu_mean, the mean of BLEU-1..4, is what some papers call BLEU. METE
 and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a
 label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN's mean is over the readable
 answers. The truth-based metrics are ratios of what `reader.truth_counts`, or `findings.finding_counts` for gold labels,
-counts and, what one section says against the other, of `sections.section_counts`, but for `equal_hallucination`,
+counts and, what one section says against the other, of `reader.section_counts`, but for `equal_hallucination`,
 `looked_f1` and those of spill.py. All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
@@ -18,7 +18,7 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,7 @@ from data import Study
 from evidence.findings import finding_counts, read_findings
 from evidence.meteor import corpus_meteor
 from evidence.protocols import tokens
-from evidence.reader import BOTH, UNSIDED, label_of, read_report, truth_counts
-from evidence.sections import SECTION_KEYS, repeats, section_counts
+from evidence.reader import BOTH, SECTION_KEYS, UNSIDED, label_of, read_report, repeats, section_counts, truth_counts
 from formats.gold import FINDINGS, plain
 from phantom.findings import LABELS as SIDED_LABELS
 from rewards import format_reward, strip_tags
@@ -49,12 +48,14 @@ TABLE = tomllib.loads(Path(__file__).with_name("metrics.toml").read_text(encodin
 AT_ONCE = 2**23  # numbers of a bootstrap's draws in memory
 
 
+@lru_cache(maxsize=10_000)  # normal reports are often alike
 def bleu_stats(candidate: str, reference: str) -> list[int]:
     """[matching 1..4-grams, the candidate's 1..4-grams, candidate length, reference length] (10 integers)."""
     found = bleu_scorer.cook_test(candidate, bleu_scorer.cook_refs([reference]))
     return [*found["correct"], *found["guess"], found["testlen"], *found["reflen"]]
 
 
+@lru_cache(maxsize=10_000)
 def rouge_l(candidate: str, reference: str, beta: float = 1.2) -> float:
     """ROUGE-L of one pair, tokens split at each blank, as pycocoevalcap computes it; 0 when either side is empty."""
     a, b = sorted((candidate.split(" "), reference.split(" ")), key=len)
@@ -187,27 +188,31 @@ def collect(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Sufficient statistics {family: (n studies, k)} of `texts` [study][sample] against one reference a study.
 
-    formats [study][sample] are format rewards, labels each study's exact labels, or (gold) gold labels. The functions
-    take flat lists: label(texts) -> (m, 14) bool; meteor(candidates, references) -> (m, 23) or None; green and the
-    other scorers {family: function} -> m floats, where green's None (no readable answer) is left out of its mean. A
-    family whose function or data is not given, or gives None, is left out.
+    formats [study][sample]: format rewards; labels: each study's exact or (gold) gold labels. The functions take flat
+    lists: label(texts) -> (m, 14) bool; meteor(candidates, references) -> (m, 23) or None: no such family; green and
+    the other scorers {family: function} -> m floats, where green's None (no readable answer) is left out of its mean.
     """
     given = zip(texts, references, labels or [None] * len(texts), strict=True)
     rows = [(text, *study) for group, *study in given for text in group]
     candidates, repeated, known = map(list, zip(*rows, strict=True))
-    times = Counter(candidates)
-    flat = text_scores(list(zip(candidates, repeated, strict=True)), protocol, meteor) | {
+    words = [tokens(text, reference, protocol) for text, reference, _ in rows]
+    bar, times = tqdm(words, "BLEU, ROUGE-L", delay=5, mininterval=1, leave=False), Counter(candidates)
+    bleus, rouges = zip(*((bleu_stats(*pair), rouge_l(*pair)) for pair in bar), strict=True)
+    flat = {family: scorer(candidates, repeated) for family, scorer in scorers.items()} | {
+        "bleu": bleus,
+        "rouge_l": rouges,
         "length": [len(text.split()) for text in candidates],
         "repeats": [repeats(text) for text in candidates],
         "distinct": [1 / times[text] for text in candidates],  # their sum counts the distinct ones
     }
-    flat |= {family: scorer(candidates, repeated) for family, scorer in scorers.items()}
     if formats is not None:
         flat["format"] = [value for group in formats for value in group]
     if label is not None:
         flat["labels"] = label_stats(label(candidates), label(repeated))
     if green is not None:
         flat["green"] = [(s or 0.0, s is not None, s is None) for s in green(candidates, repeated)]
+    if meteor is not None and (counts := meteor(*map(list, zip(*words, strict=True)))) is not None:
+        flat["meteor"] = counts
     stats = {}
     if labels is not None:
         count = finding_counts if gold else truth_counts
@@ -218,19 +223,6 @@ def collect(
         values = np.array(values, float) if np.ndim(values) > 1 else np.stack([values, np.ones(len(values))], axis=-1)
         stats[name] = values.reshape(len(texts), len(texts[0]), -1).sum(1)
     return stats
-
-
-def text_scores(pairs: list[tuple[str, str]], protocol: str, meteor: Callable | None) -> dict[str, list]:
-    """BLEU's and METEOR's counts and ROUGE-L of (candidate, reference) pairs; equal ones are scored once, as normal
-    reports are often alike."""
-    words = {pair: tokens(*pair, protocol) for pair in dict.fromkeys(pairs)}
-    bar = tqdm(words.items(), "BLEU, ROUGE-L", delay=5, mininterval=1, leave=False)
-    scored = {pair: (bleu_stats(*of), rouge_l(*of)) for pair, of in bar}
-    found = {"bleu": [scored[pair][0] for pair in pairs], "rouge_l": [scored[pair][1] for pair in pairs]}
-    if meteor is not None and (counts := meteor(*map(list, zip(*words.values(), strict=True)))) is not None:
-        counts = dict(zip(words, counts, strict=True))
-        found["meteor"] = [counts[pair] for pair in pairs]
-    return found
 
 
 def resample(stats: dict[str, np.ndarray], resamples: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

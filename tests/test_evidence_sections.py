@@ -1,4 +1,4 @@
-"""sections.py: what FINDINGS and IMPRESSION say of each other, and repeated sentences; each number by hand."""
+"""The reader: what FINDINGS and IMPRESSION say of each other, and repeated sentences; each number by hand."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evidence import metrics
-from evidence.sections import SECTION_KEYS, repeats, section_counts, split_sections
+from evidence.reader import SECTION_KEYS, repeats, section_counts, split_sections
 from evidence.tables import columns
 from phantom import world as phantom
 from phantom.config import PhantomConfig

@@ -67,13 +67,11 @@ class Judge:
     def rows(self, greedy: Outputs, sampled: Outputs | None, other: Sequence[int] = ()) -> dict[str, dict]:
         """Statistics by row of a policy's reports and, as `shuffled`, of those given to other studies: study i gets
         those of other[i]. A greedy report hangs on its image alone, so this swaps the images."""
-        stats = {"greedy": self.score(greedy, "greedy")}
-        if sampled is not None:
-            stats["sampled"] = self.score(sampled, "sampled")
-        if other:
-            stats["shuffled"] = self.score([greedy[i] for i in other], "shuffled")
-        if other and sampled is not None and self.gold:
-            stats["shuffled_sampled"] = self.score([sampled[i] for i in other], "shuffled_sampled")
+        written = {"greedy": greedy, "sampled": sampled, "shuffled": [greedy[i] for i in other]}
+        if sampled and self.gold:
+            written["shuffled_sampled"] = [sampled[i] for i in other]
+        stats = {row: self.score(outputs, row) for row, outputs in written.items() if outputs}
+        if "shuffled_sampled" in stats:
             both = [stats[row]["truth"] for row in ("sampled", "shuffled_sampled")]
             stats["sampled"]["looked"] = np.concatenate(both, axis=1)  # (n, 16)
         return stats
@@ -83,7 +81,7 @@ class Judge:
         many = f"METEOR of the greedy reports alone, as there are more than {MANY:,} studies"
         gold = ("Truth: gold labels, counted by finding without sides, as `sided F1` too. The row `references` tells "
                 "how well the rules read: the others' ceiling.")  # fmt: skip
-        return [note for note in (self.meteor.note, many * (len(self.wanted.ids) > MANY), gold * self.gold) if note]
+        return [*filter(None, (self.meteor.note, many * (len(self.wanted.ids) > MANY), gold * self.gold))]
 
     def text(self, output: str) -> str:
         """What is scored of an output."""
@@ -117,9 +115,8 @@ class Judge:
     def report_rows(self, greedy: Outputs, sampled: Outputs | None) -> list[dict]:
         """Rows of reports.jsonl: what was written, what the image shows, what the reader understood as stated."""
         wanted, rows = self.wanted, []
-        for i, [output] in enumerate(greedy):
-            row = {"id": wanted.ids[i], "reference": wanted.references[i], "report": self.text(output)}
-            row["tagged"] = unwrap(output) is not None
+        for i, (key, reference, [output]) in enumerate(zip(wanted.ids, wanted.references, greedy, strict=True)):
+            row = {"id": key, "reference": reference, "report": self.text(output), "tagged": unwrap(output) is not None}
             if sampled is not None:
                 row["samples"] = [self.text(sample) for sample in sampled[i]]
             if wanted.labels is not None:

@@ -9,9 +9,9 @@ ROUGE-L), on the tokens of protocols.py; sacrebleu and rouge-score, which the re
 same text. bleu_mean, the mean of BLEU-1..4, is what some papers call BLEU. METEOR: meteor.py. Label precision, recall
 and F1 are CheXbert's: 14 labels or, with the suffix _5, the five that its paper reports; positive or uncertain = 1; a
 label that neither side states counts 0 in the macro mean, as in scikit-learn. GREEN's mean is over the readable
-answers. The truth-based metrics are ratios of what `reader.truth_counts`, or `findings.finding_counts` for gold labels,
-counts and, what one section says against the other, of `reader.section_counts`, but for `equal_hallucination`,
-`looked_f1` and those of spill.py. All values are fractions, lengths are words; nothing by nothing is NaN.
+answers. Truth-based metrics are ratios, in metrics.toml, of what `reader.truth_counts` (gold labels:
+`findings.finding_counts`), `reader.section_counts` and spill.py count, but for `equal_hallucination` and `looked_f1`.
+All values are fractions, lengths are words; nothing by nothing is NaN.
 """
 
 import math
@@ -75,10 +75,9 @@ def rouge_l(candidate: str, reference: str, beta: float = 1.2) -> float:
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision) if common else 0.0
 
 
-def label_stats(candidates: np.ndarray, references: np.ndarray) -> np.ndarray:
+def label_stats(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Boolean (n, 14) twice -> (n, 42): true positives, false positives, false negatives of each label."""
-    c, r = np.asarray(candidates, bool), np.asarray(references, bool)
-    return np.concatenate([c & r, c & ~r, ~c & r], axis=-1).astype(float)
+    return np.concatenate([ours & theirs, ours & ~theirs, ~ours & theirs], axis=-1).astype(float)
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:
@@ -109,12 +108,12 @@ def label_average(sums: np.ndarray, measure: str, average: str, labels: list[int
 def stated_labels(text: str, labels: list[str] = (), rng: np.random.Generator | None = None) -> set[str]:
     """The phantom's labels that a text states; a finding without its side: on one that `rng` draws, else on the first
     that `labels` have it on."""
-    found = set()
-    for name, side in sorted(read_report(text).stated, key=str):
-        if side is None and name not in UNSIDED:
-            side = rng.choice(BOTH) if rng else [*(s for s in BOTH if f"{name}_{s}" in labels), BOTH[0]][0]
-        found.add(label_of((name, side)))
-    return found
+
+    def given(name: str) -> str:
+        return rng.choice(BOTH) if rng else next((side for side in BOTH if f"{name}_{side}" in labels), BOTH[0])
+
+    said = sorted(read_report(text).stated, key=str)
+    return {label_of((name, side or (None if name in UNSIDED else given(name)))) for name, side in said}
 
 
 def levels(texts: list[str], labels: list[str], gold: bool = False) -> np.ndarray:

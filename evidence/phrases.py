@@ -7,7 +7,7 @@ text, letter by letter. The numbers of a report are reader.truth_counts'; the ma
 
 from typing import NamedTuple
 
-from evidence.reader import BOTH, DENIES, EVENT, UNSIDED, label_of, mark_of, pairs_of, read_report, sentence_spans
+from evidence.reader import BOTH, DENIES, EVENT, SAYS, UNSIDED, label_of, mark_of, pairs_of, read_report, sentence_spans
 
 # mark: (symbol, colour, what it says); colour-blind safe (Okabe & Ito 2008), and never told by the colour alone
 MARKS = {
@@ -59,7 +59,7 @@ def clauses(sentence: str) -> list[tuple[int, int, set, set]]:
     lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in sentence)  # letter by letter: places stay
     events = [(match.lastgroup, *match.span()) for match in EVENT.finditer(lower)]
     names = {name for name, _ in reading.stated | reading.denied}
-    words = [event for event in events if {event[0], *DENIES.get(event[0], ())} & names]
+    words = [event for event in events if names & SAYS.get(event[0], set())]
     if not words:  # said in words that stand together only after the reader's tidying
         return [(0, len(sentence), set(reading.stated), set(reading.denied))] if names else []
     found, start = [], 0
@@ -69,11 +69,11 @@ def clauses(sentence: str) -> list[tuple[int, int, set, set]]:
         if word == later and not breaks:  # "a nodular lesion" is one thing
             continue
         stop, after = (len(sentence),) * 2 if not later else breaks[-1] if breaks else (end, end)
-        said, alone = set(DENIES.get(word, (word,))), read_report(sentence[start:stop])
+        said, alone = SAYS[word], read_report(sentence[start:stop])
         says = {pair for pair in reading.stated if pair[0] in said and word not in DENIES}
         rejects = {pair for pair in reading.denied if pair[0] in said}
-        rivals = [other for other, *_ in words if said & {*DENIES.get(other, (other,))}]
-        if len(rivals) > 1 and (says & alone.stated or rejects & alone.denied):
+        several = sum(bool(said & SAYS[other]) for other, *_ in words) > 1
+        if several and (says & alone.stated or rejects & alone.denied):
             says, rejects = says & alone.stated, rejects & alone.denied  # which of several of a kind it is
         found.append((start, len(sentence[:stop].rstrip()), says, set() if says else rejects))
         start = after + len(sentence[after:]) - len(sentence[after:].lstrip())

@@ -34,6 +34,7 @@ FEW = r"\b(?: (?!not\b|no\b|but\b|otherwise\b|enlarge)\w+){0,4}? "  # a few word
 EVENTS = RULES["normal"] | RULES["findings"] | RULES["words"]  # name: its patterns, the order matters
 EVENT = re.compile("|".join(f"(?P<{name}>{'|'.join(EVENTS[name])})" for name in EVENTS).replace("<few>", FEW))
 FINDINGS, DENIES = RULES["findings"], RULES["denies"]
+SAYS = {name: {*DENIES.get(name, [name])} for name in (*FINDINGS, *DENIES)}  # the findings that an event names
 # A sentence's events as letters: f a finding, d a denial, s a side, "." those not below; where something new begins
 # behind a comma, "and" or "or", the second of two. Patterns on these letters tell what stands behind an event.
 LETTERS = {**dict.fromkeys(FINDINGS, "f"), **dict.fromkeys(DENIES, "d"), **dict.fromkeys(SIDES, "s"), "end": "$",

@@ -149,10 +149,9 @@ def verdicts(arms: dict[str, Runs], plan: dict = PLAN) -> list[dict]:
         p = holm({key: found[key]["p"] for key in margins if key in found})
         said = {verdict(found[key], claim, margins.get(key, 0), p.get(key, found[key]["p"])) if key in found
                 else "not measured" for key, claim in row["holds_if"].items()}  # fmt: skip
-        order = ("not measured", "does not", "open", "holds")
-        final = next(word for word in order if word in said) if first and second else "not run"
-        seeds = len(first.keys() & second.keys())
-        judged.append(row | {"found": found, "p": p, "seeds": seeds, "primary": list(margins), "verdict": final})
+        worst, seeds = min(said, key=("not measured", "does not", "open", "holds").index), first.keys() & second.keys()
+        judged.append(row | {"found": found, "p": p, "seeds": len(seeds), "primary": list(margins),
+                             "verdict": worst if first and second else "not run"})  # fmt: skip
     return judged
 
 

@@ -2,6 +2,7 @@
 of the two sweeps over lambda_vis and k_clin did (its Figure 6), what references and expert each add, how the gain goes
 with the expert's accuracy, and whether it is there in other worlds."""
 
+import tomllib
 from pathlib import Path
 
 import matplotlib
@@ -11,25 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-# arm: (colour, line, label); colour-blind safe (Okabe & Ito 2008), told apart by line style in print too
-ARMS = {"stage1": ("#555555", "-", "Stage 1"), "stage1_continued": ("#D55E00", "--", "Stage 1 continued"),
-        "valor": ("#0072B2", "-", "Stage 2")}  # fmt: skip
-PARTS = {"bleu4": ("#0072B2", "BLEU-4"), "rouge_l": ("#56B4E9", "ROUGE-L"), "bertscore": ("#009E73", "BERTScore"),
-         "chexbert": ("#D55E00", "CheXbert F1"), "radgraph": ("#CC79A7", "RadGraph F1"),
-         "similarity": ("#E69F00", "image-text similarity"), "format": ("#999999", "format")}  # fmt: skip
+plt.rcParams.update({"figure.titlesize": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+                     "grid.alpha": 0.3, "legend.fontsize": 8, "legend.frameon": False})  # fmt: skip
+TABLES = tomllib.loads(Path(__file__).with_name("figures.toml").read_text(encoding="utf-8"))
+ARMS, PARTS, ENDS, SWEPT, PRIMARY, CROSSED, PHASE = TABLES.values()
 CURVES = ("rewards of sampled reports, Stage 1 then Stage 2", "KL to the SFT policy, nats per token",
           "validation: hallucinated, % of stated (greedy)", "validation: BLEU-4 (greedy)")  # fmt: skip
 WINDOW = 9  # updates in the running mean of a reward: one batch is 8 studies, noisy
-ENDS = {"greedy/hallucination_rate": "hallucinated, % of stated", "greedy/sided_f1": "sided F1, %",
-        "greedy/bleu_4": "BLEU-4", "sampled/hallucination_rate": "hallucinated %, sampled"}  # fmt: skip
-SWEPT = {"greedy/bleu_4": "BLEU-4", "greedy/rouge_l": "ROUGE-L, %", "greedy/f1_micro": "CheXbert F1, %",
-         "sampled/sided_f1": "sided F1, %, sampled", "greedy/hallucination_rate": "hallucinated, %"}  # fmt: skip
-# references, and the expert of the image reward: arm
-CROSSED = {"noisy references": {"none": "stage1_continued", "noisy": "noisy_expert", "clean": "valor"},
-           "clean references": {"none": "clean_text", "noisy": "clean_noisy", "clean": "clean_both"}}  # fmt: skip
-PHASE = ("expert_200", "expert_150", "expert_100", "expert_50", "valor", "noisy_expert", "score_noise")  # by experts
-PRIMARY = {"sampled/sided_f1": "sided F1, %, sampled", "sampled/equal_hallucination": "hallucinated %, at equal number",
-           "sampled/prior_spill": "prior spill, points"}  # fmt: skip
 
 
 def series(runs: list[Path], arm: str, key: str) -> pd.DataFrame:
@@ -77,9 +66,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     for axis, title in zip(axes.flat, CURVES, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("policy update k")
-        axis.spines[["top", "right"]].set_visible(False)
         if axis.has_data():
-            axis.legend(fontsize=8, frameon=False, ncols=3 if axis is axes[0, 0] else 1)
+            axis.legend(ncols=3 if axis is axes[0, 0] else 1)
             axis.axvline(border + 0.5, color="black", linewidth=0.8, linestyle=":")
             for first in clinical[:1]:
                 axis.axvline(first, color="black", linewidth=0.8, linestyle="--")
@@ -89,30 +77,42 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
 
 def draw_arms(results: dict, path: Path) -> None:
-    """Dot and 95% interval of each arm, a tick per seed; `results` as sweep_tables.collect_results makes them."""
+    """Each arm in the metrics of ENDS; `results` as sweep_tables.collect_results makes them."""
     arms = {arm: found for arm, found in results["arms"].items() if arm not in ("base", "fixed_template")}
-    columns = [key for key in ENDS if key in arms["sft"]]
-    size = (12, 0.42 * len(arms) + 1.3)
-    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
-    places = np.arange(len(arms))[::-1]
-    for axis, key in zip(axes, columns, strict=True):
-        for place, (arm, found) in zip(places, arms.items(), strict=True):
-            colour = ARMS[arm][0] if arm in ("valor", "stage1_continued") else "#333333"
-            mean, lo, hi = (100 * found[key][name] for name in ("mean", "lo", "hi"))
-            axis.plot([lo, hi], [place, place], color=colour, linewidth=1.6)
-            axis.plot(mean, place, "o", color=colour, markersize=6)
-            for value in found[key]["seeds"].values():
-                axis.plot(100 * value, place - 0.25, "|", color=colour, markersize=5, alpha=0.7)
-        tidy(axis, ENDS[key], "x")
-    axes[0].set_yticks(places, [arm.replace("_", " ") for arm in arms])
-    axes[0].set_ylim(-0.7, len(arms) - 0.3)
+    columns = {key: title for key, title in ENDS.items() if key in arms["sft"]}
+    axes = draw_rows(arms, columns, (12, 0.42 * len(arms) + 1.3))
     what = f"{results['studies']} test studies; dot: mean over the seeds; line: 95% interval"
-    finish(figure, path, f"{what}; ticks: each seed")
+    finish(axes[0].figure, path, f"{what}; ticks: each seed")
+
+
+def draw_worlds(worlds: dict[str, dict], path: Path) -> None:
+    """VALOR's difference to Stage 1 continued in the primary metrics: a row for each of `worlds` {name: results}."""
+    gains = {name: results["versus"].get("stage1_continued", {}).get("valor", {}) for name, results in worlds.items()}
+    axes = draw_rows(gains, PRIMARY, (11, 0.5 * len(worlds) + 1.5), "#0072B2")
+    for axis in axes:
+        axis.axvline(0, color="black", linewidth=0.8)
+    what = "VALOR minus Stage 1 continued; dot: mean of the seeds; line: 95% interval; ticks: each seed"
+    finish(axes[0].figure, path, what)
+
+
+def draw_rows(rows: dict, columns: dict[str, str], size: tuple[float, float], others: str = "#333333") -> np.ndarray:
+    """The axes, one for each of `columns` {metric: title}, of a figure in which `rows` {name: {metric: estimate}} stand
+    one below the other; others: colour of what is not one of the two arms that are compared."""
+    axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")[1]
+    places = range(len(rows))[::-1]
+    for axis, (key, title) in zip(axes, columns.items(), strict=True):
+        for place, (name, found) in zip(places, rows.items(), strict=True):
+            colour = ARMS[name][0] if name in ("valor", "stage1_continued") else others
+            dots(axis, {place: found[key]} if key in found else {}, colour, across=True)
+        tidy(axis, title, "x")
+    axes[0].set_yticks(places, [name.replace("_", " ") for name in rows])
+    axes[0].set_ylim(-0.7, len(rows) - 0.3)
+    return axes
 
 
 def draw_sweeps(results: dict, path: Path) -> None:
-    """A row for each of sweep_tables.SWEEPS, a column for each of SWEPT: dot and 95% interval at each value that was
-    run, a tick per seed; one value beside the other, not to scale. Nothing is drawn where no sweep has two."""
+    """A row for each of sweep_tables.SWEEPS, a column for each of SWEPT: the values that were run, one beside the other
+    and not to scale. Nothing is drawn where no sweep has two."""
     known = {name: grid for name, grid in results["sweeps"].items() if len(grid) > 1}
     if not known:
         return
@@ -120,13 +120,7 @@ def draw_sweeps(results: dict, path: Path) -> None:
     figure, axes = plt.subplots(len(known), len(SWEPT), figsize=size, squeeze=False, layout="constrained")
     for line, (name, grid) in zip(axes, known.items(), strict=True):
         for axis, (key, title) in zip(line, SWEPT.items(), strict=True):
-            found = {place: arm[key] for place, arm in enumerate(grid.values()) if key in arm}
-            for place, each in found.items():
-                seeds = [100 * value for value in each["seeds"].values()]
-                axis.plot([place, place], [100 * each["lo"], 100 * each["hi"]], color="#0072B2", linewidth=1.6)
-                axis.plot([place] * len(seeds), seeds, "_", color="#555555", markersize=7)
-            means = [100 * each["mean"] for each in found.values()]
-            axis.plot([*found], means, "o:", color="#0072B2", markersize=6, linewidth=0.8)
+            dots(axis, {place: arm[key] for place, arm in enumerate(grid.values()) if key in arm}, "#0072B2", "o:")
             axis.set_xticks(range(len(grid)), [f"{value:g}" for value in grid])
             axis.set_xlim(-0.5, len(grid) - 0.5)
             axis.set_xlabel(name)
@@ -139,17 +133,14 @@ def draw_crossed(results: dict, path: Path) -> None:
     """The primary metrics by the expert of the image reward, a line for noisy and one for clean references: CROSSED."""
     figure, axes = plt.subplots(1, len(PRIMARY), figsize=(10, 3.2), layout="constrained")
     for axis, (key, title) in zip(axes, PRIMARY.items(), strict=True):
-        for shift, ((name, line), colour) in enumerate(zip(CROSSED.items(), ("#D55E00", "#0072B2"), strict=True)):
+        for shift, (name, line) in enumerate(CROSSED.items()):
             found = {place + 0.08 * shift: results["arms"][arm][key] for place, arm in enumerate(line.values())
                      if key in results["arms"].get(arm, {})}  # fmt: skip
-            for place, each in found.items():
-                axis.plot([place] * 2, [100 * each["lo"], 100 * each["hi"]], color=colour, linewidth=1.6)
-            means = [100 * each["mean"] for each in found.values()]
-            axis.plot([*found], means, "os"[shift] + ":-"[shift], color=colour, markersize=6, label=name)
+            dots(axis, found, *(("#D55E00", "o:"), ("#0072B2", "s-"))[shift], label=name, ticks=False)
         tidy(axis, title, "y")
         axis.set_xticks(range(3), CROSSED["noisy references"])
         axis.set_xlabel("expert of the image reward")
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].legend()
     finish(figure, path, f"{results['studies']} test studies; mean over the seeds, line: 95% interval")
 
 
@@ -157,14 +148,13 @@ def draw_phase(results: dict, path: Path) -> None:
     """Each arm's gain over Stage 1 continued against its expert's measured accuracy; the line is the plan's trend."""
     gains = results["versus"].get("stage1_continued", {})
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for arm in PHASE:
+    for arm, (colour, mark) in PHASE.items():
         measured, gain = results["accuracy"].get(arm), gains.get(arm, {}).get("sampled/sided_f1")
         if measured and gain:
-            place, (mean, lo, hi) = np.mean([*measured.values()]), (100 * gain[name] for name in ("mean", "lo", "hi"))
-            colour, mark = ("#D55E00", "s") if arm == "score_noise" else ("#0072B2", "o")
-            axis.plot([place, place], [lo, hi], color=colour, linewidth=1.4)
-            axis.plot(place, mean, mark, color=colour, markersize=7)
-            axis.annotate(arm.replace("_", " "), (place, mean), (5, 4), textcoords="offset points", fontsize=8)
+            place = np.mean([*measured.values()])
+            dots(axis, {place: gain}, colour, mark, ticks=False)
+            beside = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(arm.replace("_", " "), (place, 100 * gain["mean"]), **beside)
     for found in results["trends"]:
         if found["row"] == "a":
             at = np.array(sorted(found["places"].values()))
@@ -177,32 +167,26 @@ def draw_phase(results: dict, path: Path) -> None:
     finish(figure, path, "line: 95% interval; square: errs at random; dashed: fitted; grey: where the gain may be 0")
 
 
-def draw_worlds(worlds: dict[str, dict], path: Path) -> None:
-    """VALOR's difference to Stage 1 continued in the primary metrics: a row for each of `worlds` {name: results}."""
-    size = (11, 0.5 * len(worlds) + 1.5)
-    figure, axes = plt.subplots(1, len(PRIMARY), figsize=size, sharey=True, layout="constrained")
-    places = range(len(worlds))[::-1]
-    for axis, (key, title) in zip(axes, PRIMARY.items(), strict=True):
-        for place, results in zip(places, worlds.values(), strict=True):
-            if found := results["versus"].get("stage1_continued", {}).get("valor", {}).get(key):
-                axis.plot([100 * found["lo"], 100 * found["hi"]], [place] * 2, color="#0072B2", linewidth=1.6)
-                axis.plot(100 * found["mean"], place, "o", color="#0072B2", markersize=6)
-                seeds = [100 * value for value in found["seeds"].values()]
-                axis.plot(seeds, [place - 0.25] * len(seeds), "|", color="#555555", markersize=6)
-        axis.axvline(0, color="black", linewidth=0.8)
-        tidy(axis, title, "x")
-    axes[0].set_yticks(places, worlds)
-    axes[0].set_ylim(-0.7, len(worlds) - 0.3)
-    finish(figure, path, "VALOR minus Stage 1 continued; dot: mean of the seeds; line: 95% interval; ticks: each seed")
+def dots(axis, found: dict[float, dict], colour: str, mark: str = "o", label: str = "", across: bool = False,
+         ticks: bool = True) -> None:  # fmt: skip
+    """Of estimates {place: estimate} the mean, the 95% interval and, with `ticks`, every seed's value, in percent."""
+    turn = slice(None, None, -1 if across else 1)  # (places, values) as (x, y)
+    for place, each in found.items():
+        lo, hi, *seeds = (100 * value for value in (each["lo"], each["hi"], *each["seeds"].values()))
+        axis.plot(*([place, place], [lo, hi])[turn], color=colour, linewidth=1.6)
+        if ticks:
+            at = [place - 0.25 * across] * len(seeds)
+            axis.plot(*(at, seeds)[turn], "|" if across else "_", color="#555555", markersize=6)
+    means = [100 * each["mean"] for each in found.values()]
+    axis.plot(*([*found], means)[turn], mark, color=colour, label=label, markersize=6, linewidth=1)
 
 
 def tidy(axis, title: str, grid: str) -> None:
-    axis.set_title(title, fontsize=9)
-    axis.grid(axis=grid, alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title)
+    axis.grid(True, axis=grid)
 
 
 def finish(figure, path: Path, what: str) -> None:
-    figure.suptitle(what, fontsize=9)
+    figure.suptitle(what)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from config import Config, parse
 from evidence.page import write_page
-from evidence.tasks import CORES, Task, run_tasks
+from evidence.tasks import CORES, Task, asset_tasks, own_models, run_tasks
 
 OWN_STUDIES = 300  # of a validation split of one's own, about; a test split twice as many: for the time to go
 
@@ -28,9 +28,10 @@ def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     branch, look = ["--stage", "2", *flags], ["--policy", "sft", "--split", cfg.data.val_split, "--eval.samples", "0"]
     text_only = [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
 
-    own = cfg.model.path.startswith("tiny:")
-    assets = asset_tasks(cfg, flags, own)
-    labeller, base, expert = assets[-3:]
+    own = own_models(cfg)  # the longest first
+    assets = asset_tasks(cfg, ["tiny:labeller", "tiny:base", "tiny:expert"] if own else
+                         ["data", "labeller", "base", "expert"], flags)  # fmt: skip
+    *_, labeller, base, expert = assets.values()
     n_val, n_test = (OWN_STUDIES, 2 * OWN_STUDIES) if own else (p.val, p.test)
     sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.4 * cfg.sft.steps, [base])
     gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.06 * n_val, [sft, labeller],
@@ -42,24 +43,7 @@ def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     tables = [Task(f"evaluation: {names}", "evaluate.py", ["--policy", names, "--eval.samples", "2", *flags],
                    0.13 * n_test, branches)
               for names in ("base,sft,stage1", "nearest,retrieved," * own + "stage1_continued,stage2")]  # fmt: skip
-    return [*assets, sft, gate, stage1, *branches, *tables]
-
-
-def asset_tasks(cfg: Config, flags: list[str], own: bool) -> list[Task]:
-    """Labeller, base and expert, after the phantom's data set; a data set's own need nothing of each other."""
-
-    def build(title: str, name: str, seconds: float, *after: Task) -> Task:
-        return Task(title, "phantom.assets", ["--build", name, *flags], seconds, list(after))
-
-    p, a, t = cfg.phantom, cfg.assets, cfg.tiny
-    if own:  # the longest first
-        return [build("labeller", "tiny:labeller", 30 + 0.5 * t.labeller_steps),
-                build("base model", "tiny:base", 30 + 0.06 * t.vision_steps + 0.4 * t.base_steps),
-                build("experts", "tiny:expert", 30 + 0.35 * t.folds * t.expert_steps)]  # fmt: skip
-    data = build("phantom data set", "data", 10 + 0.0016 * (p.expert + p.base + p.sft + p.train + p.val + p.test))
-    return [data, build("labeller", "labeller", 10 + 0.18 * a.labeller_steps),
-            build("base model", "base", 0.08 * a.vision_steps + 0.2 * a.base_steps, data),
-            build("expert", "expert", 0.5 * a.expert_steps, data)]  # fmt: skip
+    return [*assets.values(), sft, gate, stage1, *branches, *tables]
 
 
 def check_gate(cfg: Config) -> None:

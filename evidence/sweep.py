@@ -30,15 +30,14 @@ from evidence.figures import draw_arms, draw_crossed, draw_curves, draw_phase, d
 from evidence.statistics import read_plan
 from evidence.sweep_tables import collect_results, markdown
 from evidence.tables import write_json
-from evidence.tasks import Task, run_tasks
+from evidence.tasks import Task, asset_tasks, own_models, run_tasks
 from formats.files import read_json
-from phantom.cache import asset_dir, place_of
+from phantom.cache import asset_dir
 from running.folder import write_text
 
 ARMS: dict[str, dict] = tomllib.loads(Path(__file__).with_name("arms.toml").read_text(encoding="utf-8"))
 WORLDS = {"phantom": "world 0", "worlds": "worlds 1 to 3", "omissions": "references that omit"}  # tables: their row
 MEASURED = 3  # seeds, the first, on whose Stage-1 groups the experts' accuracy is measured
-ASSETS = {"data": 45, "data_clean": 5, "base": 280, "labeller": 60}  # seconds that they take; an expert 330
 
 
 @dataclass
@@ -86,96 +85,83 @@ def expert_of(arm: dict) -> str | None:
     return expert + f"+{noise}" * bool(noise)
 
 
-def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
-    """All commands of the sweep, those that unlock the most first; each has a log in `<root>/log/`."""
-    arms, worlds = chosen_arms(cfg), assets_seeds(cfg)
-    assets = {world: asset_tasks(replace(cfg, assets_seed=world), flags, arms) for world in dict.fromkeys(worlds)}
-    seeds = [tasks_of_seed(cfg, flags, nth, arms, assets[world]) for nth, world in enumerate(worlds)]
-    return [task for tasks in (*(part.values() for part in assets.values()), *seeds) for task in tasks]
-
-
 def assets_seeds(cfg: SweepConfig) -> list[int]:
     """Of each seed's world and small models."""
     return [seed if nth < cfg.own_models else cfg.assets_seed for nth, seed in enumerate(cfg.seeds)]
 
 
-def asset_tasks(cfg: SweepConfig, flags: list[str], arms: dict[str, dict]) -> dict[str, Task]:
-    """The assets that the arms need, by name; the phantom's wait for its data set."""
-    first, tasks = [] if own_models(cfg) else ["data", "base", "labeller", "expert"], {}
-    needed = [asset for item in arms.items() for asset in needed_assets(*item, own_models(cfg))]
-    for name in dict.fromkeys(first + needed):
-        words = ["--build", name, *flags, "--assets-seed", str(cfg.assets_seed)]
-        log = Path(cfg.root) / "log" / f"assets_{name.replace(':', '_')}_{cfg.assets_seed}.txt"
-        tasks[name] = Task(f"assets: {name}", "phantom.assets", words, ASSETS.get(name, 330),
-                           [tasks["data"]] if "data" in tasks else [], [place_of(cfg, name)], log)  # fmt: skip
-    return tasks
-
-
-def own_models(cfg: Config) -> bool:
-    """Whether the small models are the data set's own, not the phantom's."""
-    return cfg.model.path.startswith("tiny:")
+def make_tasks(cfg: SweepConfig, flags: list[str]) -> list[Task]:
+    """All commands of the sweep, those that unlock the most first; each has a log in `<root>/log/`."""
+    arms, worlds, own = chosen_arms(cfg), assets_seeds(cfg), own_models(cfg)
+    needed = [] if own else ["data", "base", "labeller", "expert"]
+    needed += [asset for item in arms.items() for asset in needed_assets(*item, own)]
+    assets = {world: asset_tasks(replace(cfg, assets_seed=world), needed, flags, Path(cfg.root, "log"))
+              for world in dict.fromkeys(worlds)}  # fmt: skip
+    seeds = [tasks_of_seed(cfg, flags, nth, arms, assets[world]) for nth, world in enumerate(worlds)]
+    return [task for tasks in (*(part.values() for part in assets.values()), *seeds) for task in tasks]
 
 
 def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, dict], assets: dict) -> list[Task]:
     """The arms of the nth seed, each with its evaluation, and on the phantom the baselines and the spill."""
     seed, both, own = cfg.seeds[nth], cfg.stage1.steps + cfg.stage2.steps, own_models(cfg)
-    run, logs, tasks, judged, spilt = Path(cfg.root) / str(seed), Path(cfg.root) / "log", {}, {}, []
-    results, pre = run / "eval" / cfg.data.test_split, "tiny:" * own
+    run, trained, judged, spilt, rest = Path(cfg.root, str(seed)), {}, {}, [], []
     common = [*flags, "--run", str(run), "--seed", str(seed), "--assets-seed", str(assets_seeds(cfg)[nth])]
-    for name, arm in {"base": {}, **arms}.items():
+    known = {"both": both, "run": run, "studies": both * cfg.grpo.batch_size, "data": cfg.data.path}
+
+    def task(title: str, script: str, words: list[str], seconds: float, after: list[Task], log: str, *makes: str):
+        makes, log = [run / path for path in makes], Path(cfg.root, "log", f"{seed}_{log}.txt")
+        return Task(f"seed {seed}: {title}", script, words, seconds, after, makes, log)
+
+    for name, arm in {"base": {"flags": ""}, **arms}.items():
         if nth >= arm.get("seeds", nth + 1):
             continue
-        if arm:  # the last flag wins: the arm stays what it says
-            known = {"both": both, "run": run, "studies": both * cfg.grpo.batch_size, "data": cfg.data.path}
+        after = [assets[asset] for asset in needed_assets(name, arm, own)]
+        if name != "base":  # the last flag wins: the arm stays what it says
             words = [*common, *["--name", name] * ("script" not in arm), *arm["flags"].format(**known).split()]
             words += ["--val-every", "20"] if arm.get("watched") else []
-            after = [assets[asset] for asset in needed_assets(name, arm, own)]
-            after += [tasks[arm["after"]]] if "after" in arm else []
-            makes = run / arm.get("makes", f"{name}/adapter")
-            tasks[name] = Task(f"seed {seed}: {name}", arm.get("script", "train.py"), words, arm.get("seconds", 160),
-                               after, [makes], logs / f"{seed}_{name}.txt")  # fmt: skip
-        if "script" not in arm:
-            words, base = ["--policy", name, *common, "--eval.samples", "8"], [f"{pre}base", f"{pre}labeller"]
-            if own and not arm:  # the rows that need no policy, too
-                words[1], base = "base,nearest,retrieved", [*base, "tiny:expert"]
-            after = [tasks[name]] if arm else [assets[asset] for asset in base]
-            judged[name] = Task(f"seed {seed}: {name} judged", "evaluate.py", words, 60, after,
-                                [results / name / "results.json"], logs / f"{seed}_evaluation_{name}.txt")  # fmt: skip
-            words = ["--policy", name, *common, "--eval.samples", "4"]
-            spilt.append(Task(f"seed {seed}: {name} spill", "evidence.spill", words, 40, after,
-                              [run / "eval" / "spill" / name / "results.json"],
-                              logs / f"{seed}_spill_{name}.txt"))  # fmt: skip
+            after += [trained[arm["after"]]] if "after" in arm else []
+            trained[name] = task(name, arm.get("script", "train.py"), words, 160, after, name,
+                                 arm.get("makes", f"{name}/adapter"))  # fmt: skip
+            after = [trained[name]]
+        if "script" not in arm:  # on a data set of one's own the base brings the rows that need no policy, too
+            words = ["--policy", "base,nearest,retrieved" if own and name == "base" else name, *common]
+            judged[name] = task(f"{name} judged", "evaluate.py", [*words, "--eval.samples", "8"], 60, after,
+                                f"evaluation_{name}", f"eval/{cfg.data.test_split}/{name}/results.json")  # fmt: skip
+            spilt += [task(f"{name} spill", "evidence.spill", [*words, "--eval.samples", "4"], 40, after,
+                           f"spill_{name}", f"eval/spill/{name}/results.json")]  # fmt: skip
     if own:
-        return [*tasks.values(), *judged.values()]
-    rest, experts = [], dict.fromkeys(filter(None, map(expert_of, arms.values())))
-    if experts and "stage1" in tasks and nth < MEASURED:
+        return [*trained.values(), *judged.values()]
+    experts = dict.fromkeys(filter(None, map(expert_of, arms.values())))
+    if experts and "stage1" in trained and nth < MEASURED:
         built = [e.partition("+")[0].removeprefix("phantom:") for e in experts]  # others lie somewhere already
-        after = [tasks["stage1"], *(assets[name] for name in built if name in assets)]
-        rest = [Task(f"seed {seed}: experts", "evidence.expert_accuracy", [*common, "--experts", *experts], 60, after,
-                     [accuracy_file(run, expert) for expert in experts], logs / f"{seed}_experts.txt")]  # fmt: skip
-    rest += [Task(f"seed {seed}: baselines", "evidence.baselines", [*common, "--eval.samples", "8"], 100,
-                  [judged["base"], judged["sft"], assets["expert"]],
-                  [results / name / "results.json" for name in BASELINES], logs / f"{seed}_baselines.txt")]  # fmt: skip
-    return [*tasks.values(), *judged.values(), *spilt, *rest]
+        after = [trained["stage1"], *(assets[name] for name in built if name in assets)]
+        rest = [task("experts", "evidence.expert_accuracy", [*common, "--experts", *experts], 60, after, "experts",
+                     *(accuracy_file(Path(), expert) for expert in experts))]  # fmt: skip
+    rest += [task("baselines", "evidence.baselines", [*common, "--eval.samples", "8"], 100,
+                  [judged["base"], judged["sft"], assets["expert"]], "baselines",
+                  *(f"eval/{cfg.data.test_split}/{name}/results.json" for name in BASELINES))]  # fmt: skip
+    return [*trained.values(), *judged.values(), *spilt, *rest]
 
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is ours; all else goes to every command
-    for flag in ("--seeds", "--arms", "--plan", "--own-models", "--out", "--root", "--recompute"):
-        own.add_argument(flag, nargs="*" if flag in ("--seeds", "--arms") else None)
+    for name in SweepConfig.__annotations__:
+        several = isinstance(getattr(SweepConfig, name), tuple)
+        own.add_argument("--" + name.replace("_", "-"), nargs="*" if several else None)
     cfg, passed, began = parse(SweepConfig, __doc__), own.parse_known_args()[1], time.time()
     out, root, name = Path(cfg.out), Path(cfg.root), Path(cfg.plan).stem.removeprefix("plan_")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        counts = out / f"counts{name and '_' + name}.npz"
+        counts = Path(cfg.recompute or out / f"counts{name and '_' + name}.npz")
         if not cfg.recompute:
             run_tasks(make_tasks(cfg, passed))
-            about = {arm: of["what"] for arm, of in chosen_arms(cfg).items() if "script" not in of}
-            experts = {arm: expert for arm in about if (expert := expert_of(chosen_arms(cfg)[arm]))}
+            arms = chosen_arms(cfg)
+            about = {arm: of["what"] for arm, of in arms.items() if "script" not in of}
+            experts = {arm: expert for arm, of in arms.items() if (expert := expert_of(of))}
             about, world = (about, "tiny") if own_models(cfg) else (about | BASELINES, "phantom")
             worlds = [asset_dir(replace(cfg, assets_seed=seed), world) for seed in dict.fromkeys(assets_seeds(cfg))]
             write_counts(counts, root, list(cfg.seeds), cfg.data.test_split, about, worlds, experts)
-        results = collect_results(*read_counts(Path(cfg.recompute or counts)), read_plan(cfg.plan))
+        results = collect_results(*read_counts(counts), read_plan(cfg.plan))
     except ValueError as error:
         sys.exit(f"sweep: {error}")
     write_json(out / f"{name or 'phantom'}.json", results)
@@ -183,13 +169,11 @@ def main() -> None:
     if not cfg.plan:  # the figures name the phantom's arms
         if not cfg.recompute:
             draw_curves([root / str(seed) for seed in cfg.seeds], out / "curves.png")
-        draw_arms(results, out / "arms.png")
-        draw_sweeps(results, out / "sweeps.png")
-        draw_crossed(results, out / "crossed.png")
-        draw_phase(results, out / "phase.png")
+        for draw in (draw_arms, draw_sweeps, draw_crossed, draw_phase):
+            draw(results, out / f"{draw.__name__.removeprefix('draw_')}.png")
     if not own_models(cfg):
-        worlds = [(file.stem, file) for file in map(out.joinpath, map("{}.json".format, WORLDS)) if file.exists()]
-        draw_worlds({WORLDS[stem]: read_json(file) for stem, file in worlds}, out / "worlds.png")
+        worlds = {said: out / f"{stem}.json" for stem, said in WORLDS.items()}
+        draw_worlds({said: read_json(file) for said, file in worlds.items() if file.exists()}, out / "worlds.png")
     print(f"this call took {(time.time() - began) / 60:.0f} min; tables and figures are in {out}/")
 
 

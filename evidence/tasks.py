@@ -12,10 +12,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partialmethod
 from pathlib import Path
+
+from config import Config
+from phantom.cache import place_of
 
 CORES = 2  # processes side by side, one thread each: faster here than one process with two threads
 FORKS = multiprocessing.get_context("forkserver")
@@ -95,6 +98,29 @@ class Task:
             sys.exit(f"{self.title} failed ({f'exit code {code}' if code else 'its results are not there'}): {said}")
         if self.check:
             self.check()
+
+
+def own_models(cfg: Config) -> bool:
+    """Whether the small models are the data set's own, not the phantom's."""
+    return cfg.model.path.startswith("tiny:")
+
+
+def asset_tasks(cfg: Config, names: Iterable[str], flags: list[str], logs: Path | None = None) -> dict[str, Task]:
+    """{asset: what builds it} of `names`, the data set before those that are made of it; logs: folder of their logs."""
+    p, a, t, tasks = cfg.phantom, cfg.assets, cfg.tiny, {}
+    seconds = {
+        "data": 10 + 0.0016 * (p.expert + p.base + p.sft + p.train + p.val + p.test), "data_clean": 5,
+        "labeller": 10 + 0.18 * a.labeller_steps, "base": 0.08 * a.vision_steps + 0.2 * a.base_steps,
+        "tiny:labeller": 30 + 0.5 * t.labeller_steps, "tiny:base": 30 + 0.06 * t.vision_steps + 0.4 * t.base_steps,
+        "tiny:expert": 30 + 0.35 * t.folds * t.expert_steps,
+    }  # fmt: skip
+    for name in dict.fromkeys(names):
+        words = ["--build", name, *flags, "--assets-seed", str(cfg.assets_seed)]
+        after = [tasks["data"]] if "data" in tasks and name != "labeller" else []
+        log = logs and logs / f"assets_{name.replace(':', '_')}_{cfg.assets_seed}.txt"
+        tasks[name] = Task(f"assets: {name}", "phantom.assets", words, seconds.get(name, 0.5 * a.expert_steps), after,
+                           [place_of(cfg, name)], log)  # fmt: skip
+    return tasks
 
 
 def run_tasks(tasks: list[Task]) -> None:

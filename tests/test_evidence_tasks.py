@@ -128,7 +128,7 @@ def test_the_demo_trains_from_scratch_to_tables(monkeypatch):
     assert every["text rewards go on"].flags == [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
     assert (stage1.script, stage1.flags, stage1.cores) == ("train.py", ["--stage", "1", "--seed", "7"], 2)
     assert [task.title for task in every["visual reward mixed in"].after] == ["Stage 1: text rewards"]
-    assert {task.title for task in stage1.after} == {"its gate: does it see?", "expert"}
+    assert {task.title for task in stage1.after} == {"its gate: does it see?", "assets: expert"}
     last = [title for title in every if title.startswith("evaluation")]
     assert all(len(every[title].after) == 2 for title in last) and len(last) == 2
 
@@ -139,8 +139,8 @@ def test_iu_xray_is_the_demo_with_models_of_its_own():
     builds = [title for title, task in every.items() if task.script == "phantom.assets"]
     assert [every[title].flags[1] for title in builds] == ["tiny:labeller", "tiny:base", "tiny:expert"]
     assert not any(every[title].after for title in builds)
-    assert [t.title for t in every["Stage 0 (SFT)"].after] == ["base model"]
-    assert {t.title for t in every["Stage 1: text rewards"].after} == {"its gate: does it see?", "experts"}
+    assert [t.title for t in every["Stage 0 (SFT)"].after] == ["assets: tiny:base"]
+    assert {t.title for t in every["Stage 1: text rewards"].after} == {"its gate: does it see?", "assets: tiny:expert"}
     phantom = [task.script for task in demo.make_tasks(Config(), [])]
     assert [task.script for task in every.values()] == phantom[1:]  # but for the data set, the same commands
 

@@ -17,7 +17,6 @@ which shares no code with the rewards. In `<run>/eval/<split>/`: `<policy>/resul
 Without --config, the settings are those the run was trained with; flags win.
 """
 
-import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from evidence.baselines import COPIES
 from evidence.compare import compare
 from evidence.forced_choice import forced_choice
 from evidence.generate import generate_split
-from evidence.inputs import find_policies, normal_template, read_pairs, settings
+from evidence.inputs import begin, find_policies, normal_template, one_policy, read_pairs
 from evidence.judge import Judge, Outputs, Wanted, describe
 from evidence.tables import finish
 from formats.images import read_image
@@ -136,9 +135,7 @@ def report_image(cfg: EvalRun) -> None:
     last = next((name for name in ("stage2", "stage1", "sft") if (run / name / "adapter").exists()), "")
     if not cfg.policy and not last:
         raise ValueError(f"{run} has no trained policy; name one with --policy (base: the model alone)")
-    [(name, adapter), *more] = find_policies(run, cfg.policy or last).items()
-    if more:
-        raise ValueError("--image takes one policy")
+    name, adapter = one_policy(run, cfg.policy or last)
     cfg = resolve(cfg, ("base",))
     model, processor = load_policy(cfg, adapter)
     text = strip_tags(generate_reports(model, processor, [[image]], cfg, ids=[cfg.image], samples=0)[0][0])
@@ -160,8 +157,7 @@ def derangement(n: int, seed: int) -> list[int]:
 
 @parallel.script("evaluate.py")
 def main() -> None:
-    cfg = settings(EvalRun(), sys.argv[1:], __doc__)
-    parallel.start(cfg.device, cfg.threads)
+    cfg = begin(EvalRun(), __doc__)
     if parallel.world() > 1 and (cfg.compare or cfg.image or cfg.predictions):
         raise ValueError("several processes are for --run; start this without torchrun")
     if cfg.attention and not cfg.image:

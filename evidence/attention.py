@@ -12,7 +12,6 @@ policy that looks where such findings mostly are has more than 1 too. So it is h
 """
 
 import math
-import sys
 import textwrap
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,11 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import Config
 from data import load_studies, read_views
-from evidence.inputs import find_policies, settings
+from evidence.generate import batches
+from evidence.inputs import begin, find_policies
 from evidence.metrics import divide, measured, resample
 from evidence.phrases import mark_report, sentence_spans
 from evidence.tables import draw, write_json
@@ -195,18 +194,16 @@ def draw_studies(looks: dict[str, dict[str, Look]], rows: dict[str, list[dict]],
                  note: str) -> None:  # fmt: skip
     """A column for each policy, a row for each of the first SHOWN studies of which all policies rightly state some
     finding with a side: the one with the smallest mask, outlined. Nothing is drawn where there is no such study."""
-    stated = set.intersection(*({(row["id"], row["label"]) for row in found} for found in rows.values()))
-    chosen: dict[str, str] = {}
-    for study, label in sorted(stated, key=lambda pair: (pair[0], masks[pair[0]][pair[1]].sum())):
-        if "_" in label and len(chosen) < SHOWN:
-            chosen.setdefault(study, label)
-    panels: list[list[tuple]] = [[] for _ in chosen]
-    for line, (study, label) in zip(panels, chosen.items(), strict=True):
-        for name, found in rows.items():
-            row = next(row for row in found if (row["id"], row["label"]) == (study, label))
-            where = "" if line else f"{study}, {label.replace('_', ' ')}"
+    stated = {name: {(row["id"], row["label"]): row for row in found} for name, found in rows.items()}
+    sided = sorted((study, masks[study][label].sum(), label)
+                   for study, label in set.intersection(*map(set, stated.values())) if "_" in label)  # fmt: skip
+    smallest, panels = {study: label for study, _, label in reversed(sided)}, []
+    for study, label in sorted(smallest.items())[:SHOWN]:
+        panels.append([])
+        for name, found in stated.items():
+            row, where = found[study, label], "" if panels[-1] else f"{study}, {label.replace('_', ' ')}"
             title = f"{where}\n{name.replace('_', ' ')}: {row['own']:.2f}"
-            line.append((looks[name][study], row["tokens"], title, masks[study][label]))
+            panels[-1].append((looks[name][study], row["tokens"], title, masks[study][label]))
     if panels:
         draw_panels(panels, (2, 2.2), path, note)
 
@@ -227,9 +224,8 @@ def measure_run(cfg: AttentionRun) -> None:
     looks: dict[str, dict[str, Look]] = {}
     for name, of in policies.items():
         (model, processor), looks[name] = load_policy(*of), {}
-        for start in tqdm(range(0, len(studies), cfg.eval.batch_size), desc=f"{name:<28}", unit="batch"):
-            batch = studies[start : start + cfg.eval.batch_size]
-            ids, views = [study.id for study in batch], [read_views(study) for study in batch]
+        for some in batches(studies, cfg.eval.batch_size, name):
+            ids, views = [study.id for study in some], [read_views(study) for study in some]
             looks[name] |= zip(ids, look(model, processor, views, cfg, ids), strict=True)
     rows, folder = {name: measure(seen, masks) for name, seen in looks.items()}, Path(cfg.run) / "attention"
     found = {name: summarise(row, cfg.seed) for name, row in rows.items()}
@@ -245,7 +241,7 @@ def measure_run(cfg: AttentionRun) -> None:
 
 @parallel.script("attention")
 def main() -> None:
-    measure_run(settings(AttentionRun(), sys.argv[1:], __doc__))
+    measure_run(begin(AttentionRun(), __doc__))
 
 
 if __name__ == "__main__":

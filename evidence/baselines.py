@@ -7,7 +7,6 @@ with the evaluation's own reader, and know the phantom's grammar: yardsticks, no
 COPIES are reports of the training split for `evaluate.py --policy nearest,retrieved`.
 """
 
-import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 
 from config import Config
 from data import Study, load_studies
-from evidence.inputs import settings
+from evidence.inputs import begin
 from evidence.judge import Judge, Wanted
 from evidence.metrics import stated_labels
 from formats.files import read_jsonl
@@ -109,7 +108,7 @@ def write_baselines(cfg: Config, studies: list[Study], folder: Path) -> dict[str
 
 @parallel.script("baselines")
 def main() -> None:
-    cfg = settings(Config(), sys.argv[1:], __doc__)
+    cfg = begin(Config(), __doc__)
     split, cfg = cfg.data.test_split, resolve(cfg, ("data", "labeller", "expert"))
     studies, folder = load_studies(cfg.data, split), Path(cfg.run) / "eval" / split
     if studies[0].labels is None:

@@ -8,18 +8,16 @@ with scorers.expert_noise 0.05. Each leaves a file in `<run>/eval/<split>/<polic
 """
 
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from config import Config
 from data import Study, load_studies
-from evidence.generate import generate_split
-from evidence.inputs import find_policies, settings
-from evidence.metrics import divide, interval, resample
+from evidence.generate import batches, generate_split
+from evidence.inputs import begin, one_policy
+from evidence.metrics import divide, measured, resample
 from evidence.reader import truth_counts
 from evidence.tables import write_json
 from formats.images import read_image
@@ -53,17 +51,14 @@ def f1(counts: dict[str, int]) -> float:
 
 def accuracy(similarity, studies: list[Study], groups: list[list[str]]) -> dict[str, float]:
     """{"value", "lo", "hi"}: share of pairs ordered as by sided F1, with a 95% bootstrap interval over studies."""
-    scores, size = [], 32
-    for i in tqdm(range(0, len(studies), size), "similarities", delay=5, leave=False):
-        some = studies[i : i + size]
-        images, ids = [read_image(s.image) for s in some], [s.id for s in some]
-        scores.append(similarity(images, ids, groups[i : i + size]).numpy())
-    pairs = zip(groups, studies, strict=True)
-    truth = np.array([[f1(truth_counts(text, study.labels)) for text in group] for group, study in pairs])
+    scores, pairs = [], [*zip(studies, groups, strict=True)]
+    for some in batches(pairs, 32, "similarities", delay=5, leave=False):
+        images, ids = [read_image(study.image) for study, _ in some], [study.id for study, _ in some]
+        scores.append(similarity(images, ids, [group for _, group in some]).numpy())
+    truth = np.array([[f1(truth_counts(text, study.labels)) for text in group] for study, group in pairs])
     found = ordered_pairs(np.concatenate(scores), truth)  # (n, 2)
     drawn = resample({"": found}, 1000, np.random.default_rng(0))[""]
-    lo, hi = interval(divide(drawn[:, 0], drawn[:, 1]))
-    return {"value": float(divide(*found.sum(0))), "lo": lo, "hi": hi}
+    return measured(lambda sums: divide(sums[..., 0], sums[..., 1]), found.sum(0), drawn)
 
 
 def accuracy_file(run: Path, expert: str, policy: str = "stage1", split: str = "val") -> Path:
@@ -73,9 +68,8 @@ def accuracy_file(run: Path, expert: str, policy: str = "stage1", split: str = "
 
 @parallel.script("expert_accuracy")
 def main() -> None:
-    cfg = settings(AccuracyConfig(), sys.argv[1:], __doc__)
-    parallel.start(cfg.device, cfg.threads)
-    [(policy, adapter)] = find_policies(Path(cfg.run), cfg.policy).items()
+    cfg = begin(AccuracyConfig(), __doc__)
+    policy, adapter = one_policy(Path(cfg.run), cfg.policy)
     one = resolve(cfg, ("data", "base"))
     studies = load_studies(one.data, cfg.split)
     if studies[0].labels is None:

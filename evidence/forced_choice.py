@@ -7,11 +7,11 @@ ranking against the truth: 0.5 for a policy that does not look, whatever it pref
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import Config
 from data import Study, read_views
 from evidence.findings import SENTENCES
+from evidence.generate import batches
 from formats.gold import plain
 from model import encode_prompts, get_base
 from rewards import OPEN
@@ -26,9 +26,8 @@ LEAST = 5  # studies with a finding, below which its AUC is noise
 def margins(model, processor, studies: list[Study], cfg: Config) -> dict[str, np.ndarray]:
     """{finding: (n,)}: log p(the sentence that states it) - log p(the one without it), given each study's image."""
     sentences, found = [*dict.fromkeys(text for pair in SENTENCES.values() for text in pair)], []
-    texts, size = [f"{OPEN} {sentence}" for sentence in sentences], cfg.eval.batch_size
-    for start in tqdm(range(0, len(studies), size), "forced choice", delay=5, mininterval=1, leave=False):
-        some = studies[start : start + size]
+    texts = [f"{OPEN} {sentence}" for sentence in sentences]
+    for some in batches(studies, cfg.eval.batch_size, "forced choice", delay=5, leave=False):
         inputs = encode_prompts(processor, [read_views(study) for study in some], cfg.data.prompt, model.device)
         with fast_linears(get_base(model)):
             inputs = encode_images(get_base(model), inputs)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from evidence.judge import Wanted
 from formats.files import exact_labels, read_jsonl
 from phantom.text import NORMAL_TEMPLATE
 from rewards import strip_tags
+from running import parallel
 from running.weights import require, tensor_shapes
 
 # what many a normal report of a real collection says; says nothing about the image
@@ -21,8 +23,10 @@ GENERIC_TEMPLATE = (
 NO_RUN = {"--config", "--predictions", "--compare", "--help", "-h"}  # with one of these, no run's settings matter
 
 
-def settings(default: Config, argv: list[str], description: str) -> Config:
-    """The flags over --config's file, else over the settings that the stages of --run were trained with."""
+def begin(default: Config, description: str) -> Config:
+    """The flags over --config's file, else over the settings that the stages of --run were trained with; the process
+    has started as they say (parallel.start)."""
+    argv = sys.argv[1:]
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--run", "--run-dir", default=default.run)
     run = Path(known.parse_known_args(argv)[0].run)
@@ -33,7 +37,9 @@ def settings(default: Config, argv: list[str], description: str) -> Config:
         default, ignored = from_recorded(recorded, default)
         default.run = str(run)  # not the path at which it was trained
         print(f"settings: {recorded}" + f"; not known today and ignored: {', '.join(ignored)}" * bool(ignored))
-    return parse(type(default), description, argv, default)
+    cfg = parse(type(default), description, argv, default)
+    parallel.start(cfg.device, cfg.threads)
+    return cfg
 
 
 def find_policies(run: Path, chosen: str, copies: Collection[str] = ()) -> dict[str, Path | None]:
@@ -64,6 +70,14 @@ def find_policies(run: Path, chosen: str, copies: Collection[str] = ()) -> dict[
         require(folder, "adapter_config.json")
         tensor_shapes(folder / "adapter_model.safetensors")
     return policies
+
+
+def one_policy(run: Path, chosen: str) -> tuple[str, Path | None]:
+    """The name and adapter of the flag --policy where it must name one."""
+    [found, *more] = find_policies(run, chosen).items()
+    if more:
+        raise ValueError(f"--policy {chosen}: name one policy")
+    return found
 
 
 def read_reports(path: str) -> dict[str, dict]:

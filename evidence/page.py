@@ -10,7 +10,6 @@ does not have, such as exact truth or an evaluation, is left out. Laid out by pa
 import base64
 import io
 import os
-import sys
 from collections import namedtuple
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -32,6 +31,7 @@ from grpo import group_advantages
 from phantom.cache import resolve
 from phantom.image import decode_mask, outline
 from rewards import mix_visual, rank_reward, strip_tags, text_reward
+from running import parallel
 from running.folder import write_text
 
 TITLES = {"base": "Base", "sft": "SFT", "stage1": "Stage 1", "stage1_continued": "Stage 1 continued",
@@ -205,12 +205,10 @@ def write_page(run: Path, images: bool = False) -> Path:
     return run / "page.html"
 
 
+@parallel.script("page")
 def main() -> None:
     cfg = parse(PageRun, __doc__)
-    try:
-        print(f"written: {write_page(Path(cfg.run), cfg.images)}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"page: {error!s:.1500}")
+    print(f"written: {write_page(Path(cfg.run), cfg.images)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ Without --config, the settings are those the run was trained with; flags win.
 
 import io
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ from PIL import Image
 
 from config import Config
 from data import Study, describe_skips, load_studies
-from evidence.generate import generate_split
-from evidence.inputs import find_policies, settings
+from evidence.generate import batches, generate_split
+from evidence.inputs import begin, one_policy
 from formats.images import read_image
 from model import load_policy
 from phantom.assets import resolve
@@ -76,8 +75,7 @@ def text_pair(candidates: list[str], reference: str, rewards: list[float], chose
 def text_pairs(outputs: list[list[str]], studies: list[Study], scorers: Scorers, cfg: PairsConfig) -> list[dict]:
     """The rows of text pairs of `studies` with their raw outputs [study][G]; prints how many have none, and why."""
     rows, skips, size = [], {}, cfg.eval.batch_size
-    for start in range(0, len(studies), size):
-        some, groups = studies[start : start + size], outputs[start : start + size]
+    for some, groups in zip(batches(studies, size), batches(outputs, size), strict=True):
         last = [[wrap(study.report)] * (cfg.chosen == "reference") for study in some]
         judged = [[*group, *reference] for group, reference in zip(groups, last, strict=True)]
         images, ids = [read_image(study.image) for study in some], [study.id for study in some]
@@ -151,9 +149,7 @@ def make_pairs(cfg: PairsConfig) -> None:
         raise ValueError(f"the phantom's scorers know nothing of {cfg.data.path}: name others by {', '.join(flags)}")
     if cfg.policy == "sft" and not (Path(cfg.run) / "sft" / "adapter").exists():
         raise ValueError(f"no {cfg.run}/sft/adapter: train the SFT policy first, by train.py --stage 0")
-    [adapter, *more] = find_policies(Path(cfg.run), cfg.policy).values()
-    if more:
-        raise ValueError(f"--policy {cfg.policy}: pairs are of one policy")
+    adapter = one_policy(Path(cfg.run), cfg.policy)[1]
     cfg = parallel.broadcast(lambda: resolve(cfg, ("data", "base", "labeller", *["expert"] * expert)))
     studies, judge = load_studies(cfg.data, cfg.data.rl_split), stand_in(cfg, None) if expert and oracle else None
     model, processor = load_policy(cfg, adapter)
@@ -170,9 +166,7 @@ def make_pairs(cfg: PairsConfig) -> None:
 
 @parallel.script("pairs", "nothing was written")
 def main() -> None:
-    cfg = settings(PairsConfig(), sys.argv[1:], __doc__)
-    parallel.start(cfg.device, cfg.threads)
-    make_pairs(cfg)
+    make_pairs(begin(PairsConfig(), __doc__))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The rule: of the test studies that show a finding, sorted by how far the last po
 from much worse to much better. The difference stands above the image. Greedy reports of policies that were evaluated.
 """
 
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from config import Config
 from data import load_studies
-from evidence.inputs import settings
+from evidence.inputs import begin
 from evidence.phrases import MARKS, Phrase, mark_report
 from evidence.reader import truth_counts
 from formats.files import read_jsonl
@@ -113,7 +112,7 @@ def draw_side_by_side(rows: list[dict], path: Path) -> None:
 
 @parallel.script("side_by_side")
 def main() -> None:
-    cfg = settings(SideConfig(), sys.argv[1:], __doc__)
+    cfg = begin(SideConfig(), __doc__)
     names, split = [name.strip() for name in cfg.policy.split(",")], cfg.split or cfg.data.test_split
     place = Path(cfg.run) / "eval" / split
     found = {name: {row["id"]: row for row in read_jsonl(place / name / "reports.jsonl")}

@@ -15,16 +15,16 @@ Counts by study in `<run>/eval/spill/<policy>/`, from where --compare and the sw
 films are the same for all seeds and arms of one world. Without --config, the settings are those of the run's training.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from config import Config, to_dict
-from evidence.inputs import find_policies, settings
+from data import Study
+from evidence.generate import batches, generate_split
+from evidence.inputs import begin, find_policies
 from evidence.metrics import stated_labels, summarise
 from evidence.statistics import spread
 from evidence.tables import columns, save
@@ -34,7 +34,6 @@ from phantom.cache import asset_dir
 from phantom.config import Updates
 from phantom.world import PRIORS, counterfactuals
 from rewards import strip_tags
-from rollout import generate_reports
 from running import parallel
 
 Studies = list[tuple[str, str, list[str], list[np.ndarray]]]  # counterfactuals': cause, guess, labels, three images
@@ -44,17 +43,6 @@ Studies = list[tuple[str, str, list[str], list[np.ndarray]]]  # counterfactuals'
 class SpillRun(Config):
     policy: str = ""  # as evaluate.py's; empty = base and all of the run [ours]
     pairs: Updates = 160  # studies, each filmed three times [ours]
-
-
-def write_reports(model, processor, studies: Studies, cfg: Config, what: str) -> list[list[list[str]]]:
-    """Raw outputs [study][film][K]; a study's films have one id, so the same random numbers."""
-    films = [(f"spill{i}", [Image.fromarray(image).convert("RGB")]) for i, study in enumerate(studies)
-             for image in study[3]]  # fmt: skip
-    outputs, size = [], cfg.eval.batch_size
-    for start in tqdm(range(0, len(films), size), desc=f"{what:<28}", unit="batch", mininterval=1):
-        ids, views = map(list, zip(*films[start : start + size], strict=True))
-        outputs += generate_reports(model, processor, views, cfg, ids=ids, samples=cfg.eval.samples)
-    return [outputs[i : i + 3] for i in range(0, len(outputs), 3)]
 
 
 def tally(studies: Studies, outputs: list[list[list[str]]]) -> np.ndarray:
@@ -70,15 +58,20 @@ def tally(studies: Studies, outputs: list[list[list[str]]]) -> np.ndarray:
     return np.array(rows, float)
 
 
-def measure(cfg: SpillRun) -> None:
-    """Write and print the counterfactual effects of the chosen policies of a run."""
+@parallel.script("spill")
+def main() -> None:
+    cfg = begin(SpillRun(), __doc__)
     policies, cfg = find_policies(Path(cfg.run), cfg.policy), resolve(cfg, ("base",))
     studies = [counterfactuals(cfg.phantom, cfg.assets_seed, index) for index in range(cfg.pairs)]
+    films = [Study(f"spill{i}", [Image.fromarray(image).convert("RGB")], "", "spill")  # one id: the same random numbers
+             for i, study in enumerate(studies) for image in study[3]]  # fmt: skip
     shared = {"split": "spill", "n": len(studies), "seed": cfg.seed, "assets": asset_dir(cfg).name,
               "rollout": to_dict(cfg.rollout), "eval": {"samples": cfg.eval.samples}}  # fmt: skip
     for name, adapter in policies.items():
         model, processor = load_policy(cfg, adapter)
-        outputs = write_reports(model, processor, studies, cfg, f"{name}: with and without")
+        outputs = generate_split(model, processor, films, cfg, cfg.eval.samples, f"{name}: with and without",
+                                 lambda film: film.images)  # fmt: skip
+        outputs = [*batches(outputs, 3)]  # [study][film][K]
         stats = {"sampled": {"spill": tally(studies, outputs)}}
         found = summarise(stats, (), cfg.eval.bootstrap, cfg.seed)
         rows = [{"cause": cause, "guess": guess, "labels": labels, "films": films}
@@ -87,13 +80,6 @@ def measure(cfg: SpillRun) -> None:
         save(Path(cfg.run) / "eval" / "spill" / name, result, rows, stats)
         numbers = [(c, c.entry(found)) for c in columns("pairs") if c.entry(found)]
         print(f"{name}: " + ", ".join(f"{c.flat} {spread(e | {'mean': e['value']}, c.factor)}" for c, e in numbers))
-
-
-@parallel.script("spill")
-def main() -> None:
-    cfg = settings(SpillRun(), sys.argv[1:], __doc__)
-    parallel.start(cfg.device, cfg.threads)
-    measure(cfg)
 
 
 if __name__ == "__main__":

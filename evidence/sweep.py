@@ -16,7 +16,6 @@ arm from its checkpoint. Settings come from config.py; they were chosen on the v
 
 import argparse
 import re
-import sys
 import time
 import tomllib
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from evidence.tables import write_json
 from evidence.tasks import Task, asset_tasks, own_models, run_tasks
 from formats.files import read_json
 from phantom.cache import asset_dir
+from running import parallel
 from running.folder import write_text
 
 ARMS: dict[str, dict] = tomllib.loads(Path(__file__).with_name("arms.toml").read_text(encoding="utf-8"))
@@ -143,6 +143,7 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, 
     return [*trained.values(), *judged.values(), *spilt, *rest]
 
 
+@parallel.script("sweep")
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is ours; all else goes to every command
     for name in SweepConfig.__annotations__:
@@ -151,19 +152,16 @@ def main() -> None:
     cfg, passed, began = parse(SweepConfig, __doc__), own.parse_known_args()[1], time.time()
     out, root, name = Path(cfg.out), Path(cfg.root), Path(cfg.plan).stem.removeprefix("plan_")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        counts = Path(cfg.recompute or out / f"counts{name and '_' + name}.npz")
-        if not cfg.recompute:
-            run_tasks(make_tasks(cfg, passed))
-            arms = chosen_arms(cfg)
-            about = {arm: of["what"] for arm, of in arms.items() if "script" not in of}
-            experts = {arm: expert for arm, of in arms.items() if (expert := expert_of(of))}
-            about, world = (about, "tiny") if own_models(cfg) else (about | BASELINES, "phantom")
-            worlds = [asset_dir(replace(cfg, assets_seed=seed), world) for seed in dict.fromkeys(assets_seeds(cfg))]
-            write_counts(counts, root, list(cfg.seeds), cfg.data.test_split, about, worlds, experts)
-        results = collect_results(*read_counts(counts), read_plan(cfg.plan))
-    except ValueError as error:
-        sys.exit(f"sweep: {error}")
+    counts = Path(cfg.recompute or out / f"counts{name and '_' + name}.npz")
+    if not cfg.recompute:
+        run_tasks(make_tasks(cfg, passed))
+        arms = chosen_arms(cfg)
+        about = {arm: of["what"] for arm, of in arms.items() if "script" not in of}
+        experts = {arm: expert for arm, of in arms.items() if (expert := expert_of(of))}
+        about, world = (about, "tiny") if own_models(cfg) else (about | BASELINES, "phantom")
+        worlds = [asset_dir(replace(cfg, assets_seed=seed), world) for seed in dict.fromkeys(assets_seeds(cfg))]
+        write_counts(counts, root, list(cfg.seeds), cfg.data.test_split, about, worlds, experts)
+    results = collect_results(*read_counts(counts), read_plan(cfg.plan))
     write_json(out / f"{name or 'phantom'}.json", results)
     write_text(out / f"{name or 'phantom'}.md", markdown(results | {"world": name or "phantom"}, vars(cfg.rewards)))
     if not cfg.plan:  # the figures name the phantom's arms

@@ -88,7 +88,9 @@ def policies(cfg):
 
 
 def settings(*words):
-    return inputs.settings(EvalRun(), list(words), "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["evaluate.py", *words])
+        return inputs.begin(EvalRun(), "")
 
 
 def read(path):
@@ -203,6 +205,19 @@ def test_settings_come_from_the_run_and_flags_win(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = settings()
     assert (cfg.seed, cfg.run) == (5, "runs/phantom")  # not the path at which it was trained
+
+
+def test_a_command_begins_with_as_many_threads_as_it_is_given(tmp_path):
+    before = torch.get_num_threads()
+    settings("--run", str(tmp_path), "--threads", "3")
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def test_where_one_policy_is_meant_two_are_one_line(world):
+    (Path(world.run) / "sft/adapter").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match="--policy base,sft: name one policy"):
+        inputs.one_policy(Path(world.run), "base,sft")
 
 
 def test_a_recorded_setting_that_is_no_longer_known_stops_nothing(world, tmp_path, capsys):

@@ -46,8 +46,8 @@ def test_it_samples_a_group_of_each_study_and_keeps_each_experts_accuracy(tmp_pa
         return right.expand(len(ids), -1)
 
     for name, value in {
-        "settings": lambda *_: cfg, "resolve": lambda cfg, needs: cfg, "load_studies": lambda data, split: studies,
-        "find_policies": lambda run, name: {name: run / name / "adapter"}, "load_policy": lambda cfg, adapter: (0, 0),
+        "begin": lambda *_: cfg, "resolve": lambda cfg, needs: cfg, "load_studies": lambda data, split: studies,
+        "one_policy": lambda run, name: (name, run / name / "adapter"), "load_policy": lambda cfg, adapter: (0, 0),
         "generate_split": lambda model, processor, studies, cfg, samples, what: [said[:samples] for _ in studies],
         "load_expert": lambda name: SimpleNamespace(similarity=similarity), "read_image": lambda path: path,
         "strip_tags": lambda text: text.removeprefix("<think>no</think>"),

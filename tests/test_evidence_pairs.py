@@ -158,7 +158,7 @@ def test_what_is_lacking_is_one_line(cfg, tmp_path, monkeypatch):
         make_pairs(replace(cfg, run=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match="policy 'stage9': neither in .*run .* nor an adapter folder"):
         make_pairs(replace(cfg, policy="stage9"))
-    with pytest.raises(ValueError, match="--policy base,sft: pairs are of one policy"):
+    with pytest.raises(ValueError, match="--policy base,sft: name one policy"):
         make_pairs(replace(cfg, policy="base,sft"))
     with pytest.raises(ValueError, match="the phantom's scorers know nothing of .*: name others by --scorers.chexbert"):
         make_pairs(replace(cfg, data=DataConfig(path=str(tmp_path)), model=ModelConfig(path=str(tmp_path))))

@@ -116,7 +116,7 @@ def test_the_command_writes_what_compare_shows(studies, tmp_path, monkeypatch, c
             texts.append([write(true if looks[model] or study[0] not in true else true | {study[1]})] * samples)
         return texts
 
-    monkeypatch.setattr(spill, "generate_reports", reports)
+    monkeypatch.setattr("evidence.generate.generate_reports", reports)
     for seed in "01":
         now, asked[:] = iter(looks), []
         flags = ["spill", "--run", str(tmp_path / seed), "--seed", seed, "--pairs", "16", "--eval.batch-size", "6"]

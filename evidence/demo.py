@@ -9,7 +9,6 @@ and train the same weights. Flags are passed on to every step; an interrupted de
 again.
 """
 
-import json
 import sys
 import time
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path
 from config import Config, parse
 from evidence.page import write_page
 from evidence.tasks import CORES, Task, asset_tasks, own_models, run_tasks
+from formats.files import read_json
 
 OWN_STUDIES = 300  # of a validation split of one's own, about; a test split twice as many: for the time to go
 
@@ -48,16 +48,16 @@ def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
 
 def check_gate(cfg: Config) -> None:
     """Stop before RL when the SFT policy's sided F1 on the validation split is below the gate."""
-    if cfg.eval.gate:
-        path = Path(cfg.run) / "eval" / cfg.data.val_split / "sft" / "results.json"
-        found = json.loads(path.read_text(encoding="utf-8"))["greedy"].get("sided_f1", {}).get("value")
-        if found is None:
-            sys.exit(f"demo: {path} has no sided F1, so the gate cannot be checked: set --eval.gate 0")
-        f1 = 100 * found
-        said = f"the SFT policy's sided F1 on the validation split: {f1:.1f} (gate {cfg.eval.gate:g})"
-        print(said)
-        if f1 < cfg.eval.gate:
-            sys.exit(f"demo: {said}: too low, train the base or SFT longer, or set --eval.gate")
+    if not cfg.eval.gate:
+        return
+    path = Path(cfg.run, "eval", cfg.data.val_split, "sft", "results.json")
+    f1 = read_json(path)["greedy"].get("sided_f1", {}).get("value")
+    if f1 is None:
+        sys.exit(f"demo: {path} has no sided F1, so the gate cannot be checked: set --eval.gate 0")
+    said = f"the SFT policy's sided F1 on the validation split: {100 * f1:.1f} (gate {cfg.eval.gate:g})"
+    print(said)
+    if 100 * f1 < cfg.eval.gate:
+        sys.exit(f"demo: {said}: too low, train the base or SFT longer, or set --eval.gate")
 
 
 def main() -> None:

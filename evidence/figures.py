@@ -15,9 +15,7 @@ import pandas as pd
 plt.rcParams.update({"figure.titlesize": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
                      "grid.alpha": 0.3, "legend.fontsize": 8, "legend.frameon": False})  # fmt: skip
 TABLES = tomllib.loads(Path(__file__).with_name("figures.toml").read_text(encoding="utf-8"))
-ARMS, PARTS, ENDS, SWEPT, PRIMARY, CROSSED, PHASE = TABLES.values()
-CURVES = ("rewards of sampled reports, Stage 1 then Stage 2", "KL to the SFT policy, nats per token",
-          "validation: hallucinated, % of stated (greedy)", "validation: BLEU-4 (greedy)")  # fmt: skip
+CURVES, ARMS, PARTS, ENDS, SWEPT, PRIMARY, CROSSED, PHASE = TABLES.values()
 WINDOW = 9  # updates in the running mean of a reward: one batch is 8 studies, noisy
 
 
@@ -27,23 +25,14 @@ def series(runs: list[Path], arm: str, key: str) -> pd.DataFrame:
     return pd.concat([log.reindex(columns=[key]).dropna() for log in logs], axis=1, join="inner")
 
 
-def curve(axis, values: pd.DataFrame, colour: str, line: str = "-", label: str | None = None) -> None:
-    """Mean over the runs as a line, their range as a band."""
-    if len(values):
-        axis.plot(values.mean(axis=1), line, color=colour, label=label, linewidth=1.6)
-        axis.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
-
-
 def draw_curves(runs: list[Path], path: Path) -> None:
     """Reward components, KL, validation hallucination and BLEU-4 over the policy updates of both stages, with the first
-    clinical reward and the beginning of Stage 2.
+    clinical reward and the beginning of Stage 2: a line is the mean of the runs, a band their range.
 
     runs: run folders, one per seed; nothing is drawn where SFT or one of ARMS was not trained.
     """
     if not all((run / arm / "metrics.jsonl").exists() for run in runs for arm in ("sft", *ARMS)):
         return
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-    border, clinical = series(runs, "stage1", "reward/total").index[-1], series(runs, "stage1", "reward/chexbert").index
 
     def smooth(arm: str, key: str) -> pd.DataFrame:  # the mean over the updates within WINDOW // 2 of each
         values = series(runs, arm, key)
@@ -55,22 +44,25 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         before.index = before.index * 0 + (0 if arm == "stage1" else border)
         return 100 * pd.concat([before, series(runs, arm, key)])
 
-    for key, (colour, label) in PARTS.items():
-        curve(axes[0, 0], smooth("stage1", f"reward/{key}"), colour)
-        curve(axes[0, 0], smooth("valor", f"reward/{key}"), colour, label=label)
-    for arm, style in ARMS.items():
-        curve(axes[0, 1], smooth(arm, "kl"), *style)
-        curve(axes[1, 0], validation(arm, "val/hallucination_rate"), *style)
-        curve(axes[1, 1], validation(arm, "val/bleu_4"), *style)
-    axes[0, 0].set_ylim(bottom=0)  # room for the legend
-    for axis, title in zip(axes.flat, CURVES, strict=True):
+    border, clinical = series(runs, "stage1", "reward/total").index[-1], series(runs, "stage1", "reward/chexbert").index
+    curves = [[(smooth(arm, f"reward/{key}"), colour, "-", label * (arm == "valor"))
+               for key, (colour, label) in PARTS.items() for arm in ("stage1", "valor")],
+              *([(values(arm, key), *style) for arm, style in ARMS.items()] for values, key in
+                ((smooth, "kl"), (validation, "val/hallucination_rate"), (validation, "val/bleu_4")))]  # fmt: skip
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    for axis, title, drawn in zip(axes.flat, CURVES, curves, strict=True):
+        for values, colour, line, label in drawn:
+            if len(values):
+                axis.plot(values.mean(axis=1), line, color=colour, label=label, linewidth=1.6)
+                axis.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, lw=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("policy update k")
         if axis.has_data():
-            axis.legend(ncols=3 if axis is axes[0, 0] else 1)
+            axis.legend(ncols=3 if drawn is curves[0] else 1)
             axis.axvline(border + 0.5, color="black", linewidth=0.8, linestyle=":")
             for first in clinical[:1]:
                 axis.axvline(first, color="black", linewidth=0.8, linestyle="--")
+    axes[0, 0].set_ylim(bottom=0)  # room for the legend
     start = "; 0 = SFT" if len(series(runs, "sft", "val/bleu_4")) else ""  # of each run it was validated
     marks = f"dashed: first clinical reward; dotted: Stage 2 begins{start}"
     finish(figure, path, f"mean of {len(runs)} seeds, band = their range; {marks}")

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from config import Config
 from data import load_studies
+from evidence.expert_accuracy import f1
 from evidence.inputs import begin
 from evidence.phrases import MARKS, Phrase, mark_report
 from evidence.reader import truth_counts
@@ -39,13 +40,9 @@ class SideConfig(Config):
 
 def choose(ours: dict[str, dict], theirs: dict[str, dict]) -> dict[str, float]:
     """{study: difference in sided F1} at QUANTILES of the difference; ours, theirs: rows of reports.jsonl by study."""
-
-    def f1(row: dict) -> float:
-        counts = truth_counts(row["report"], row["labels"])
-        return 2 * counts["correct"] / (counts["stated"] + counts["true"])
-
-    known = [(i, name, row) for i, (name, row) in enumerate(ours.items()) if row.get("labels")]
-    gains = sorted((f1(row) - f1(theirs[name]), i, name) for i, name, row in known)
+    scores = [{name: f1(truth_counts(row["report"], row["labels"])) for name, row in rows.items() if row.get("labels")}
+              for rows in (ours, theirs)]  # fmt: skip
+    gains = sorted((value - scores[1][name], i, name) for i, (name, value) in enumerate(scores[0].items()))
     if not gains:
         raise ValueError("no study shows a finding: the marks need the exact labels of the images")
     places = dict.fromkeys(round(q * (len(gains) - 1)) for q in QUANTILES)

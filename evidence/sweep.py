@@ -118,7 +118,6 @@ def tasks_of_seed(cfg: SweepConfig, flags: list[str], nth: int, arms: dict[str, 
         after = [assets[asset] for asset in needed_assets(name, arm, own)]
         if name != "base":  # the last flag wins: the arm stays what it says
             words = [*common, *["--name", name] * ("script" not in arm), *arm["flags"].format(**known).split()]
-            words += ["--val-every", "20"] if arm.get("watched") else []
             after += [trained[arm["after"]]] if "after" in arm else []
             trained[name] = task(name, arm.get("script", "train.py"), words, 160, after, name,
                                  arm.get("makes", f"{name}/adapter"))  # fmt: skip

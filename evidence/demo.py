@@ -24,15 +24,12 @@ OWN_STUDIES = 300  # of a validation split of one's own, about; a test split twi
 
 def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     """The demo's commands. Their seconds: what an update or a study took on two quiet cores."""
-    p = cfg.phantom
     branch, look = ["--stage", "2", *flags], ["--policy", "sft", "--split", cfg.data.val_split, "--eval.samples", "0"]
     text_only = [*branch, "--rewards.lambda-vis", "0", "--name", "stage1_continued"]
-
-    own = own_models(cfg)  # the longest first
-    assets = asset_tasks(cfg, ["tiny:labeller", "tiny:base", "tiny:expert"] if own else
-                         ["data", "labeller", "base", "expert"], flags)  # fmt: skip
+    own, names = own_models(cfg), ("labeller", "base", "expert")  # the longest of one's own first
+    assets = asset_tasks(cfg, [f"tiny:{name}" for name in names] if own else ["data", *names], flags)
     *_, labeller, base, expert = assets.values()
-    n_val, n_test = (OWN_STUDIES, 2 * OWN_STUDIES) if own else (p.val, p.test)
+    n_val, n_test = (OWN_STUDIES, 2 * OWN_STUDIES) if own else (cfg.phantom.val, cfg.phantom.test)
     sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.4 * cfg.sft.steps, [base])
     gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.06 * n_val, [sft, labeller],
                 cores=CORES, check=partial(check_gate, cfg))  # fmt: skip

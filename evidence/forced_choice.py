@@ -43,10 +43,9 @@ def placements(margin: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """(n, 2) of margins (n,) and truth (n,) bool, the ratio of whose sums is the AUC: for a study with the finding the
     share of those without it that it outranks, else of those with it that outrank it, and its weight [DeLong 1988]."""
     above = (np.sign(margin[truth][:, None] - margin[~truth][None]) + 1) / 2  # (with it, without)
-    parts = np.empty((len(margin), 2))
-    parts[truth] = np.stack([above.mean(axis=1), np.ones(truth.sum())], axis=1) / (2 * truth.sum())
-    parts[~truth] = np.stack([above.mean(axis=0), np.ones((~truth).sum())], axis=1) / (2 * (~truth).sum())
-    return parts
+    parts = np.ones((len(margin), 2))
+    parts[truth, 0], parts[~truth, 0] = above.mean(axis=1), above.mean(axis=0)
+    return parts / (2 * np.where(truth, truth.sum(), (~truth).sum()))[:, None]
 
 
 def forced_choice(model, processor, studies: list[Study], cfg: Config) -> tuple[dict, dict]:

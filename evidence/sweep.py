@@ -19,15 +19,15 @@ import re
 import time
 import tomllib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from config import Config, Count, parse
 from evidence.baselines import BASELINES
-from evidence.counts import read_counts, write_counts
 from evidence.expert_accuracy import accuracy_file
 from evidence.figures import draw_arms, draw_crossed, draw_curves, draw_phase, draw_sweeps, draw_worlds
 from evidence.statistics import read_plan
-from evidence.sweep_tables import collect_results, markdown
+from evidence.sweep_tables import collect_results, markdown, read_counts, write_counts
 from evidence.tables import write_json
 from evidence.tasks import Task, asset_tasks, own_models, run_tasks
 from formats.files import read_json
@@ -72,13 +72,13 @@ def needed_assets(name: str, arm: dict, own: bool) -> list[str]:
     if own:
         return ["tiny:base", *["tiny:labeller", "tiny:expert"] * (name != "sft")]
     named = re.findall(r"phantom:(\w+)", arm["flags"])
-    expert = ["expert"] if "--stage 2" in arm["flags"] and not any(n.startswith("expert") for n in named) else []
-    return ["base", *named, *expert, *["labeller"] * (name != "sft")]
+    expert = "--stage 2" in arm["flags"] and "phantom:expert" not in arm["flags"]
+    return ["base", *named, *["expert"] * expert, *["labeller"] * (name != "sft")]
 
 
 def expert_of(arm: dict) -> str | None:
     """The expert that rewards an arm, as evidence.expert_accuracy names it; None where none or exact labels do."""
-    flags = dict(zip(arm["flags"].split(), [*arm["flags"].split()[1:], ""], strict=True))
+    flags = dict(pairwise(arm["flags"].split()))
     expert, noise = flags.get("--scorers.expert", "phantom:expert"), flags.get("--scorers.expert-noise")
     if flags.get("--stage") != "2" or flags.get("--rewards.lambda-vis") == "0" or expert == "oracle":
         return None

@@ -67,11 +67,11 @@ class Task:
             self.log.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            port = str(free.getsockname()[1])
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(self.cores)}
         self.began = time.time()
         for i in map(str, range(self.cores)):
-            group = place | {"WORLD_SIZE": str(self.cores), "RANK": i, "LOCAL_RANK": i} if self.cores > 1 else {}
-            given = self.script, self.flags, self.log, self.line, group
+            given = self.script, self.flags, self.log, self.line, group | {"RANK": i, "LOCAL_RANK": i}
             self.processes.append(FORKS.Process(target=run_script, args=given))
             self.processes[-1].start()
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from config import Config, DataConfig, RewardConfig, parse
-from evidence import counts, figures, statistics, sweep, sweep_tables
+from evidence import figures, statistics, sweep, sweep_tables
 from evidence.expert_accuracy import accuracy_file
 from evidence.tables import columns
 
@@ -228,12 +228,12 @@ def test_every_number_is_recomputed_from_the_counts_alone(tmp_path, monkeypatch)
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"value": value}))
     given = [tmp_path / "assets"], {"valor": "phantom:expert"}
-    counts.write_counts(tmp_path / "counts.npz", tmp_path / "runs", [3, 4, 5], "test", about, *given)
+    sweep_tables.write_counts(tmp_path / "counts.npz", tmp_path / "runs", [3, 4, 5], "test", about, *given)
     with np.load(tmp_path / "counts.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file}
     assert arrays["valor/greedy/truth"].shape == (2, 60, 8) and arrays["valor/greedy/truth"].dtype == np.uint8
     assert arrays["sft/greedy/rouge_l"].dtype == np.float16 and "sft/sampled/spill" in arrays
-    read = counts.read_counts(tmp_path / "counts.npz")[0]["valor"][3]
+    read = sweep_tables.read_counts(tmp_path / "counts.npz")[0]["valor"][3]
     assert {values.dtype for values in read.values()} == {np.dtype(float)}  # halves would lose digits in their sums
     original = [np.load(tmp_path / f"runs/{s}/eval/test/valor/stats.npz") for s in (3, 4)]
     for name in ("runs", "assets"):
@@ -252,7 +252,7 @@ def test_every_number_is_recomputed_from_the_counts_alone(tmp_path, monkeypatch)
     spilt = [(of[:, 2].sum() - of[:, 1].sum()) / of[:, 0].sum() for of in arrays["valor/sampled/spill"].astype(int)]
     assert found["arms"]["valor"]["sampled/prior_spill"]["mean"] == pytest.approx(np.mean(spilt))
     text = (tmp_path / "again/phantom.md").read_text()
-    again = sweep_tables.collect_results(*counts.read_counts(tmp_path / "counts.npz"))
+    again = sweep_tables.collect_results(*sweep_tables.read_counts(tmp_path / "counts.npz"))
     assert text == sweep_tables.markdown(again, vars(RewardConfig()))
     assert "| BLEU-4* |" in text and "| CheXb. F1* |" in text and "| format %* |" in text and "| sampl. F1 |" in text
     assert f"{100 * np.mean(hallucinated):.1f} [" in text and "valor (2 seeds)" in text
@@ -268,7 +268,7 @@ def test_the_published_counts_give_the_published_page(name):
     folder = Path(sweep.__file__).parents[1] / "results"
     if not (folder / f"counts{name}.npz").exists():
         pytest.skip(f"results/counts{name}.npz is not there: no such sweep has been published yet")
-    runs, settings = counts.read_counts(folder / f"counts{name}.npz")
+    runs, settings = sweep_tables.read_counts(folder / f"counts{name}.npz")
     text, line = (folder / f"{name[1:] or 'phantom'}.md").read_text(), "{:.1f} [{:.1f}, {:.1f}]".format
     for arm, key in (("valor", "sampled/sided_f1"), ("sft", "greedy/hallucination_rate"), ("base", "greedy/bleu_4")):
         found = statistics.estimate(runs[arm], key)
@@ -281,7 +281,7 @@ def test_the_published_counts_give_the_published_page(name):
 def test_damaged_counts_are_one_line(tmp_path, content):
     (tmp_path / "counts.npz").write_bytes(content)
     with pytest.raises(ValueError, match="counts.npz: no file of counts") as stop:
-        counts.read_counts(tmp_path / "counts.npz")
+        sweep_tables.read_counts(tmp_path / "counts.npz")
     assert "\n" not in str(stop.value)
 
 
@@ -289,9 +289,9 @@ def test_an_arm_without_any_result_is_named(tmp_path):
     made_up_sweep(tmp_path / "runs", tmp_path / "assets", seeds=(3, 4))
     given = tmp_path / "counts.npz", tmp_path / "runs"
     with pytest.raises(ValueError, match="valor has no result for any of the seeds 4"):
-        counts.write_counts(*given, [4], "test", {"valor": ""}, [tmp_path / "assets"], {})
+        sweep_tables.write_counts(*given, [4], "test", {"valor": ""}, [tmp_path / "assets"], {})
     with pytest.raises(ValueError, match="has no results on split 'test'"):
-        counts.write_counts(*given, [3], "test", {"dpo": ""}, [tmp_path / "assets"], {})
+        sweep_tables.write_counts(*given, [3], "test", {"dpo": ""}, [tmp_path / "assets"], {})
 
 
 def test_the_plan_names_arms_metrics_and_claims_that_there_are():

@@ -147,7 +147,7 @@ def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what is ours; all else goes to every command
     for name in SweepConfig.__annotations__:
         several = isinstance(getattr(SweepConfig, name), tuple)
-        own.add_argument("--" + name.replace("_", "-"), nargs="*" if several else None)
+        own.add_argument(f"--{name}", "--" + name.replace("_", "-"), nargs="*" if several else None)  # as tyro takes it
     cfg, passed, began = parse(SweepConfig, __doc__), own.parse_known_args()[1], time.time()
     out, root, name = Path(cfg.out), Path(cfg.root), Path(cfg.plan).stem.removeprefix("plan_")
     out.mkdir(parents=True, exist_ok=True)

@@ -171,12 +171,13 @@ def test_the_list_of_dpos_settings_trains_what_it_says(cfg):
 def test_own_flags_stay_and_others_are_passed_on(monkeypatch):
     seen = {}
     flags = ["--grpo.lr", "1e-5", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "--seeds", "3", "4", *flags[:2], "--out=x", *flags[2:]])
+    mine = ["--seeds", "3", "4"], ["--out=x", "--own_models", "1"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *mine[0], *flags[:2], *mine[1], *flags[2:]])
     monkeypatch.setattr(sweep, "make_tasks", lambda cfg, flags: seen.update(cfg=cfg, flags=flags) or [])
     monkeypatch.setattr(sweep, "run_tasks", lambda tasks: sys.exit(0))
     with pytest.raises(SystemExit):
         sweep.main()
-    assert seen["flags"] == flags and seen["cfg"].seeds == (3, 4)
+    assert seen["flags"] == flags and (seen["cfg"].seeds, seen["cfg"].own_models) == ((3, 4), 1)
 
 
 def made_up_sweep(root, assets, seeds=(3, 4, 5)):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rewards  # noqa: E402
 from phantom.assets import labelled_texts  # noqa: E402
 from phantom.config import PhantomConfig  # noqa: E402
-from scorers.bertscore import load_bertscore  # noqa: E402
+from scorers.bertscore import Name, load_bertscore  # noqa: E402
 from scorers.chexbert import CheXbert, load_chexbert  # noqa: E402
 from tiny import models as tiny_models  # noqa: E402
 
@@ -98,7 +98,7 @@ def bertscore(config: BertConfig, texts: list[str], folder: Path, device: str) -
     BertModel(config).save_pretrained(folder)
     tiny_models.word_piece(texts, folder).save_pretrained(folder)
     layer = config.num_hidden_layers
-    package = BERTScorer(model_type=str(folder), num_layers=layer, device=device)
+    package = BERTScorer(model_type=Name(folder), num_layers=layer, device=device)
 
     def theirs(candidates: list[str], references: list[str]) -> list[float]:
         return [package.score([c], [r])[2].item() for c, r in zip(candidates, references, strict=True)]

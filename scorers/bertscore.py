@@ -16,6 +16,15 @@ from scorers.frozen import load_whole, of_like_length, pack_linears, plain
 BATCH = 32  # pairs matched at a time
 
 
+class Name(str):
+    """A model's folder or hub name as the package takes it: for a T5's where "t5" stands in it, which any path may."""
+
+    is_t5 = False
+
+    def __contains__(self, part: str) -> bool:
+        return self.is_t5 if part == "t5" else super().__contains__(part)
+
+
 def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = "cpu", baseline: str = "") -> Callable:
     """BERTScore F1 of pairs: function(candidates, references) -> floats in [0, 1]; a text without a word scores 0.
 
@@ -26,11 +35,12 @@ def load_bertscore(folder: str | Path, layer: int, device: str | torch.device = 
     """
     from bert_score.utils import get_model, greedy_cos_idf
 
-    floor = baseline_f1(folder, layer, baseline) if baseline else 0.0
+    floor, name = baseline_f1(folder, layer, baseline) if baseline else 0.0, Name(folder)
     with loading(f"bertscore: cannot load layer {layer} of {folder}", "give an encoder with tokenizer"):
         tokenizer = load_tokenizer(folder, use_fast=False)  # as the package takes it
-        load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
-        model = pack_linears(get_model(str(folder), layer).to(device))
+        whole = load_whole(AutoModel, folder, device_map="meta")  # the package would fill what is missing at random
+        name.is_t5 = "t5" in whole.config.model_type
+        model = pack_linears(get_model(name, layer).to(device))
         require_finite_tensors(model, folder)
         require_rows(tokenizer, model.get_input_embeddings().num_embeddings, folder)
         table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # None: relative positions

@@ -1,5 +1,6 @@
 """BERTScore on a tiny random encoder, against the package."""
 
+import json
 import os
 import shutil
 
@@ -49,6 +50,23 @@ def test_bertscore_equals_the_package(folder):
     scorer._tokenizer.model_max_length = 512
     expected = scorer.score(ours, theirs)[2].clamp(0, 1).tolist()
     assert bertscore.load_bertscore(folder, 2)(ours, theirs) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_encoder_is_what_its_config_says_wherever_it_lies(folder, tmp_path):
+    """The package takes each name with "t5" in it for a T5: a BERT below such a folder was not to be loaded."""
+    ours, theirs = sentences(5, seed=4), sentences(5, seed=5)
+    moved = shutil.copytree(folder, tmp_path / "disk-t5" / "bert")
+    assert bertscore.load_bertscore(moved, 2)(ours, theirs) == bertscore.load_bertscore(folder, 2)(ours, theirs)
+    t5, size = shutil.copytree(folder, tmp_path / "mine"), len(transformers.AutoTokenizer.from_pretrained(folder))
+    for name in ("config.json", "model.safetensors"):
+        (t5 / name).unlink()
+    transformers.T5Model(transformers.T5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=2,
+                                               num_heads=2)).save_pretrained(t5)  # fmt: skip
+    (config := t5 / "tokenizer_config.json").write_text(
+        json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "BertTokenizer"}))  # fmt: skip
+    got = bertscore.load_bertscore(t5, 1)(ours, theirs)
+    assert got == bertscore.load_bertscore(shutil.copytree(t5, tmp_path / "disk-t5" / "t5"), 1)(ours, theirs)
+    assert all(0 < f < 1 for f in got)
 
 
 def baseline_file(path, rows):

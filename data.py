@@ -112,7 +112,7 @@ def read_split(cfg, split: str) -> tuple[list[Study], dict[str, list[str]]]:
         if reason:
             skips.setdefault(reason, []).append(row.id)
         else:
-            labels = gold[row.id] if gold else row.labels
+            labels = gold.coded(row.id, "findings") if gold else row.labels
             studies.append(Study(row.id, views, text, split, labels, row.view_known))
     if not studies or skips and cfg.strict:
         why = "data.strict forbids skips" if studies else f"no usable study among {len(seen)}"

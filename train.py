@@ -293,8 +293,7 @@ def needed_assets(cfg: Config) -> tuple[str, ...]:
 
 @dataclass
 class TrainRun(Config):
-    check: bool = False
-    """only list what this run needs and lacks; exit code 1 when something is missing [ours]"""
+    check: bool = False  # only list what this run needs and lacks; exit code 1 when something is missing [ours]
 
 
 @parallel.script("train.py", "the same command goes on from the last checkpoint")

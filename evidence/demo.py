@@ -19,8 +19,6 @@ from evidence.page import write_page
 from evidence.tasks import CORES, Task, asset_tasks, own_models, run_tasks
 from formats.files import read_json
 
-OWN_STUDIES = 300  # of a validation split of one's own, about; a test split twice as many: for the time to go
-
 
 def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     """The demo's commands. Their seconds: what an update or a study took on two quiet cores."""
@@ -29,7 +27,7 @@ def make_tasks(cfg: Config, flags: list[str]) -> list[Task]:
     own, names = own_models(cfg), ("labeller", "base", "expert")  # the longest of one's own first
     assets = asset_tasks(cfg, [f"tiny:{name}" for name in names] if own else ["data", *names], flags)
     *_, labeller, base, expert = assets.values()
-    n_val, n_test = (OWN_STUDIES, 2 * OWN_STUDIES) if own else (cfg.phantom.val, cfg.phantom.test)
+    n_val, n_test = (300, 600) if own else (cfg.phantom.val, cfg.phantom.test)  # of one's own, about
     sft = Task("Stage 0 (SFT)", "train.py", ["--stage", "0", *flags], 0.4 * cfg.sft.steps, [base])
     gate = Task("its gate: does it see?", "evaluate.py", [*flags, *look], 0.06 * n_val, [sft, labeller],
                 cores=CORES, check=partial(check_gate, cfg))  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from config import Config, to_dict
+from config import AtLeastOne, Config, to_dict
 from data import Study
 from evidence.generate import batches, generate_split
 from evidence.inputs import begin, find_policies
@@ -31,7 +31,6 @@ from evidence.tables import columns, save
 from model import load_policy
 from phantom.assets import resolve
 from phantom.cache import asset_dir
-from phantom.config import Updates
 from phantom.world import PRIORS, counterfactuals
 from rewards import strip_tags
 from running import parallel
@@ -42,7 +41,7 @@ Studies = list[tuple[str, str, list[str], list[np.ndarray]]]  # counterfactuals'
 @dataclass
 class SpillRun(Config):
     policy: str = ""  # as evaluate.py's; empty = base and all of the run [ours]
-    pairs: Updates = 160  # studies, each filmed three times [ours]
+    pairs: AtLeastOne = 160  # studies, each filmed three times [ours]
 
 
 def tally(studies: Studies, outputs: list[list[list[str]]]) -> np.ndarray:

@@ -24,7 +24,7 @@ COLUMNS = sorted({column for table in RULES.values() for rule in table.values() 
 
 
 class Gold:
-    """`gold[id of a study]` = its findings, in gold_labels.toml's order.
+    """The tables, of which `coded` tells a study's labels.
 
     ValueError, one line, for a table or column that is not there, another value than 0 or 1, a study that occurs twice
     in the table `name`, or has no row in one of the two.
@@ -45,11 +45,8 @@ class Gold:
                 raise ValueError(f"{where}: {odd[0]} is {row[odd[0]][:20]!r}, neither 0 nor 1")
             self.rows[uid] = row
 
-    def __getitem__(self, study_id: str) -> list[str]:
-        return self.coded(study_id, "findings")
-
     def coded(self, study_id: str, table: str) -> list[str]:
-        """What of a table of gold_labels.toml a study has, `findings` or `chexpert`."""
+        """What of a table of gold_labels.toml, `findings` or `chexpert`, a study has, in its order."""
         uid = uid_of(study_id)
         for path, known in ((self.path, self.rows), (self.mesh_path, self.mesh)):
             if uid not in known:

@@ -40,13 +40,13 @@ def tables(folder: Path, rows: dict[str, tuple[str, ...]], mesh: dict[str, str],
 )
 def test_findings_by_hand(tmp_path, ones, mesh, expected):
     gold = Gold(tables(tmp_path, {"CXR7_IM-0002": ones}, {"7": mesh}), "gold.csv")
-    assert gold["CXR7_IM-0002"] == expected == gold["7"]
+    assert gold.coded("CXR7_IM-0002", "findings") == expected == gold.coded("7", "findings")
 
 
 def test_negbios_own_table_and_kaggles_name(tmp_path):
     tables(tmp_path, {"CXR7": ("Atelectasis",)}, {"7": "Pulmonary Atelectasis/base/left"}, first="filename")
     (tmp_path / "reports.csv").rename(tmp_path / "indiana_reports.csv")
-    assert Gold(tmp_path, "gold.csv")["CXR7_1_IM-0001"] == ["atelectasis_left"]
+    assert Gold(tmp_path, "gold.csv").coded("CXR7_1_IM-0001", "findings") == ["atelectasis_left"]
     assert [uid_of(name) for name in ("CXR7_1_IM-0001", "CXR12", "12", "12_x", "train00001", "")] == [
         "7", "12", "12", "12", "", ""]  # fmt: skip
 

@@ -48,7 +48,7 @@ class SweepConfig(Config):
     own_models: Count = 0  # as many of the seeds, the first, have a world of their own, of that assets_seed [ours]
     arms: tuple[str, ...] = ()  # to run, with those that they start from; empty = all, or all that --plan names [ours]
     out: str = "results"  # folder of phantom.md, phantom.json, counts.npz and the figures [ours]
-    recompute: str = ""  # make phantom.md, phantom.json and arms.png of this counts.npz; nothing is run [ours]
+    recompute: str = ""  # make the tables and their figures of this counts.npz; nothing is run [ours]
     root: str = "runs/seeds"  # one run folder per seed in here [ours]
 
 

@@ -112,7 +112,7 @@ def pick_split(path: Path, known: Iterable[str], split: str) -> str:
     for name in (split, {"val": "validate", "validate": "val"}.get(split)):
         if name in known:
             return name
-    raise ValueError(f"{path}: no split {split!r}; it has {', '.join(map(repr, known))}")
+    raise ValueError(f"{path}: no split {split!r}; it has {', '.join(map(repr, known))}; see data.*_split")
 
 
 def frontal_first(views: Iterable[tuple[Path, str]]) -> tuple[list[Path], str, bool]:

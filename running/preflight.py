@@ -117,6 +117,7 @@ def check_data(cfg: Config) -> Iterator[Item]:
 
 def check_policy(folder: Path, max_pixels: int = 0) -> str:
     """The base model's family and size; ValueError where loading it would fail, which is tried without its weights."""
+    weights.require(folder, "config.json")  # else the hub is asked, for half a minute where there is no network
     model, processor = load_family(str(folder), torch.float32, max_pixels, device_map="meta")
     with weights.loading(f"{folder}: no prompt can be made"):
         encode_prompts(processor, [Image.new("RGB", (64, 64))], "Write the report.", "cpu")

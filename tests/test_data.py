@@ -365,7 +365,7 @@ def test_the_first_process_reads_for_all_and_its_error_ends_all(tmp_path):
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first[0] == ["train", "none"] and second[0] == []
     assert first[1] == second[1] == [[i, str(folder / f"images/{i}/0.png"), REPORT] for i in "ac"]
-    assert first[2] == second[2] == f"{folder / 'annotation.json'}: no split 'none'; it has 'train'"
+    assert first[2] == second[2] == f"{folder / 'annotation.json'}: no split 'none'; it has 'train'; see data.*_split"
 
 
 # ---------------------------------------------------------------------------------------------------- real files

@@ -143,6 +143,8 @@ def test_the_policy_whole_cut_and_of_an_unknown_family(base_dir, tmp_path):
     (folder / "config.json").write_text("{")
     status, text = policy()
     assert status == "missing" and "no readable config.json" in text
+    item = preflight.look("policy", "models/llava-med-v1.5-mistral-7b", preflight.check_policy)  # the hub is not asked
+    assert item[0] == "missing" and item[2] == "models/llava-med-v1.5-mistral-7b: no such folder" and "hf " in item[3]
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [

@@ -15,7 +15,7 @@ SHORT = {"right": "+", "invented": "x", "wrong side": "<>", "denied": "-"}
 def marked(text: str, labels: str) -> tuple[str, str]:
     """(the phrases that say something false or right as "+left effusion|xedema", the omitted labels)."""
     phrases, omitted = mark_report(text, labels.split())
-    assert "".join(text[p.start : p.end] for p in phrases) == text
+    assert "".join(text[p.start : p.end] for p in phrases) == text and all(p.start < p.end for p in phrases)
     return "|".join(SHORT[p.mark] + text[p.start : p.end] for p in phrases if p.mark != "plain"), " ".join(omitted)
 
 
@@ -65,7 +65,7 @@ def test_sentences_stand_where_the_reader_finds_them():
 def agree(text: str, labels: list[str]) -> None:
     phrases, omitted = mark_report(text, labels)
     counts, marks = truth_counts(text, labels), {phrase.mark for phrase in phrases}
-    assert "".join(text[p.start : p.end] for p in phrases) == text
+    assert "".join(text[p.start : p.end] for p in phrases) == text and all(p.start < p.end for p in phrases)
     assert len(omitted) == counts["omitted"]
     assert bool(marks & {"invented", "wrong side"}) == (counts["hallucinated"] > 0), (text, labels)
     assert "wrong side" not in marks or counts["wrong_side"]

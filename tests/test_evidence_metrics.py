@@ -274,6 +274,19 @@ def test_stated_labels(text, labels, stated):
     assert metrics.stated_labels(text, labels) == stated
 
 
+def test_each_mean_is_of_its_own_family():
+    """What metrics.toml says, by the values that collect is given: each family has another."""
+    fixed = {name: lambda candidates, references, value=value: [value] * len(candidates)
+             for value, name in enumerate(("bertscore", "radgraph", "green", "ratescore"), 2)}  # fmt: skip
+    stats = metrics.collect([["no effusion . no effusion ."]], ["no edema ."], formats=[[0.25]], **fixed)
+    stats["forced"] = np.array([[0.5, 1.0]])
+    found = {name: float(metrics.METRICS[name][1](stats[metrics.METRICS[name][0]].sum(0))) for name in (
+        "bertscore", "radgraph_f1", "green", "ratescore", "forced_choice", "format_rate", "length", "repetition_rate",
+        "rouge_l")}  # fmt: skip
+    rouge = metrics.rouge_l("no effusion . no effusion .", "no edema .")
+    assert [*found.values()] == [2, 3, 4, 5, 0.5, 0.25, 6, 1, rouge] and 0 < rouge < 1
+
+
 def test_nothing_stated_is_nan_not_zero():
     stats = metrics.collect([["Clear."]], ["Clear."], labels=[[]])
     result = summarise(stats, 20)

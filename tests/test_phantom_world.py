@@ -40,6 +40,18 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_a_zone_holds_one_finding_and_none_hides_behind_fluid():
+    both = 0
+    for i in range(2000):
+        found = sample_findings(np.random.default_rng([2, i]), CFG)
+        for side in ("left", "right"):
+            zones = [f.site for f in found if f.side == side and f.name in ("consolidation", "lesion")]
+            zones += ["lower" for f in found if f.side == side and f.name == "effusion" and f.level]
+            assert len(zones) == len({*zones})
+            both += len(zones) > 1
+    assert both > 20
+
+
 def test_labels_are_the_fifteen():
     assert len(LABELS) == 15 and LABELS[:4] == ("cardiomegaly", "edema", "device", "effusion_left")
     for label in LABELS:

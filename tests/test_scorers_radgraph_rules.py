@@ -59,6 +59,25 @@ def test_annotation_layout_and_relations():
     assert suggested["1"]["relations"] == [["suggestive_of", "2"]]
 
 
+@pytest.mark.parametrize(("text", "place"), [
+    ("left lower lung opacity", "lung"),  # just before it
+    ("right lung shows opacity", "lung"),  # its subject: an anatomy before a position word
+    ("the right shows opacity", "right"),
+    ("opacity in the left lung base", "base"),  # behind a preposition, the last of the run
+    ("effusion and opacity in the lung", "lung"),
+])  # fmt: skip
+def test_where_an_observation_is_located(text, place):
+    entities = radgraph_rules.annotate(text)["entities"]
+    [opacity] = [entity for entity in entities.values() if entity["tokens"] == "opacity"]
+    assert [(name, entities[number]["tokens"]) for name, number in opacity["relations"]] == [("located_at", place)]
+
+
+def test_a_degree_is_that_of_the_next_observation():
+    entities = radgraph_rules.annotate("mild opacity and large effusion")["entities"]
+    of = {e["tokens"]: [entities[number]["tokens"] for _, number in e["relations"]] for e in entities.values()}
+    assert (of["mild"], of["large"]) == (["opacity"], ["effusion"])
+
+
 def test_an_endless_clause_is_read_in_parts():
     """So that time grows with a text's length; what a cue governs ends with its part."""
     found = radgraph_rules.annotate("no " + "edema " * 2_000)["entities"].values()
